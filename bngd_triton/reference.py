@@ -1,0 +1,350 @@
+"""Batch-normalised gradient descent in plain PyTorch: the definition the kernels are held to.
+
+One step, for each slice ``g`` of each gradient (the slice is set by `granularity`)::
+
+    g     <- -g if maximize
+    v     <- g - centering * mean(g)
+    ghat  <- v / (rms(v) + eps)                    # (g - mean) / (std + eps) when centering = 1
+    m     <- momentum * m + (1 - momentum) * ghat  # no buffer when momentum = 0
+    u     <- momentum * m + (1 - momentum) * ghat if nesterov else m
+    theta <- (1 - lr * weight_decay) * theta - lr * u
+
+``std`` is the population standard deviation. Statistics are computed in float64; everything else
+in float32 (float64 for float64 parameters), whatever the storage type, with one rounding at the
+store. `step_` is also the CPU path of the optimizer.
+
+Sources: ZNorm (arXiv 2408.01215) for the z-score of a gradient, Gradient Centralization
+(2004.01461) for the centring of rows, Block-Normalized Gradient (1707.04822) for normalise, then
+momentum.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .checks import Options, check_float, check_step, check_tensors
+
+# sigma below this multiple of |mean| is rounding, not spread: float64 statistics of equal values
+# are off by a few units of 2**-53, and the least real spread of 2**31 float32 values is 2**-40
+UNIFORM = 8 * 2.0**-53
+
+
+class Moments(NamedTuple):
+    """Statistics of slices: float64 tensors that broadcast against the gradient.
+
+    `mean` and `m2` (the sum of squared deviations) belong to the gradient times
+    ``2**exponent``, which keeps squares of float64 gradients in range; it is 0 for narrower ones.
+    """
+
+    count: float
+    mean: Tensor
+    m2: Tensor
+    exponent: Tensor | int
+
+
+class Fold(NamedTuple):
+    """What normalises a slice: ``ghat = ((g * up * more) - high - low) * inverse``.
+
+    ``up * more`` is the power of two that brings ``rms(v) + eps`` into [1, 2), in two factors
+    since one can overflow; ``high + low`` is the centred share of the mean in those units.
+    """
+
+    up: Tensor
+    more: Tensor
+    high: Tensor
+    low: Tensor
+    inverse: Tensor
+    uniform: Tensor
+    finite: Tensor
+
+
+@torch.no_grad()
+def step_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    momentum_buffers: Sequence[Tensor] | None,
+    *,
+    lr: float | Tensor,
+    momentum: float = 0.9,
+    nesterov: bool = False,
+    weight_decay: float = 0.0,
+    eps: float = 1e-8,
+    granularity: str = "tensor",
+    normalizer: str = "zscore",
+    centering: float = 1.0,
+    center_1d: bool = False,
+    nonfinite: str = "skip",
+    maximize: bool = False,
+) -> Tensor:
+    """One step of BNGD, in place; the eager twin of `bngd_triton.kernels.fused_step_`.
+
+    Args:
+        params: n dense tensors of float16, bfloat16, float32 or float64, written in place.
+        grads: n tensors of the same shapes; read only, of any supported dtype and layout.
+        momentum_buffers: n tensors of the same shapes, float32 (float64 for float64 parameters),
+            written in place; zeros before the first step. None when `momentum` is 0.
+        lr: the step's RMS bound, in units of the parameters; a float or a 0-dim tensor.
+        momentum: weight of the past in the moving average of ``ghat``, in [0, 1).
+        nesterov: look one step of momentum ahead.
+        weight_decay: decoupled; each step multiplies the parameters by ``1 - lr * weight_decay``.
+        eps: added to the RMS, in the gradient's units. 0 is allowed.
+        granularity: ``"tensor"``, one slice per parameter; ``"row"``, one per index of dimension 0
+            of a parameter with two or more dimensions; ``"global"``, one for all `params`.
+        normalizer: ``"zscore"``, or ``"cdf"``: ``sqrt(3) * (2 * Phi(ghat) - 1)``, bounded.
+        centering: share of the mean that is removed, in [0, 1]; 0 is RMS normalisation.
+        center_1d: centre tensors with fewer than two dimensions too.
+        nonfinite: what an inf or NaN does to its slice: ``"skip"`` leaves parameters and momentum
+            as they are, ``"propagate"`` gives NaN, ``"raise"`` raises before anything changes.
+        maximize: ascend.
+
+    Returns:
+        The number of slices skipped, a 0-dim int64 tensor on the first parameter's device.
+
+    Raises:
+        ValueError: an option is out of bounds, or the lists do not belong together.
+        TypeError: a tensor is sparse, complex or not of a supported dtype.
+        FloatingPointError: a non-finite gradient with ``nonfinite="raise"``.
+    """
+    options = Options(
+        lr, momentum, nesterov, weight_decay, eps, granularity, normalizer, centering, center_1d,
+        nonfinite, maximize,
+    )  # fmt: skip
+    check_tensors(params, grads, momentum_buffers, momentum=momentum)
+    check_step(params, grads, options)
+    skipped = torch.zeros((), dtype=torch.int64, device=params[0].device if params else None)
+    counted = False
+    for index, fold in enumerate(folds(params, grads, options)):
+        if fold is None:
+            continue
+        buffer = momentum_buffers[index] if momentum and momentum_buffers is not None else None
+        _update_(params[index], grads[index], buffer, fold, options)
+        if nonfinite == "skip" and not (granularity == "global" and counted):
+            skipped += (~fold.finite).sum().to(skipped.device)
+            counted = True
+    return skipped
+
+
+def _update_(
+    param: Tensor, grad: Tensor, buffer: Tensor | None, fold: Fold, options: Options
+) -> None:
+    """Normalise and move one parameter: the last three lines of the definition."""
+    dtype = fold.inverse.dtype
+    lr = options.lr
+    ghat = _normalize(grad, fold, options)
+    update = ghat
+    moved = None
+    if buffer is not None:
+        fresh = ghat * (1 - options.momentum)
+        moved = buffer.to(dtype) * options.momentum
+        moved += fresh
+        update = moved * options.momentum + fresh if options.nesterov else moved
+    target = param.to(dtype)
+    if isinstance(lr, Tensor) or options.weight_decay:
+        rate = lr.double() if isinstance(lr, Tensor) else lr
+        target = target * (1 - rate * options.weight_decay)
+    target = target - update * lr
+    if options.nonfinite == "skip":
+        param.copy_(_keep(fold.finite, target, param))
+        if buffer is not None and moved is not None:
+            buffer.copy_(_keep(fold.finite, moved, buffer))
+    else:
+        param.copy_(target)
+        if buffer is not None and moved is not None:
+            buffer.copy_(moved)
+
+
+def _keep(finite: Tensor, new: Tensor, old: Tensor) -> Tensor:
+    """`new` where the slice was finite, `old` elsewhere; without a synchronisation on a GPU."""
+    if finite.device.type == "cpu" and bool(finite.all()):
+        return new
+    return torch.where(finite, new, old.to(new.dtype))
+
+
+def _normalize(grad: Tensor, fold: Fold, options: Options) -> Tensor:
+    """``ghat`` of one gradient, in the arithmetic dtype, as a new tensor."""
+    ghat = grad.to(fold.inverse.dtype) * fold.up
+    ghat *= fold.more
+    ghat -= fold.high
+    ghat -= fold.low
+    ghat *= fold.inverse
+    if options.normalizer == "cdf":
+        # 2 * Phi(x) - 1 = erf(x / sqrt(2)); slices without spread keep their plain quotient
+        bounded = torch.erf(ghat * math.sqrt(0.5)) * math.sqrt(3.0)
+        ghat = torch.where(fold.uniform, ghat, bounded)
+    return ghat
+
+
+def folds(
+    params: Sequence[Tensor], grads: Sequence[Tensor], options: Options
+) -> Iterator[Fold | None]:
+    """The `Fold` of each gradient in turn; None for a tensor without entries."""
+    shared = global_moments(grads) if options.granularity == "global" else None
+    for param, grad in zip(params, grads):
+        if grad.numel() == 0:
+            yield None
+            continue
+        found = shared or moments(grad, slice_dims(grad.dim(), options.granularity))
+        wide = torch.promote_types(torch.promote_types(param.dtype, grad.dtype), torch.float32)
+        yield fold_moments(found, options, options.centering_for(grad.dim()), wide)
+
+
+def slice_dims(ndim: int, granularity: str) -> tuple[int, ...]:
+    """The dimensions that one slice spans: all of them, or all but the first for rows."""
+    return tuple(range(1 if granularity == "row" and ndim >= 2 else 0, ndim))
+
+
+def moments(grad: Tensor, dims: tuple[int, ...], exponent: Tensor | int | None = None) -> Moments:
+    """Count, mean and sum of squared deviations over `dims`, kept as dimensions of size 1.
+
+    Deviations are taken from the first entry of the slice, then from their own mean, so that equal
+    values have none and a mean far above the spread costs no digits.
+    """
+    if exponent is None:
+        exponent = _exponent(grad.abs().amax(dims, keepdim=True)) if _is_wide(grad) else 0
+    values = grad.double()
+    if isinstance(exponent, Tensor):
+        values = values * power_of_two(exponent)
+    first = values[tuple(slice(0, 1) if d in dims else slice(None) for d in range(grad.dim()))]
+    deviation = values - first
+    shift = deviation.mean(dims, keepdim=True)
+    deviation -= shift
+    m2 = deviation.square_().sum(dims, keepdim=True)
+    return Moments(grad.numel() // m2.numel(), first + shift, m2, exponent)
+
+
+def global_moments(grads: Sequence[Tensor]) -> Moments | None:
+    """The moments of the concatenation of `grads`, as 0-dim tensors; None without entries."""
+    filled = [grad for grad in grads if grad.numel()]
+    if not filled:
+        return None
+    exponent: Tensor | int = 0
+    if any(_is_wide(grad) for grad in filled):
+        exponent = _exponent(torch.stack([grad.double().abs().amax() for grad in filled]).amax())
+    parts = [moments(grad, slice_dims(grad.dim(), "global"), exponent) for grad in filled]
+    means = torch.stack([part.mean.reshape(()) for part in parts])
+    m2 = torch.stack([part.m2.reshape(()) for part in parts])
+    counts = torch.tensor([part.count for part in parts], dtype=torch.float64, device=m2.device)
+    total = sum(part.count for part in parts)
+    # relative to the first mean, so that equal means merge without rounding
+    away = means - means[0]
+    shift = (counts * away).sum() / total
+    return Moments(total, means[0] + shift, (m2 + counts * (away - shift).square()).sum(), exponent)
+
+
+def fold_moments(found: Moments, options: Options, centering: float, dtype: torch.dtype) -> Fold:
+    """Turn statistics into the factors that `_normalize` applies, rounded once to `dtype`."""
+    mean, variance = found.mean, found.m2 / found.count
+    uniform = variance.sqrt() <= UNIFORM * mean.abs()
+    removed = torch.where(uniform, 0.0, centering)
+    kept = (1 - removed) * mean
+    eps: float | Tensor = options.eps
+    if isinstance(found.exponent, Tensor):
+        eps = options.eps * power_of_two(found.exponent)
+    divisor = (variance + kept.square()).sqrt() + eps
+    zero = divisor == 0
+    # divisor * 2**exponent is in [1, 2): products neither overflow nor lose bits to underflow
+    exponent = torch.where(zero, 0, 1 - torch.frexp(divisor).exponent.long())
+    limit = 1022 if dtype is torch.float64 else 126
+    total = exponent + found.exponent
+    up = total.clamp(-limit, limit)
+    more = (total - up).clamp(-limit, limit)
+    scale = power_of_two(exponent.clamp(-1022, 1022))
+    center = removed * mean * scale
+    high = center.to(dtype)
+    sign = -1.0 if options.maximize else 1.0
+    inverse = torch.where(zero, 0.0, sign / (divisor * scale))
+    return Fold(
+        up=power_of_two(up).to(dtype),
+        more=power_of_two(more).to(dtype),
+        high=high,
+        low=(center - high.double()).to(dtype),
+        inverse=inverse.to(dtype),
+        uniform=uniform,
+        finite=torch.isfinite(mean) & torch.isfinite(found.m2),
+    )
+
+
+def power_of_two(exponent: Tensor) -> Tensor:
+    """``2.0**exponent`` in float64, exact; `exponent` is int64 in [-1022, 1023]."""
+    return ((exponent + 1023) << 52).view(torch.float64)
+
+
+def _exponent(largest: Tensor) -> Tensor:
+    """The power of two that brings `largest` near 1, bounded so that both ends stay in range."""
+    return (-torch.frexp(largest.double()).exponent.long()).clamp(-1000, 1000)
+
+
+def _is_wide(grad: Tensor) -> bool:
+    """Whether squares of the values can leave float64's range."""
+    return grad.dtype is torch.float64
+
+
+@torch.no_grad()
+def normalize_gradient(
+    grad: Tensor,
+    *,
+    eps: float = 1e-8,
+    granularity: str = "tensor",
+    normalizer: str = "zscore",
+    centering: float = 1.0,
+    center_1d: bool = False,
+    nonfinite: str = "propagate",
+    maximize: bool = False,
+) -> Tensor:
+    """The normalised gradient ``ghat`` of one tensor; the options are those of `step_`.
+
+    Args:
+        grad: a dense tensor of any supported dtype and layout; not written.
+        eps: added to the RMS, in the gradient's units.
+        granularity: ``"tensor"``, ``"row"``, or ``"global"`` (this tensor, centred whatever its
+            dimensions).
+        normalizer: ``"zscore"`` or ``"cdf"``.
+        centering: share of the mean that is removed, in [0, 1].
+        center_1d: centre tensors with fewer than two dimensions too.
+        nonfinite: ``"propagate"`` turns a slice with an inf or NaN into NaN, ``"skip"`` into 0,
+            ``"raise"`` raises.
+        maximize: negate.
+
+    Returns:
+        A tensor of the shape, dtype and dense strides of `grad`; dimensionless, with RMS at most 1
+        per slice (entries at most sqrt(3) for ``"cdf"``).
+
+    Raises:
+        ValueError: an option is out of bounds.
+        TypeError: `grad` is sparse, complex or not of a supported dtype.
+        FloatingPointError: a non-finite entry with ``nonfinite="raise"``.
+    """
+    options = Options(
+        eps=eps, granularity=granularity, normalizer=normalizer, centering=centering,
+        center_1d=center_1d, nonfinite=nonfinite, maximize=maximize,
+    )  # fmt: skip
+    check_float("grad", grad)
+    check_step([grad], [grad], options, names=["grad"])
+    out = torch.empty_like(grad)
+    (fold,) = folds([grad], [grad], options)
+    if fold is not None:
+        ghat = _normalize(grad, fold, options)
+        out.copy_(ghat if nonfinite != "skip" else torch.where(fold.finite, ghat, 0.0))
+    return out
+
+
+def article_cdf(grad: Tensor) -> Tensor:
+    """The article's own formula, ``cdf(g) / (std * sqrt(2 * pi)) * (1 / std)``: do not train with it.
+
+    Kept to show why: every entry is positive, whatever the sign of the gradient (the cosine with
+    the all-ones vector is near 1), and it grows as ``1 / std**2``, so that a vanishing gradient
+    explodes. ``normalizer="cdf"`` is the idea centred and without those factors.
+
+    Args:
+        grad: a real tensor with two or more entries.
+
+    Returns:
+        A tensor of the shape and dtype of `grad`.
+    """
+    std = grad.std(correction=0)
+    return torch.special.ndtr(grad) / (std * math.sqrt(2 * math.pi)) * (1 / std)

@@ -1,0 +1,195 @@
+"""Launchers: the fused twin of `bngd_triton.reference`, and the only code that imports Triton."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.util
+import os
+import struct
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..checks import Options
+from .plan import Batch, Plan, Tuning
+
+# NVIDIA compute capabilities whose float64 runs at half the float32 rate; elsewhere 1/32 or less
+FULL_RATE_FP64 = {(6, 0), (7, 0), (8, 0), (9, 0), (10, 0)}
+FUSED_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+COLUMNS = 16
+
+
+@functools.cache
+def interpreting() -> bool:
+    """Whether Triton runs kernels in its interpreter, decided once as Triton decides it."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+@functools.cache
+def has_triton() -> bool:
+    """Whether Triton can be imported."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def why_not(tensor: Tensor) -> str | None:
+    """Why the kernels cannot serve a dense float tensor, with the way out; None if they can."""
+    if not has_triton():
+        return "Triton is not installed; install it, or use fused=False"
+    if tensor.dtype not in FUSED_DTYPES:
+        served = ", ".join(str(dtype).removeprefix("torch.") for dtype in FUSED_DTYPES)
+        return f"the kernels take {served}, got {tensor.dtype}; use fused=None or fused=False"
+    kind = tensor.device.type
+    if kind == "cpu":
+        if interpreting():
+            return None
+        return (
+            "it is on the CPU; move it to a GPU first, use fused=False, or set "
+            "TRITON_INTERPRET=1 before Python starts to run the kernels in Triton's interpreter"
+        )
+    if interpreting():
+        return f"TRITON_INTERPRET=1 runs kernels on the CPU, it is on {tensor.device}; unset it"
+    if kind not in ("cuda", "xpu"):
+        return f"Triton has no backend for {tensor.device}; use fused=None or fused=False"
+    if kind == "xpu" and not torch.xpu.get_device_properties(tensor.device).has_fp64:
+        return f"{tensor.device} has no float64 for the statistics; use fused=None or fused=False"
+    return None
+
+
+@functools.cache
+def tuning_for(device: torch.device) -> Tuning:
+    """The sizes for a device."""
+    if device.type == "cpu":
+        # a program costs the interpreter 50 us and a trip 0.1 ms, whatever its width
+        return Tuning(block=4096, unroll=1, slice=65536, update_block=16384, chunk=65536)
+    return Tuning(wide=_full_rate_fp64(device))
+
+
+def _full_rate_fp64(device: torch.device) -> bool:
+    if device.type != "cuda":
+        return False
+    if torch.version.hip:
+        name = torch.cuda.get_device_properties(device).gcnArchName
+        return name.startswith(("gfx90a", "gfx94", "gfx95"))
+    return torch.cuda.get_device_capability(device) in FULL_RATE_FP64
+
+
+def encode(options: Options) -> list[float]:
+    """An option table's row; products and differences are rounded to float32 once, here.
+
+    A tensor `lr` is left to `write_rates`, so that its value need not be read.
+    """
+    lr = 0.0 if isinstance(options.lr, Tensor) else options.lr
+    rounded = (lr, 1 - lr * options.weight_decay, options.momentum, 1 - options.momentum)
+    row = [_float32(value) for value in rounded]
+    row += [options.eps, options.centering, -1.0 if options.maximize else 1.0]
+    row += [options.nesterov, options.normalizer == "cdf", options.nonfinite == "propagate"]
+    return [float(value) for value in row] + [0.0] * (COLUMNS - len(row))
+
+
+def _float32(value: float) -> float:
+    return float(struct.unpack("f", struct.pack("f", value))[0])
+
+
+def write_rates(table: Tensor, row: int, options: Options) -> None:
+    """Fill in the columns that depend on a tensor `lr`, on the device."""
+    if isinstance(options.lr, Tensor):
+        lr = options.lr.detach().to(table.device, torch.float64)
+        table[row, 0] = lr.float()
+        table[row, 1] = (1 - lr * options.weight_decay).float()
+
+
+def launch(plan: Plan, options: Tensor, skipped: Tensor) -> None:
+    """Run a step: one launch per batch for the statistics, then one for the updates.
+
+    Args:
+        plan: the work, pointed at this step's gradients.
+        options: float64 [rows, 16] on the plan's device, rows as `encode` makes them.
+        skipped: int64 [1] on the plan's device; slices left as they were are added.
+    """
+    with on_device(plan.device):
+        for batch in plan.batches:
+            statistics(plan, batch, options, skipped)
+        for batch in plan.batches:
+            update(plan, batch, options)
+
+
+def statistics(plan: Plan, batch: Batch, options: Tensor, skipped: Tensor) -> None:
+    """First launch: statistics and folds of the segments; tiles from start to end."""
+    from .statistics import _statistics_kernel
+
+    programs = batch.n_slices + batch.n_tiles
+    if programs == 0:
+        return
+    tuning = plan.tuning
+    _statistics_kernel[(programs,)](
+        slices_ptr=batch.slices,
+        n_slices=batch.n_slices,
+        tiles_ptr=batch.tiles,
+        rows_ptr=batch.rows,
+        segments_ptr=plan.segments,
+        partials_ptr=plan.partials,
+        n_partials=plan.partials.shape[1],
+        arrived_ptr=plan.arrived,
+        moments_ptr=plan.moments,
+        folds_ptr=plan.folds,
+        options_ptr=options,
+        skipped_ptr=skipped,
+        grad_ptrs=batch.grad_ptrs,
+        param_ptrs=batch.param_ptrs,
+        momentum_ptrs=batch.momentum_ptrs,
+        **_dtypes(batch),
+        WIDE=tuning.wide,
+        TILES=batch.n_tiles > 0,
+        BLOCK=tuning.block,
+        UNROLL=tuning.unroll,
+        MERGE=tuning.merge,
+        TILE=tuning.tile,
+        num_warps=tuning.warps,
+        enable_fp_fusion=False,
+    )
+
+
+def update(plan: Plan, batch: Batch, options: Tensor) -> None:
+    """Second launch: normalise and move the segments."""
+    from .update import _update_kernel
+
+    if batch.n_chunks == 0:
+        return
+    _update_kernel[(batch.n_chunks,)](
+        chunks_ptr=batch.chunks,
+        segments_ptr=plan.segments,
+        folds_ptr=plan.folds,
+        options_ptr=options,
+        grad_ptrs=batch.grad_ptrs,
+        param_ptrs=batch.param_ptrs,
+        momentum_ptrs=batch.momentum_ptrs,
+        **_dtypes(batch),
+        BLOCK=plan.tuning.update_block,
+        num_warps=plan.tuning.update_warps,
+        enable_fp_fusion=False,
+    )
+
+
+def _dtypes(batch: Batch) -> dict[str, Any]:
+    import triton.language as tl
+
+    names = {
+        torch.float16: tl.float16,
+        torch.bfloat16: tl.bfloat16,
+        torch.float32: tl.float32,
+    }
+    param, grad, buffer = (names[dtype] for dtype in batch.dtypes)
+    soft = interpreting()
+    return {
+        "GRAD": grad, "PARAM": param, "BUFFER": buffer, "ALIGNED": batch.aligned, "SOFT": soft,
+    }  # fmt: skip
+
+
+def on_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Triton launches on the current device, whatever the tensors' device is."""
+    if device.type == "cpu":
+        return contextlib.nullcontext()
+    return torch.get_device_module(device).device(device)  # type: ignore[no-any-return]

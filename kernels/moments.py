@@ -1,0 +1,220 @@
+"""Mean and spread of a run of values in one pass, and the factors that normalise it.
+
+Two forms, both merged in a fixed order without atomics on floats:
+
+* lanes: every lane streams its own Welford recurrence ``mean += (x - mean) / k`` in float64; for
+  GPUs whose float64 runs at full rate. Squares of any float32 stay in float64's range.
+* tiles: a tile is held in registers as float32, scaled by the power of two that brings its
+  largest magnitude to [1, 2), centred, and its corrected sum of squares
+  ``sum(d^2) - sum(d)^2 / n`` is merged in float64 scalars. Rounding can fake a spread here, so
+  tiles also carry their least and greatest value.
+
+Traffic: reads each value once.
+"""
+
+import triton
+import triton.language as tl
+
+# the same bound as reference.UNIFORM: 8 * 2**-53
+UNIFORM = tl.constexpr(8 * 2.0**-53)
+
+
+@triton.jit
+def power_of_two_32(k):
+    """``2.0**k`` for int32 k in [-126, 127]."""
+    return ((k + 127) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def power_of_two_64(k):
+    """``2.0**k`` for int64 k in [-1022, 1023]."""
+    return ((k + 1023) << 52).to(tl.float64, bitcast=True)
+
+
+@triton.jit
+def merge(n_a, mean_a, m2_a, n_b, mean_b, m2_b):
+    """Moments of the union of two runs (Chan, Golub and LeVeque); either may be empty."""
+    n = n_a + n_b
+    share = n_b / tl.maximum(n, 1.0)
+    away = tl.where(n_b > 0, mean_b - mean_a, 0.0)
+    return n, mean_a + away * share, m2_a + m2_b + away * away * n_a * share
+
+
+@triton.jit
+def lane_moments(
+    grad, n, ALIGNED: tl.constexpr, BLOCK: tl.constexpr, UNROLL: tl.constexpr
+):  # fmt: skip
+    """Count, mean and M2 of ``n`` (int32) values at ``grad``; float64 Welford in BLOCK lanes."""
+    offsets = tl.arange(0, BLOCK)
+    mean = tl.zeros((BLOCK,), tl.float64)
+    m2 = tl.zeros((BLOCK,), tl.float64)
+    whole = n // 16 * 16
+    main = whole - whole % (UNROLL * BLOCK)
+    i = n * 0
+    k = i.to(tl.float64)
+    while i < main:
+        here = grad + i
+        if ALIGNED:
+            # divisibility does not survive the cast from a table's integer, nor a function call
+            here = tl.multiple_of(here, 16)
+        for u in tl.static_range(UNROLL):
+            x = tl.load(here + u * BLOCK + offsets, eviction_policy="evict_last").to(tl.float64)
+            k += 1.0
+            away = x - mean
+            mean += away * (1.0 / k)
+            m2 += away * (x - mean)
+        i += UNROLL * BLOCK
+    while i < whole:
+        here = grad + i
+        if ALIGNED:
+            here = tl.multiple_of(here, 16)
+        # a bound that is a multiple of 16 keeps the masked load as wide as the unmasked one
+        live = offsets < tl.multiple_of(whole - i, 16)
+        x = tl.load(here + offsets, mask=live, other=0.0, eviction_policy="evict_last").to(
+            tl.float64
+        )
+        k += 1.0
+        away = x - mean
+        next_mean = mean + away * (1.0 / k)
+        m2 = tl.where(live, m2 + away * (x - next_mean), m2)
+        mean = tl.where(live, next_mean, mean)
+        i += BLOCK
+    # lanes: relative to the first one, so that equal values merge without rounding
+    count = tl.maximum((whole - offsets + (BLOCK - 1)) // BLOCK, 0).to(tl.float64)
+    total = whole.to(tl.float64)
+    base = tl.sum(tl.where(offsets == 0, mean, 0.0), 0)
+    away = tl.where(count > 0, mean - base, 0.0)
+    shift = tl.sum(away * count, 0) / tl.maximum(total, 1.0)
+    away = tl.where(count > 0, away - shift, 0.0)
+    lanes_mean = base + shift
+    lanes_m2 = tl.sum(m2 + count * away * away, 0)
+    # the last n % 16 values, two passes in registers
+    rest = tl.arange(0, 16)
+    live16 = rest < n - whole
+    y = tl.load(grad + whole + rest, mask=live16, other=0.0).to(tl.float64)
+    count16 = (n - whole).to(tl.float64)
+    base16 = tl.sum(tl.where(rest == 0, y, 0.0), 0)
+    away16 = tl.where(live16, y - base16, 0.0)
+    shift16 = tl.sum(away16, 0) / tl.maximum(count16, 1.0)
+    away16 = tl.where(live16, away16 - shift16, 0.0)
+    rest_m2 = tl.sum(away16 * away16, 0)
+    if whole == 0:
+        lanes_mean = base16 + shift16
+    return merge(total, lanes_mean, lanes_m2, count16, base16 + shift16, rest_m2)
+
+
+@triton.jit
+def tile_moments(x, x_live, y, y_live, n):
+    """Mean, M2, least and greatest value of each row of a tile, float64 from float32.
+
+    ``x`` [R, C] and ``y`` [R, 16] hold the row, 0 where not live; ``n`` [R] float32 counts both.
+    """
+    least = tl.minimum(
+        tl.min(tl.where(x_live, x, float("inf")), 1), tl.min(tl.where(y_live, y, float("inf")), 1)
+    )
+    most = tl.maximum(
+        tl.max(tl.where(x_live, x, float("-inf")), 1),
+        tl.max(tl.where(y_live, y, float("-inf")), 1),
+    )
+    largest = tl.maximum(tl.abs(least), tl.abs(most))
+    biased = (largest.to(tl.int32, bitcast=True) >> 23) & 0xFF
+    # 149: the least subnormal becomes 1
+    k = tl.where(biased == 0, 149, 127 - biased)
+    up = tl.minimum(tl.maximum(k, -126), 126)
+    first = power_of_two_32(up)[:, None]
+    second = power_of_two_32(k - up)[:, None]
+    x = x * first * second
+    y = y * first * second
+    safe = tl.maximum(n, 1.0)
+    mean = tl.div_rn(tl.sum(x, 1) + tl.sum(y, 1), safe)
+    x = tl.where(x_live, x - mean[:, None], 0.0)
+    y = tl.where(y_live, y - mean[:, None], 0.0)
+    shift = (tl.sum(x, 1) + tl.sum(y, 1)).to(tl.float64)
+    square = (tl.sum(x * x, 1) + tl.sum(y * y, 1)).to(tl.float64)
+    wide = safe.to(tl.float64)
+    down = power_of_two_64(-k.to(tl.int64))
+    exact_mean = (mean.to(tl.float64) + shift / wide) * down
+    # rounding may take the corrected sum of squares below 0
+    m2 = tl.maximum(square - shift * shift / wide, 0.0) * down * down
+    # a maximum drops NaN on some targets: take it from the mean, which never does
+    m2 = tl.where(exact_mean - exact_mean == 0, m2, exact_mean - exact_mean)
+    return exact_mean, m2, least.to(tl.float64), most.to(tl.float64)
+
+
+@triton.jit
+def stream_tile_moments(grad, n, ALIGNED: tl.constexpr, WIDTH: tl.constexpr):
+    """Count, mean, M2, least and greatest of ``n`` (int32) values at ``grad``, tile by tile."""
+    offsets = tl.arange(0, WIDTH)
+    rest = tl.arange(0, 16)
+    whole = n // 16 * 16
+    i = n * 0
+    count = i.to(tl.float64)
+    mean = i.to(tl.float64)
+    m2 = i.to(tl.float64)
+    least = mean + float("inf")
+    most = mean - float("inf")
+    while i < n:
+        here = grad + i
+        if ALIGNED:
+            here = tl.multiple_of(here, 16)
+        live = offsets < tl.multiple_of(whole - i, 16)
+        x = tl.load(here + offsets, mask=live, other=0.0, eviction_policy="evict_last")
+        # the last n % 16 values ride with the tile that ends the run
+        last = tl.where(i + WIDTH >= whole, n - whole, 0)
+        y = tl.load(grad + whole + rest, mask=rest < last, other=0.0)
+        size = tl.maximum(tl.minimum(whole - i, WIDTH), 0) + last
+        mean_t, m2_t, least_t, most_t = tile_moments(
+            x.to(tl.float32)[None, :],
+            live[None, :],
+            y.to(tl.float32)[None, :],
+            (rest < last)[None, :],
+            (size + tl.arange(0, 1)).to(tl.float32),
+        )
+        first_mean = tl.sum(mean_t, 0)
+        if i == 0:
+            mean = first_mean
+        count, mean, m2 = merge(
+            count, mean, m2, size.to(tl.float64), first_mean, tl.sum(m2_t, 0)
+        )
+        least = tl.minimum(least, tl.sum(least_t, 0))
+        most = tl.maximum(most, tl.sum(most_t, 0))
+        i += tl.where(i + WIDTH >= whole, n - i, WIDTH)
+    return count, mean, m2, least, most
+
+
+@triton.jit
+def fold(mean, m2, n, uniform, centering, eps, sign):
+    """The twin of `reference.fold_moments`: float64 statistics to float32 factors, elementwise.
+
+    ``ghat = ((g * up * more) - high - low) * inverse``; ``up * more`` is the power of two that
+    brings the divisor ``rms(v) + eps`` into [1, 2), so that nothing over- or underflows.
+    """
+    variance = m2 / n
+    removed = tl.where(uniform, 0.0, centering)
+    kept = (1.0 - removed) * mean
+    divisor = tl.sqrt(variance + kept * kept) + eps
+    zero = divisor == 0.0
+    biased = (divisor.to(tl.int64, bitcast=True) >> 52) & 0x7FF
+    total = tl.where(zero, 0, 1023 - biased)
+    up = tl.minimum(tl.maximum(total, -126), 126)
+    more = tl.minimum(tl.maximum(total - up, -126), 126)
+    scale = power_of_two_64(tl.minimum(tl.maximum(total, -1022), 1022))
+    center = removed * mean * scale
+    high = center.to(tl.float32)
+    low = (center - high.to(tl.float64)).to(tl.float32)
+    inverse = tl.where(zero, 0.0, sign / tl.where(zero, 1.0, divisor * scale)).to(tl.float32)
+    return (
+        power_of_two_32(up.to(tl.int32)),
+        power_of_two_32(more.to(tl.int32)),
+        high,
+        low,
+        inverse,
+    )
+
+
+@triton.jit
+def mode_of(mean, m2, uniform, cdf, propagate):
+    """0: leave the slice as it is; 1: use the quotient; 2: map it through the normal CDF."""
+    finite = (mean - mean == 0) & (m2 - m2 == 0)
+    used = tl.where((cdf != 0) & (uniform == 0), 2.0, 1.0)
+    return tl.where(finite | (propagate != 0), used, 0.0)

@@ -1,0 +1,340 @@
+"""From a list of tensors to the tables that the kernels walk.
+
+Words: a *segment* is a contiguous run of one tensor with its own statistics (a tensor, or a long
+row), or all tensors of a global group together; a *slice* is the part of a segment that one
+program of the first launch reads; a *chunk* is the part that one program of the second launch
+moves; a *tile* is a set of rows or of small tensors that one program finishes in registers.
+
+Tensors that share storage dtypes and alignment form a *batch*: two launches serve it, whatever
+the number of tensors, groups and options. Statistics of all batches come before all updates, so
+that a global group may span batches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# what the kernels' tables have to a row
+SLICE, TILE, SEGMENT, CHUNK = 5, 5, 4, 4
+# 16-byte accesses; a row must be a multiple of 16 elements for the next one to be aligned
+ALIGNMENT = 16
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """Sizes of the work items, in elements unless named otherwise; all powers of two.
+
+    Attributes:
+        wide: stream statistics in float64 lanes; else in float32 tiles.
+        block: lanes of a statistics program; times `unroll`, the granule of a slice.
+        unroll: rows of `block` per trip of the streaming loop.
+        slice: least size of a slice. A segment has at most `max_partials` slices.
+        max_partials: bounds the table of partial results, and the merge by one program.
+        merge: partial results merged per trip.
+        update_block: elements per trip of an update program.
+        chunk: elements per update program.
+        tile: entries held in registers by a program that finishes rows or small tensors; rows
+            longer than this are segments.
+        warps: per program of the first launch.
+        update_warps: per program of the second launch.
+    """
+
+    wide: bool = True
+    block: int = 512
+    unroll: int = 4
+    slice: int = 16384
+    max_partials: int = 4096
+    merge: int = 256
+    update_block: int = 1024
+    chunk: int = 16384
+    tile: int = 4096
+    warps: int = 4
+    update_warps: int = 4
+
+    @property
+    def tile_columns(self) -> tuple[int, ...]:
+        """Row capacities of the tile's shapes; the narrowest that holds a row is used."""
+        return tuple(self.tile >> shrink for shrink in (6, 4, 2, 0))
+
+
+class Entry(NamedTuple):
+    """One tensor of a step, as the plan needs it.
+
+    All three tensors have the same dense memory order, in which a row is one contiguous run.
+
+    Attributes:
+        param: written in place.
+        grad: read only.
+        momentum: written in place; None without momentum.
+        option: the tensor's row of the option table.
+        rows: slices along dimension 0; 1 when the tensor is one slice.
+        centred: whether the mean is removed.
+        shared: tensors with the same number here form one slice; None for a slice of its own.
+    """
+
+    param: Tensor
+    grad: Tensor
+    momentum: Tensor | None
+    option: int
+    rows: int
+    centred: bool
+    shared: int | None
+
+
+@dataclass
+class Batch:
+    """The tables of one class of tensors; int64 on the device."""
+
+    order: list[int]
+    dtypes: tuple[torch.dtype, torch.dtype, torch.dtype]
+    aligned: bool
+    n_slices: int
+    n_tiles: int
+    n_chunks: int
+    slices: Tensor
+    tiles: Tensor
+    chunks: Tensor
+    rows: Tensor
+    param_ptrs: Tensor
+    momentum_ptrs: Tensor
+    grad_ptrs: Tensor
+    addresses: list[int] = field(default_factory=list)
+
+
+@dataclass
+class Plan:
+    """Everything a step reuses as long as its tensors stay where they are."""
+
+    device: torch.device
+    tuning: Tuning
+    batches: list[Batch]
+    segments: Tensor
+    partials: Tensor
+    arrived: Tensor
+    moments: Tensor
+    folds: Tensor
+    # the segments of each entry; a tile has none
+    first_segment: list[int]
+
+    def point_at(self, grads: Sequence[Tensor]) -> None:
+        """Upload the gradients' addresses where they changed; `grads` are in entry order."""
+        for batch in self.batches:
+            addresses = [grads[i].data_ptr() for i in batch.order]
+            if addresses != batch.addresses:
+                batch.grad_ptrs.copy_(torch.tensor(addresses, dtype=torch.int64))
+                batch.addresses = addresses
+
+
+def build(entries: Sequence[Entry], tuning: Tuning, *, tiles: bool = True) -> Plan:
+    """Lay out the work of a step over non-empty tensors of one device.
+
+    Args:
+        entries: the tensors, in the order in which `Plan.point_at` will get their gradients.
+        tuning: sizes of the work items.
+        tiles: finish rows and tensors that fit in registers in the first launch. Without it
+            every slice has statistics and a fold in the plan's tables.
+    """
+    device = entries[0].param.device
+    kinds: dict[tuple[torch.dtype, torch.dtype, torch.dtype, bool], list[int]] = {}
+    for i, entry in enumerate(entries):
+        buffer = entry.momentum.dtype if entry.momentum is not None else torch.float32
+        kind = (entry.param.dtype, entry.grad.dtype, buffer, _is_aligned(entry))
+        kinds.setdefault(kind, []).append(i)
+
+    tiled = [tiles and e.shared is None and _length(e) <= tuning.tile for e in entries]
+    segments, spans, n_partials = _segments(entries, tiled, tuning)
+    batches = []
+    for kind, members in kinds.items():
+        # tensors that share a tile are neighbours in the tables
+        members = sorted(
+            members,
+            key=lambda i: _columns(entries[i], tuning) if tiled[i] and entries[i].rows == 1 else 0,
+        )
+        batches.append(_batch(entries, members, kind, tiled, spans, tuning, device))
+    n = len(segments)
+    return Plan(
+        device=device,
+        tuning=tuning,
+        batches=batches,
+        segments=segments.to(device),
+        partials=torch.zeros(5, n_partials, dtype=torch.float64, device=device),
+        arrived=torch.zeros(n, dtype=torch.int32, device=device),
+        moments=torch.zeros(n, 2, dtype=torch.float64, device=device),
+        folds=torch.zeros(n, 8, dtype=torch.float32, device=device),
+        first_segment=[span.segment if span else -1 for span in spans],
+    )
+
+
+class _Span(NamedTuple):
+    """Where a tensor's segments and partial results are."""
+
+    segment: int
+    partial: int
+    # elements of a slice, slices of a row
+    step: int
+    slices: int
+
+
+def _segments(
+    entries: Sequence[Entry], tiled: Sequence[bool], tuning: Tuning
+) -> tuple[Tensor, list[_Span | None], int]:
+    """The segment table, each entry's place in it, and the number of partial results."""
+    shared: dict[int, list[int]] = {}
+    for i, entry in enumerate(entries):
+        if entry.shared is not None:
+            shared.setdefault(entry.shared, []).append(i)
+    totals = {key: sum(_length(entries[i]) for i in members) for key, members in shared.items()}
+    tables: list[Tensor] = []
+    spans: list[_Span | None] = [None] * len(entries)
+    n_segments = n_partials = 0
+    done = set()
+    for i, entry in enumerate(entries):
+        if tiled[i] or i in done:
+            continue
+        members = shared[entry.shared] if entry.shared is not None else [i]
+        total = totals[entry.shared] if entry.shared is not None else _length(entry)
+        step = _slice_step(total, tuning)
+        first = n_partials
+        for j in members:
+            slices = -(-_length(entries[j]) // step)
+            spans[j] = _Span(n_segments, n_partials, step, slices)
+            n_partials += slices * entries[j].rows
+            done.add(j)
+        per_segment = (n_partials - first) // entry.rows
+        table = torch.empty(entry.rows, SEGMENT, dtype=torch.int64)
+        table[:, 0] = torch.arange(entry.rows) * per_segment + first
+        table[:, 1] = per_segment
+        table[:, 2] = total
+        table[:, 3] = _code(entry)
+        tables.append(table)
+        n_segments += entry.rows
+    segments = torch.cat(tables) if tables else torch.empty(0, SEGMENT, dtype=torch.int64)
+    return segments, spans, n_partials
+
+
+def _batch(
+    entries: Sequence[Entry],
+    members: list[int],
+    kind: tuple[torch.dtype, torch.dtype, torch.dtype, bool],
+    tiled: Sequence[bool],
+    spans: Sequence[_Span | None],
+    tuning: Tuning,
+    device: torch.device,
+) -> Batch:
+    """The tables of one batch, in one upload."""
+    slices: list[Tensor] = []
+    chunks: list[Tensor] = []
+    tiles: list[Tensor] = []
+    for at, i in enumerate(members):
+        entry, span = entries[i], spans[i]
+        if span is not None:
+            partial = torch.arange(span.slices * entry.rows) + span.partial
+            slices.append(_cut(at, entry, span.step, partial, span.segment))
+            chunks.append(_cut(at, entry, tuning.chunk, None, span.segment))
+        elif entry.rows > 1:
+            columns = _columns(entry, tuning)
+            tiles.append(_tiles(at, entry.rows, tuning.tile // columns, False, columns))
+    for columns in tuning.tile_columns:
+        small = [
+            at
+            for at, i in enumerate(members)
+            if tiled[i] and entries[i].rows == 1 and _columns(entries[i], tuning) == columns
+        ]
+        if small:
+            tiles.append(_tiles(small[0], len(small), tuning.tile // columns, True, columns))
+
+    rows = torch.tensor([[_length(entries[i]), _code(entries[i])] for i in members])
+    params = torch.tensor([entries[i].param.data_ptr() for i in members])
+    # without momentum the address is never used, but it must be one
+    momenta = torch.tensor([_momentum(entries[i]).data_ptr() for i in members])
+    parts = [_stack(slices, SLICE), _stack(tiles, TILE), _stack(chunks, CHUNK), rows, params, momenta]
+    flat = torch.cat([part.flatten() for part in parts]).to(device)
+    views = [
+        view.view(part.shape)
+        for view, part in zip(flat.split([part.numel() for part in parts]), parts)
+    ]
+    return Batch(
+        order=members,
+        dtypes=kind[:3],
+        aligned=kind[3],
+        n_slices=len(parts[0]),
+        n_tiles=len(parts[1]),
+        n_chunks=len(parts[2]),
+        slices=views[0],
+        tiles=views[1],
+        chunks=views[2],
+        rows=views[3],
+        param_ptrs=views[4],
+        momentum_ptrs=views[5],
+        grad_ptrs=torch.empty(len(members), dtype=torch.int64, device=device),
+    )
+
+
+def _cut(at: int, entry: Entry, step: int, partial: Tensor | None, segment: int) -> Tensor:
+    """Cut every row of a tensor in steps: tensor, first element, elements(, partial), segment."""
+    length = _length(entry)
+    starts = torch.arange(0, length, step)
+    sizes = torch.minimum(torch.tensor(step), length - starts)
+    row = torch.arange(entry.rows)
+    table = torch.empty(entry.rows, len(starts), CHUNK if partial is None else SLICE).long()
+    table[..., 0] = at
+    table[..., 1] = row[:, None] * length + starts
+    table[..., 2] = sizes
+    if partial is not None:
+        table[..., 3] = partial.view(entry.rows, -1)
+    table[..., -1] = segment + row[:, None] if entry.shared is None else segment
+    return table.view(-1, table.shape[-1])
+
+
+def _tiles(at: int, rows: int, per_tile: int, listed: bool, columns: int) -> Tensor:
+    """Tiles of `rows` rows from tensor `at` on: of that tensor, or one per tensor if `listed`."""
+    first = torch.arange(0, rows, per_tile)
+    table = torch.empty(len(first), TILE, dtype=torch.int64)
+    table[:, 0] = at + first if listed else at
+    table[:, 1] = torch.minimum(torch.tensor(per_tile), rows - first)
+    table[:, 2] = 0 if listed else first
+    table[:, 3] = int(listed)
+    table[:, 4] = columns
+    return table
+
+
+def _stack(tables: list[Tensor], columns: int) -> Tensor:
+    return torch.cat(tables) if tables else torch.empty(0, columns, dtype=torch.int64)
+
+
+def _length(entry: Entry) -> int:
+    """Elements of a row."""
+    return entry.param.numel() // entry.rows
+
+
+def _columns(entry: Entry, tuning: Tuning) -> int:
+    """The narrowest tile shape that holds a row; 15 entries ride beside the columns."""
+    whole = _length(entry) // 16 * 16
+    return next(columns for columns in tuning.tile_columns if whole <= columns)
+
+
+def _code(entry: Entry) -> int:
+    return entry.option * 2 + entry.centred
+
+
+def _momentum(entry: Entry) -> Tensor:
+    return entry.param if entry.momentum is None else entry.momentum
+
+
+def _slice_step(length: int, tuning: Tuning) -> int:
+    granule = tuning.block * tuning.unroll
+    step = max(tuning.slice, -(-length // tuning.max_partials))
+    return -(-step // granule) * granule
+
+
+def _is_aligned(entry: Entry) -> bool:
+    """Whether every row of all three tensors starts at a multiple of 16 bytes."""
+    if entry.rows > 1 and _length(entry) % 16:
+        return False
+    tensors = (entry.param, entry.grad, _momentum(entry))
+    return all(tensor.data_ptr() % ALIGNMENT == 0 for tensor in tensors)

@@ -1,0 +1,286 @@
+"""First launch of a step: statistics of long segments, and short slices from start to end.
+
+A program does one of two kinds of work:
+
+* a slice of a segment: one pass over its gradient; the program that finishes a segment's last
+  slice (an integer counter says which) merges the partial results in slice order and publishes
+  the segment's fold. The order of merging never depends on the order of arrival.
+* a tile: whole rows, or whole small tensors, that fit in registers. Their gradient is read once,
+  and parameters and momentum are moved at once.
+
+Traffic per gradient element: reads g (4 bytes in float32) for a slice. A tile moves 20 bytes per
+element in float32 with momentum, and is not touched by the second launch.
+"""
+
+import triton
+import triton.language as tl
+
+from .moments import UNIFORM, fold, lane_moments, merge, mode_of, stream_tile_moments, tile_moments
+from .update import (
+    CDF,
+    CENTERING,
+    DECAY,
+    EPS,
+    FOLD_COLUMNS,
+    FRESH,
+    LR,
+    MOMENTUM,
+    NESTEROV,
+    OPTION_COLUMNS,
+    PROPAGATE,
+    SIGN,
+    bounded,
+    move,
+    store_as,
+)
+
+
+@triton.jit
+def _merge_partials(partials, n_partials, first, count, WIDE: tl.constexpr, MERGE: tl.constexpr):
+    """Moments of ``count`` partial results from ``first`` on, in a fixed order.
+
+    The table is five columns of ``n_partials`` float64: count, mean, M2, least, greatest.
+    """
+    k = tl.arange(0, MERGE)
+    here = partials + first
+    base = tl.load(here + n_partials)
+    total = tl.zeros((MERGE,), tl.float64)
+    away = tl.zeros((MERGE,), tl.float64)
+    least = tl.zeros((MERGE,), tl.float64) + float("inf")
+    most = tl.zeros((MERGE,), tl.float64) - float("inf")
+    i = count * 0
+    while i < count:
+        live = k < count - i
+        n = tl.load(here + i + k, mask=live, other=0.0)
+        mean = tl.load(here + n_partials + i + k, mask=live, other=0.0)
+        total += n
+        away += n * tl.where(live, mean - base, 0.0)
+        if not WIDE:
+            row = here + 3 * n_partials + i + k
+            least = tl.minimum(least, tl.load(row, mask=live, other=float("inf")))
+            most = tl.maximum(most, tl.load(row + n_partials, mask=live, other=float("-inf")))
+        i += MERGE
+    n_all = tl.sum(total, 0)
+    shift = tl.sum(away, 0) / n_all
+    m2 = tl.zeros((MERGE,), tl.float64)
+    i = count * 0
+    while i < count:
+        live = k < count - i
+        n = tl.load(here + i + k, mask=live, other=0.0)
+        mean = tl.load(here + n_partials + i + k, mask=live, other=0.0)
+        d = tl.where(live, mean - base - shift, 0.0)
+        m2 += tl.load(here + 2 * n_partials + i + k, mask=live, other=0.0) + n * d * d
+        i += MERGE
+    return n_all, base + shift, tl.sum(m2, 0), tl.min(least, 0), tl.max(most, 0)
+
+
+@triton.jit
+def _publish(mean, m2, n, uniform, segment, coded, moments_ptr, folds_ptr, options_ptr, skipped):
+    """Store a segment's moments and fold; count it when it is to be skipped."""
+    option = options_ptr + (coded >> 1) * OPTION_COLUMNS
+    centering = tl.where((coded & 1) != 0, tl.load(option + CENTERING), 0.0)
+    up, more, high, low, inverse = fold(
+        mean, m2, n, uniform, centering, tl.load(option + EPS), tl.load(option + SIGN)
+    )
+    mode = mode_of(mean, m2, uniform, tl.load(option + CDF), tl.load(option + PROPAGATE))
+    row = folds_ptr + segment * FOLD_COLUMNS
+    tl.store(row, up)
+    tl.store(row + 1, more)
+    tl.store(row + 2, high)
+    tl.store(row + 3, low)
+    tl.store(row + 4, inverse)
+    tl.store(row + 5, mode.to(tl.float32))
+    tl.store(moments_ptr + segment * 2, mean)
+    tl.store(moments_ptr + segment * 2 + 1, m2)
+    if mode == 0.0:
+        tl.atomic_add(skipped, 1)
+
+
+@triton.jit
+def _slice(
+    row, segments_ptr, partials_ptr, n_partials, arrived_ptr, moments_ptr, folds_ptr, options_ptr,
+    skipped, grad_ptrs, GRAD: tl.constexpr, ALIGNED: tl.constexpr, WIDE: tl.constexpr,
+    BLOCK: tl.constexpr, UNROLL: tl.constexpr, MERGE: tl.constexpr,
+):  # fmt: skip
+    """Statistics of one slice; the last one of a segment publishes it."""
+    tensor = tl.load(row)
+    start = tl.load(row + 1)
+    length = tl.load(row + 2).to(tl.int32)
+    slot = tl.load(row + 3)
+    segment = tl.load(row + 4)
+    grad = tl.load(grad_ptrs + tensor).to(tl.pointer_type(GRAD)) + start
+    if WIDE:
+        n, mean, m2 = lane_moments(grad, length, ALIGNED, BLOCK, UNROLL)
+        least = mean
+        most = mean
+    else:
+        n, mean, m2, least, most = stream_tile_moments(grad, length, ALIGNED, BLOCK * UNROLL)
+    first = tl.load(segments_ptr + segment * 4)
+    count = tl.load(segments_ptr + segment * 4 + 1)
+    arrivals = count - 1
+    if count > 1:
+        here = partials_ptr + slot
+        tl.store(here, n)
+        tl.store(here + n_partials, mean)
+        tl.store(here + 2 * n_partials, m2)
+        if not WIDE:
+            tl.store(here + 3 * n_partials, least)
+            tl.store(here + 4 * n_partials, most)
+        # every lane's stores before the counter's release
+        tl.debug_barrier()
+        arrivals = tl.atomic_add(arrived_ptr + segment, 1, sem="acq_rel").to(tl.int64)
+    if arrivals == count - 1:
+        if count > 1:
+            tl.debug_barrier()
+            n, mean, m2, least, most = _merge_partials(
+                partials_ptr, n_partials, first, count, WIDE, MERGE
+            )
+            tl.store(arrived_ptr + segment, 0)
+        if WIDE:
+            uniform = tl.sqrt(m2 / n) <= tl.abs(mean) * UNIFORM
+        else:
+            uniform = least == most
+            mean = tl.where(uniform, least, mean)
+            m2 = tl.where(uniform, 0.0, m2)
+        coded = tl.load(segments_ptr + segment * 4 + 3)
+        _publish(
+            mean, m2, n, uniform, segment, coded, moments_ptr, folds_ptr, options_ptr, skipped
+        )
+
+
+@triton.jit
+def _pointers(table, tensor, start, offsets, live, ELEMENT: tl.constexpr, ALIGNED: tl.constexpr):
+    """[R, C] addresses of the tile's rows."""
+    base = tl.load(table + tensor, mask=live, other=0).to(tl.pointer_type(ELEMENT)) + start
+    address = base[:, None] + offsets[None, :]
+    if ALIGNED:
+        address = tl.multiple_of(address, (16, 16))
+    return address
+
+
+@triton.jit
+def _tile(
+    row, rows_ptr, options_ptr, skipped, grad_ptrs, param_ptrs, momentum_ptrs,
+    GRAD: tl.constexpr, PARAM: tl.constexpr, BUFFER: tl.constexpr, ALIGNED: tl.constexpr,
+    SOFT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """ROWS slices of at most COLUMNS entries each, from one gradient read to the stores."""
+    r = tl.arange(0, ROWS)
+    present = r < tl.load(row + 1).to(tl.int32)
+    # listed: one row per tensor of the table; else consecutive rows of one tensor
+    listed = tl.load(row + 3)
+    tensor = tl.load(row) + r * listed
+    length = tl.load(rows_ptr + tensor * 2, mask=present, other=0)
+    coded = tl.load(rows_ptr + tensor * 2 + 1, mask=present, other=0)
+    start = (tl.load(row + 2) + r) * (1 - listed) * length
+    whole = length // 16 * 16
+    c = tl.arange(0, COLUMNS)
+    c16 = tl.arange(0, 16)
+    # a bound that is a multiple of 16 keeps the masked access as wide as the unmasked one
+    x_live = c[None, :] < tl.multiple_of(whole.to(tl.int32)[:, None], (16, 16))
+    y_live = c16[None, :] < (length - whole)[:, None]
+
+    grad = _pointers(grad_ptrs, tensor, start, c, present, GRAD, ALIGNED)
+    if ALIGNED:
+        grad = tl.multiple_of(grad, (16, 16))
+    grad16 = _pointers(grad_ptrs, tensor, start + whole, c16, present, GRAD, False)
+    x = tl.load(grad, mask=x_live, other=0.0, eviction_policy="evict_first").to(tl.float32)
+    y = tl.load(grad16, mask=y_live, other=0.0).to(tl.float32)
+    n = tl.maximum(length, 1).to(tl.float64)
+    mean, m2, least, most = tile_moments(x, x_live, y, y_live, length.to(tl.float32))
+    uniform = least == most
+    mean = tl.where(uniform, least, mean)
+    m2 = tl.where(uniform, 0.0, m2)
+
+    option = options_ptr + (coded >> 1) * OPTION_COLUMNS
+    centering = tl.where((coded & 1) != 0, tl.load(option + CENTERING), 0.0)
+    up, more, high, low, inverse = fold(
+        mean, m2, n, uniform, centering, tl.load(option + EPS), tl.load(option + SIGN)
+    )
+    mode = mode_of(mean, m2, uniform, tl.load(option + CDF), tl.load(option + PROPAGATE))
+    left_out = tl.sum(tl.where(present & (mode == 0.0), 1, 0), 0)
+    if left_out > 0:
+        tl.atomic_add(skipped, left_out)
+    moved = present & (mode != 0.0)
+    lr = tl.load(option + LR).to(tl.float32)[:, None]
+    decay = tl.load(option + DECAY).to(tl.float32)[:, None]
+    beta = tl.load(option + MOMENTUM).to(tl.float32)[:, None]
+    fresh = tl.load(option + FRESH).to(tl.float32)[:, None]
+    nesterov = tl.load(option + NESTEROV)[:, None]
+
+    gx = (((x * up[:, None]) * more[:, None] - high[:, None]) - low[:, None]) * inverse[:, None]
+    gy = (((y * up[:, None]) * more[:, None] - high[:, None]) - low[:, None]) * inverse[:, None]
+    if tl.max(mode, 0) == 2.0:
+        gx = tl.where(mode[:, None] == 2.0, bounded(gx), gx)
+        gy = tl.where(mode[:, None] == 2.0, bounded(gy), gy)
+
+    param = _pointers(param_ptrs, tensor, start, c, present, PARAM, ALIGNED)
+    momentum = _pointers(momentum_ptrs, tensor, start, c, present, BUFFER, ALIGNED)
+    if ALIGNED:
+        param = tl.multiple_of(param, (16, 16))
+        momentum = tl.multiple_of(momentum, (16, 16))
+    live = x_live & moved[:, None]
+    has = live & (beta != 0)
+    p = tl.load(param, mask=live, other=0.0, eviction_policy="evict_first").to(tl.float32)
+    m = tl.load(momentum, mask=has, other=0.0, eviction_policy="evict_first").to(tl.float32)
+    p, m = move(p, m, gx, lr, decay, beta, fresh, nesterov)
+    tl.store(param, store_as(p, PARAM, SOFT), mask=live, eviction_policy="evict_first")
+    tl.store(momentum, store_as(m, BUFFER, SOFT), mask=has, eviction_policy="evict_first")
+
+    param = _pointers(param_ptrs, tensor, start + whole, c16, present, PARAM, False)
+    momentum = _pointers(momentum_ptrs, tensor, start + whole, c16, present, BUFFER, False)
+    live = y_live & moved[:, None]
+    has = live & (beta != 0)
+    p = tl.load(param, mask=live, other=0.0).to(tl.float32)
+    m = tl.load(momentum, mask=has, other=0.0).to(tl.float32)
+    p, m = move(p, m, gy, lr, decay, beta, fresh, nesterov)
+    tl.store(param, store_as(p, PARAM, SOFT), mask=live)
+    tl.store(momentum, store_as(m, BUFFER, SOFT), mask=has)
+
+
+@triton.jit
+def _statistics_kernel(
+    slices_ptr,  # int64 [n_slices, 5]: tensor, first element, elements, partial, segment
+    n_slices,
+    tiles_ptr,  # int64 [tiles, 5]: first tensor, rows, first row, listed, columns
+    rows_ptr,  # int64 [tensors, 2]: elements of a row, option row * 2 + centred
+    segments_ptr,  # int64 [segments, 4]: first partial, partials, elements, the same code
+    partials_ptr,  # float64 [5, n_partials]
+    n_partials,
+    arrived_ptr,  # int32 [segments], zero before and after
+    moments_ptr,  # float64 [segments, 2]: mean, M2
+    folds_ptr,  # float32 [segments, FOLD_COLUMNS]
+    options_ptr,  # float64 [groups, OPTION_COLUMNS]
+    skipped_ptr,  # int64 [1], counts slices left as they were
+    grad_ptrs,  # int64 [tensors], likewise the next two
+    param_ptrs,
+    momentum_ptrs,
+    GRAD: tl.constexpr,
+    PARAM: tl.constexpr,
+    BUFFER: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    WIDE: tl.constexpr,
+    SOFT: tl.constexpr,
+    TILES: tl.constexpr,
+    BLOCK: tl.constexpr,
+    UNROLL: tl.constexpr,
+    MERGE: tl.constexpr,
+    TILE: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0).to(tl.int64)
+    if program < n_slices:
+        _slice(
+            slices_ptr + program * 5, segments_ptr, partials_ptr, n_partials, arrived_ptr,
+            moments_ptr, folds_ptr, options_ptr, skipped_ptr, grad_ptrs,
+            GRAD, ALIGNED, WIDE, BLOCK, UNROLL, MERGE,
+        )  # fmt: skip
+    elif TILES:
+        row = tiles_ptr + (program - n_slices) * 5
+        columns = tl.load(row + 4)
+        for shrink in tl.static_range(4):
+            WIDTH: tl.constexpr = TILE >> (2 * shrink)
+            if columns == WIDTH:
+                _tile(
+                    row, rows_ptr, options_ptr, skipped_ptr, grad_ptrs, param_ptrs, momentum_ptrs,
+                    GRAD, PARAM, BUFFER, ALIGNED, SOFT, TILE // WIDTH, WIDTH,
+                )  # fmt: skip
