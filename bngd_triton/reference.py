@@ -116,14 +116,26 @@ def step_(
     )  # fmt: skip
     check_tensors(params, grads, momentum_buffers, momentum=momentum)
     check_step(params, grads, options)
+    buffers = (
+        momentum_buffers if momentum and momentum_buffers is not None else [None] * len(params)
+    )
+    return apply_(params, grads, buffers, options)
+
+
+def apply_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    momentum_buffers: Sequence[Tensor | None],
+    options: Options,
+) -> Tensor:
+    """`step_` on what was checked before, under `torch.no_grad`."""
     skipped = torch.zeros((), dtype=torch.int64, device=params[0].device if params else None)
     counted = False
     for index, fold in enumerate(folds(params, grads, options)):
         if fold is None:
             continue
-        buffer = momentum_buffers[index] if momentum and momentum_buffers is not None else None
-        _update_(params[index], grads[index], buffer, fold, options)
-        if nonfinite == "skip" and not (granularity == "global" and counted):
+        _update_(params[index], grads[index], momentum_buffers[index], fold, options)
+        if options.nonfinite != "propagate" and not (options.granularity == "global" and counted):
             skipped += (~fold.finite).sum().to(skipped.device)
             counted = True
     return skipped
@@ -148,7 +160,7 @@ def _update_(
         rate = lr.double() if isinstance(lr, Tensor) else lr
         target = target * (1 - rate * options.weight_decay)
     target = target - update * lr
-    if options.nonfinite == "skip":
+    if options.nonfinite != "propagate":
         param.copy_(_keep(fold.finite, target, param))
         if buffer is not None and moved is not None:
             buffer.copy_(_keep(fold.finite, moved, buffer))

@@ -7,7 +7,6 @@ import functools
 import importlib.util
 import os
 import struct
-from collections.abc import Sequence
 from typing import Any
 
 import torch

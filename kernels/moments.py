@@ -173,9 +173,7 @@ def stream_tile_moments(grad, n, ALIGNED: tl.constexpr, WIDTH: tl.constexpr):
         first_mean = tl.sum(mean_t, 0)
         if i == 0:
             mean = first_mean
-        count, mean, m2 = merge(
-            count, mean, m2, size.to(tl.float64), first_mean, tl.sum(m2_t, 0)
-        )
+        count, mean, m2 = merge(count, mean, m2, size.to(tl.float64), first_mean, tl.sum(m2_t, 0))
         least = tl.minimum(least, tl.sum(least_t, 0))
         most = tl.maximum(most, tl.sum(most_t, 0))
         i += tl.where(i + WIDTH >= whole, n - i, WIDTH)

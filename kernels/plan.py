@@ -252,7 +252,14 @@ def _batch(
     params = torch.tensor([entries[i].param.data_ptr() for i in members])
     # without momentum the address is never used, but it must be one
     momenta = torch.tensor([_momentum(entries[i]).data_ptr() for i in members])
-    parts = [_stack(slices, SLICE), _stack(tiles, TILE), _stack(chunks, CHUNK), rows, params, momenta]
+    parts = [
+        _stack(slices, SLICE),
+        _stack(tiles, TILE),
+        _stack(chunks, CHUNK),
+        rows,
+        params,
+        momenta,
+    ]
     flat = torch.cat([part.flatten() for part in parts]).to(device)
     views = [
         view.view(part.shape)

@@ -15,7 +15,7 @@ element in float32 with momentum, and is not touched by the second launch.
 import triton
 import triton.language as tl
 
-from .moments import UNIFORM, fold, lane_moments, merge, mode_of, stream_tile_moments, tile_moments
+from .moments import UNIFORM, fold, lane_moments, mode_of, stream_tile_moments, tile_moments
 from .update import (
     CDF,
     CENTERING,
@@ -143,9 +143,7 @@ def _slice(
             mean = tl.where(uniform, least, mean)
             m2 = tl.where(uniform, 0.0, m2)
         coded = tl.load(segments_ptr + segment * 4 + 3)
-        _publish(
-            mean, m2, n, uniform, segment, coded, moments_ptr, folds_ptr, options_ptr, skipped
-        )
+        _publish(mean, m2, n, uniform, segment, coded, moments_ptr, folds_ptr, options_ptr, skipped)
 
 
 @triton.jit

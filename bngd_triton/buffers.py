@@ -1,0 +1,130 @@
+"""Flat buffers: parameters and momentum as 128-byte-aligned views of a few large allocations.
+
+Every view has a storage of its own that keeps the buffer alive, so that saving, copying or
+sharing one tensor never touches its neighbours.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+# a GPU's L2 line, and a multiple of what 16-byte accesses need
+ALIGNMENT = 128
+# a buffer is filled while the parameters it replaces are still alive: this bounds the extra memory
+MAX_BYTES = 256 * 2**20
+
+# parameters that some optimizer has flattened, by id; they are never flattened again
+_flattened: dict[int, weakref.ref[Tensor]] = {}
+
+
+def flatten_(params: Sequence[Tensor]) -> list[Tensor]:
+    """Move parameters into flat buffers, in order; their values, shapes and strides stay.
+
+    Args:
+        params: parameters of any devices and dtypes.
+
+    Returns:
+        Those that stay where they are, because moving them is not safe (`why_not_flat`) or
+        because they are larger than a buffer.
+    """
+    left = [param for param in params if _bytes(param) > MAX_BYTES or why_not_flat(param)]
+    kept = {id(param) for param in left}
+    moving = [param for param in params if id(param) not in kept]
+    for part in _partition(moving):
+        for param, view in zip(part, _views(part, part[0].dtype)):
+            view.copy_(param.data)
+            param.data = view
+            _remember(param)
+    return left
+
+
+def why_not_flat(param: Tensor) -> str | None:
+    """Why a parameter's storage must be left alone; None if it may move."""
+    storage = param.untyped_storage()
+    if id(param) in _flattened:
+        return "it was flattened before"
+    if type(param.data) is not torch.Tensor:
+        return f"it is a {type(param.data).__name__}"
+    if not param.numel():
+        return "it has no entries"
+    if storage.nbytes() != _bytes(param) or param.storage_offset():
+        return "it is a part of a larger storage, or overlaps itself"
+    if not storage.resizable():
+        return "its memory belongs to somebody else (another flat buffer, NumPy, a mapped file)"
+    if param.is_shared() and param.device.type == "cpu":
+        return "it is in shared memory"
+    if _aliases(param):
+        return "other tensors share its storage"
+    return None
+
+
+def momentum_like(params: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> list[Tensor]:
+    """Zeros of the shapes and strides of `params`, as views of flat buffers; in order."""
+    found: dict[int, Tensor] = {}
+    for dtype in dict.fromkeys(dtypes):
+        same = [param for param, wanted in zip(params, dtypes) if wanted == dtype]
+        for part in _partition(same):
+            found |= {id(p): view for p, view in zip(part, _views(part, dtype))}
+    return [found[id(param)] for param in params]
+
+
+def _partition(params: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Runs of one device and dtype, each of at most `MAX_BYTES` unless it is one tensor."""
+    kinds: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    for param in params:
+        kinds.setdefault((param.device, param.dtype), []).append(param)
+    for same in kinds.values():
+        part: list[Tensor] = []
+        size = 0
+        for param in same:
+            if part and size + _bytes(param) > MAX_BYTES:
+                yield part
+                part, size = [], 0
+            part.append(param)
+            size += _bytes(param)
+        yield part
+
+
+def _views(params: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """One zeroed buffer on the parameters' device, and a view of it for each parameter."""
+    granule = ALIGNMENT // dtype.itemsize
+    starts, end = [], 0
+    for param in params:
+        starts.append(end)
+        end += -(-param.numel() // granule) * granule
+    # allocators align to 512 bytes on a GPU, to 64 on the CPU
+    flat = torch.zeros(end + granule, dtype=dtype, device=params[0].device)
+    flat = flat[-flat.data_ptr() % ALIGNMENT // dtype.itemsize :]
+    views = []
+    for param, start in zip(params, starts):
+        run = flat[start : start + param.numel()]
+        # a tensor that comes by DLPack has a storage of its own, which holds on to the buffer
+        own = torch.from_dlpack(run) if param.numel() else torch.empty_like(run)
+        # dense strides in the parameter's order, also where the parameter itself has gaps
+        strides = torch.empty_like(param, device="meta").stride()
+        views.append(own.as_strided(param.shape, strides))
+    return views
+
+
+def _remember(param: Tensor) -> None:
+    key = id(param)
+    _flattened[key] = weakref.ref(param, lambda _: _flattened.pop(key, None))
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _users(tensor: Tensor) -> int:
+    """How many tensors and handles use a storage; 0 where torch does not tell."""
+    count = getattr(torch._C, "_storage_Use_Count", None)
+    return 0 if count is None else int(count(tensor.untyped_storage()._cdata))
+
+
+def _aliases(param: Tensor) -> bool:
+    """Whether another tensor looks into the storage: it would go on seeing the old values."""
+    return _users(param) > _users(torch.nn.Parameter(torch.empty(1)))
