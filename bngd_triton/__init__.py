@@ -1,7 +1,8 @@
 """Batch-normalised gradient descent for PyTorch, with fused Triton kernels."""
 
+from .inputs import BatchStandardize, standardize
 from .optimizer import BNGD
 from .reference import article_cdf, normalize_gradient
 
 __version__ = "0.1.0"
-__all__ = ["BNGD", "article_cdf", "normalize_gradient"]
+__all__ = ["BNGD", "BatchStandardize", "article_cdf", "normalize_gradient", "standardize"]

@@ -10,6 +10,7 @@ import weakref
 from collections.abc import Iterator, Sequence
 
 import torch
+import torch.utils.dlpack
 from torch import Tensor
 
 # a GPU's L2 line, and a multiple of what 16-byte accesses need
@@ -103,7 +104,7 @@ def _views(params: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
     for param, start in zip(params, starts):
         run = flat[start : start + param.numel()]
         # a tensor that comes by DLPack has a storage of its own, which holds on to the buffer
-        own = torch.from_dlpack(run) if param.numel() else torch.empty_like(run)
+        own = torch.utils.dlpack.from_dlpack(run) if param.numel() else torch.empty_like(run)
         # dense strides in the parameter's order, also where the parameter itself has gaps
         strides = torch.empty_like(param, device="meta").stride()
         views.append(own.as_strided(param.shape, strides))

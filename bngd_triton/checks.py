@@ -94,7 +94,7 @@ def check_float(what: str, tensor: Tensor) -> None:
 
     Raises:
         TypeError: sparse, complex, integer or 8-bit float; the message starts with `what`.
-        NotImplementedError: a sharded tensor.
+        NotImplementedError: a sharded tensor, or a device without float64.
     """
     if tensor.layout is not torch.strided:
         raise TypeError(
@@ -109,6 +109,11 @@ def check_float(what: str, tensor: Tensor) -> None:
     if tensor.dtype not in FLOAT_DTYPES:
         allowed = ", ".join(str(d).removeprefix("torch.") for d in FLOAT_DTYPES)
         raise TypeError(f"{what} has dtype {tensor.dtype}; BNGD takes {allowed}")
+    if tensor.device.type == "mps":
+        raise NotImplementedError(
+            f"{what} is on {tensor.device}, which has no float64 for the statistics; "
+            "keep the model on the CPU"
+        )
     if hasattr(tensor, "placements"):
         raise NotImplementedError(
             f"{what} is sharded (DTensor): statistics of a local shard would be wrong, and those "
@@ -166,6 +171,15 @@ def check_tensors(
                 f"{name} overlaps itself (shape {tuple(param.shape)}, strides {param.stride()}); "
                 "a step cannot write to it: use .clone() or .contiguous()"
             )
+
+
+def buffers_of(
+    momentum_buffers: Sequence[Tensor] | None, params: Sequence[Tensor], options: Options
+) -> Sequence[Tensor | None]:
+    """The buffers that a step uses: one for each parameter, None without momentum."""
+    if not options.momentum or momentum_buffers is None:
+        return [None] * len(params)
+    return momentum_buffers
 
 
 def _overlaps(tensor: Tensor) -> bool:

@@ -12,11 +12,10 @@ from torch.optim import Optimizer
 
 from . import reference
 from .buffers import flatten_, momentum_like, why_not_flat
-from .checks import FLOAT_DTYPES, Options, check_float, check_step, check_tensors
+from .checkpoint import BUFFER, check_state_dict, parameter_names, place_state
+from .checks import Options, check_float, check_step, check_tensors
 from .kernels.fused import FusedStep, Member, new_counter
 from .kernels.launch import why_not
-
-BUFFER = "momentum_buffer"
 
 
 class _Work(NamedTuple):
@@ -93,6 +92,7 @@ class BNGD(Optimizer):
 
     fused: bool | None
     flatten: bool | None
+    _prepared: FusedStep | None
 
     def __init__(
         self,
@@ -147,7 +147,7 @@ class BNGD(Optimizer):
         group = self.param_groups[index]
         try:
             options = Options.of(group)
-            names = _names(group, index)
+            names = parameter_names(group, index)
             for name, param in zip(names, group["params"]):
                 check_float(name, param)
             check_step(group["params"], [], options)
@@ -238,7 +238,7 @@ class BNGD(Optimizer):
     def _gather(self, group: dict[str, Any], index: int) -> _Work:
         """What a group asks of this step, checked in full before anything changes."""
         options = Options.of(group)
-        names = _names(group, index)
+        names = parameter_names(group, index)
         found = [(p, p.grad, n) for p, n in zip(group["params"], names) if p.grad is not None]
         params = [param for param, _, _ in found]
         grads = [grad for _, grad, _ in found]
@@ -292,12 +292,12 @@ class BNGD(Optimizer):
 
         # runs after the user's own hooks: state is kept from torch's loader, which would cast it
         def set_aside(_: Optimizer, incoming: dict[str, Any]) -> dict[str, Any]:
-            self._check_state_dict(incoming)
+            check_state_dict(self, incoming)
             saved.update(incoming)
             return {**incoming, "state": {}}
 
         def place(_: Optimizer) -> None:
-            self._place_state(saved)
+            place_state(self, saved)
 
         handles = [
             self.register_load_state_dict_pre_hook(set_aside),
@@ -309,50 +309,9 @@ class BNGD(Optimizer):
             for handle in handles:
                 handle.remove()
 
-    def _check_state_dict(self, incoming: dict[str, Any]) -> None:
-        groups = incoming["param_groups"]
-        for i, group in enumerate(groups):
-            if "granularity" not in group:
-                raise ValueError(
-                    f"param_groups[{i}] has no 'granularity': this is not a BNGD checkpoint "
-                    "(momentum of other optimizers is in other units; start without it)"
-                )
-            Options.of({**_DEFAULTS, **group})
-        if [len(g["params"]) for g in groups] != [len(g["params"]) for g in self.param_groups]:
-            return  # torch's loader says so
-        for key, param, name in self._pair(groups):
-            for entry, value in incoming["state"].get(key, {}).items():
-                if isinstance(value, Tensor) and value.shape != param.shape:
-                    raise ValueError(
-                        f"{entry} of {name} has shape {tuple(value.shape)}, "
-                        f"the parameter {tuple(param.shape)}"
-                    )
-                if isinstance(value, Tensor) and value.dtype not in FLOAT_DTYPES:
-                    raise ValueError(f"{entry} of {name} has dtype {value.dtype}")
-
-    def _place_state(self, saved: dict[str, Any]) -> None:
-        pairs = [
-            (param, saved["state"][key][BUFFER])
-            for key, param, _ in self._pair(saved["param_groups"])
-            if BUFFER in saved["state"].get(key, {})
-        ]
-        params = [param for param, _ in pairs]
-        buffers = momentum_like(params, [value.dtype for _, value in pairs])
-        for (param, value), buffer in zip(pairs, buffers):
-            buffer.copy_(value)
-            self.state[param][BUFFER] = buffer
-
-    def _pair(self, groups: list[dict[str, Any]]) -> list[tuple[Any, Tensor, str]]:
-        """The checkpoint's keys beside the parameters they stand for, and their names."""
-        return [
-            (key, param, name)
-            for index, (old, new) in enumerate(zip(groups, self.param_groups))
-            for key, param, name in zip(old["params"], new["params"], _names(new, index))
-        ]
-
     def _forget(self) -> None:
         """Drop what can be made again; it holds addresses and must not be copied or saved."""
-        self._prepared: FusedStep | None = None
+        self._prepared = None
 
     def __getstate__(self) -> dict[str, Any]:
         state: dict[str, Any] = super().__getstate__()
@@ -365,16 +324,5 @@ class BNGD(Optimizer):
         self.__dict__.setdefault("flatten", None)
         self.__dict__.setdefault("_skipped", {})
         for group in self.param_groups:
-            for name, value in _DEFAULTS.items():
-                group.setdefault(name, value)
-
-
-_DEFAULTS = {field.name: field.default for field in fields(Options)}
-
-
-def _names(group: dict[str, Any], index: int) -> list[str]:
-    """The parameters' own names where the group has them, else their places."""
-    named = group.get("param_names")
-    if named is not None:
-        return list(named)
-    return [f"param_groups[{index}]['params'][{i}]" for i in range(len(group["params"]))]
+            for field in fields(Options):
+                group.setdefault(field.name, field.default)

@@ -22,45 +22,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .checks import Options, check_float, check_step, check_tensors
-
-# sigma below this multiple of |mean| is rounding, not spread: float64 statistics of equal values
-# are off by a few units of 2**-53, and the least real spread of 2**31 float32 values is 2**-40
-UNIFORM = 8 * 2.0**-53
-
-
-class Moments(NamedTuple):
-    """Statistics of slices: float64 tensors that broadcast against the gradient.
-
-    `mean` and `m2` (the sum of squared deviations) belong to the gradient times
-    ``2**exponent``, which keeps squares of float64 gradients in range; it is 0 for narrower ones.
-    """
-
-    count: float
-    mean: Tensor
-    m2: Tensor
-    exponent: Tensor | int
-
-
-class Fold(NamedTuple):
-    """What normalises a slice: ``ghat = ((g * up * more) - high - low) * inverse``.
-
-    ``up * more`` is the power of two that brings ``rms(v) + eps`` into [1, 2), in two factors
-    since one can overflow; ``high + low`` is the centred share of the mean in those units.
-    """
-
-    up: Tensor
-    more: Tensor
-    high: Tensor
-    low: Tensor
-    inverse: Tensor
-    uniform: Tensor
-    finite: Tensor
+from .moments import Fold, blocks, fold_moments, global_moments, moments, slice_dims
 
 
 @torch.no_grad()
@@ -134,7 +101,10 @@ def apply_(
     for index, fold in enumerate(folds(params, grads, options)):
         if fold is None:
             continue
-        _update_(params[index], grads[index], momentum_buffers[index], fold, options)
+        param, grad, buffer = params[index], grads[index], momentum_buffers[index]
+        for block in blocks(param):
+            here = None if buffer is None else buffer[block]
+            _update_(param[block], grad[block], here, fold.of_block(block), options)
         if options.nonfinite != "propagate" and not (options.granularity == "global" and counted):
             skipped += (~fold.finite).sum().to(skipped.device)
             counted = True
@@ -147,7 +117,7 @@ def _update_(
     """Normalise and move one parameter: the last three lines of the definition."""
     dtype = fold.inverse.dtype
     lr = options.lr
-    ghat = _normalize(grad, fold, options)
+    ghat = normalize(grad, fold, options)
     update = ghat
     moved = None
     if buffer is not None:
@@ -177,7 +147,7 @@ def _keep(finite: Tensor, new: Tensor, old: Tensor) -> Tensor:
     return torch.where(finite, new, old.to(new.dtype))
 
 
-def _normalize(grad: Tensor, fold: Fold, options: Options) -> Tensor:
+def normalize(grad: Tensor, fold: Fold, options: Options) -> Tensor:
     """``ghat`` of one gradient, in the arithmetic dtype, as a new tensor."""
     ghat = grad.to(fold.inverse.dtype) * fold.up
     ghat *= fold.more
@@ -203,97 +173,6 @@ def folds(
         found = shared or moments(grad, slice_dims(grad.dim(), options.granularity))
         wide = torch.promote_types(torch.promote_types(param.dtype, grad.dtype), torch.float32)
         yield fold_moments(found, options, options.centering_for(grad.dim()), wide)
-
-
-def slice_dims(ndim: int, granularity: str) -> tuple[int, ...]:
-    """The dimensions that one slice spans: all of them, or all but the first for rows."""
-    return tuple(range(1 if granularity == "row" and ndim >= 2 else 0, ndim))
-
-
-def moments(grad: Tensor, dims: tuple[int, ...], exponent: Tensor | int | None = None) -> Moments:
-    """Count, mean and sum of squared deviations over `dims`, kept as dimensions of size 1.
-
-    Deviations are taken from the first entry of the slice, then from their own mean, so that equal
-    values have none and a mean far above the spread costs no digits.
-    """
-    if exponent is None:
-        exponent = _exponent(grad.abs().amax(dims, keepdim=True)) if _is_wide(grad) else 0
-    values = grad.double()
-    if isinstance(exponent, Tensor):
-        values = values * power_of_two(exponent)
-    first = values[tuple(slice(0, 1) if d in dims else slice(None) for d in range(grad.dim()))]
-    deviation = values - first
-    shift = deviation.mean(dims, keepdim=True)
-    deviation -= shift
-    m2 = deviation.square_().sum(dims, keepdim=True)
-    return Moments(grad.numel() // m2.numel(), first + shift, m2, exponent)
-
-
-def global_moments(grads: Sequence[Tensor]) -> Moments | None:
-    """The moments of the concatenation of `grads`, as 0-dim tensors; None without entries."""
-    filled = [grad for grad in grads if grad.numel()]
-    if not filled:
-        return None
-    exponent: Tensor | int = 0
-    if any(_is_wide(grad) for grad in filled):
-        exponent = _exponent(torch.stack([grad.double().abs().amax() for grad in filled]).amax())
-    parts = [moments(grad, slice_dims(grad.dim(), "global"), exponent) for grad in filled]
-    means = torch.stack([part.mean.reshape(()) for part in parts])
-    m2 = torch.stack([part.m2.reshape(()) for part in parts])
-    counts = torch.tensor([part.count for part in parts], dtype=torch.float64, device=m2.device)
-    total = sum(part.count for part in parts)
-    # relative to the first mean, so that equal means merge without rounding
-    away = means - means[0]
-    shift = (counts * away).sum() / total
-    return Moments(total, means[0] + shift, (m2 + counts * (away - shift).square()).sum(), exponent)
-
-
-def fold_moments(found: Moments, options: Options, centering: float, dtype: torch.dtype) -> Fold:
-    """Turn statistics into the factors that `_normalize` applies, rounded once to `dtype`."""
-    mean, variance = found.mean, found.m2 / found.count
-    uniform = variance.sqrt() <= UNIFORM * mean.abs()
-    removed = torch.where(uniform, 0.0, centering)
-    kept = (1 - removed) * mean
-    eps: float | Tensor = options.eps
-    if isinstance(found.exponent, Tensor):
-        eps = options.eps * power_of_two(found.exponent)
-    divisor = (variance + kept.square()).sqrt() + eps
-    zero = divisor == 0
-    # divisor * 2**exponent is in [1, 2): products neither overflow nor lose bits to underflow
-    exponent = torch.where(zero, 0, 1 - torch.frexp(divisor).exponent.long())
-    limit = 1022 if dtype is torch.float64 else 126
-    total = exponent + found.exponent
-    up = total.clamp(-limit, limit)
-    more = (total - up).clamp(-limit, limit)
-    scale = power_of_two(exponent.clamp(-1022, 1022))
-    center = removed * mean * scale
-    high = center.to(dtype)
-    sign = -1.0 if options.maximize else 1.0
-    inverse = torch.where(zero, 0.0, sign / (divisor * scale))
-    return Fold(
-        up=power_of_two(up).to(dtype),
-        more=power_of_two(more).to(dtype),
-        high=high,
-        low=(center - high.double()).to(dtype),
-        inverse=inverse.to(dtype),
-        uniform=uniform,
-        finite=torch.isfinite(mean) & torch.isfinite(found.m2),
-    )
-
-
-def power_of_two(exponent: Tensor) -> Tensor:
-    """``2.0**exponent`` in float64, exact; `exponent` is int64 in [-1022, 1023]."""
-    return ((exponent + 1023) << 52).view(torch.float64)
-
-
-def _exponent(largest: Tensor) -> Tensor:
-    """The power of two that brings `largest` near 1, bounded so that both ends stay in range."""
-    return (-torch.frexp(largest.double()).exponent.long()).clamp(-1000, 1000)
-
-
-def _is_wide(grad: Tensor) -> bool:
-    """Whether squares of the values can leave float64's range."""
-    return grad.dtype is torch.float64
 
 
 @torch.no_grad()
@@ -340,17 +219,17 @@ def normalize_gradient(
     out = torch.empty_like(grad)
     (fold,) = folds([grad], [grad], options)
     if fold is not None:
-        ghat = _normalize(grad, fold, options)
+        ghat = normalize(grad, fold, options)
         out.copy_(ghat if nonfinite != "skip" else torch.where(fold.finite, ghat, 0.0))
     return out
 
 
 def article_cdf(grad: Tensor) -> Tensor:
-    """The article's own formula, ``cdf(g) / (std * sqrt(2 * pi)) * (1 / std)``: do not train with it.
+    """The article's formula, ``cdf(g) / (std * sqrt(2 * pi)) * (1 / std)``: do not train with it.
 
-    Kept to show why: every entry is positive, whatever the sign of the gradient (the cosine with
-    the all-ones vector is near 1), and it grows as ``1 / std**2``, so that a vanishing gradient
-    explodes. ``normalizer="cdf"`` is the idea centred and without those factors.
+    Kept to show why not: every entry is positive, whatever the gradient's sign (the cosine with the
+    all-ones vector is near 1), and it grows as ``1 / std**2``: a vanishing gradient explodes.
+    ``normalizer="cdf"`` is the idea centred and without those factors.
 
     Args:
         grad: a real tensor with two or more entries.
@@ -359,4 +238,5 @@ def article_cdf(grad: Tensor) -> Tensor:
         A tensor of the shape and dtype of `grad`.
     """
     std = grad.std(correction=0)
-    return torch.special.ndtr(grad) / (std * math.sqrt(2 * math.pi)) * (1 / std)
+    density: Tensor = torch.special.ndtr(grad) / (std * math.sqrt(2 * math.pi)) * (1 / std)
+    return density

@@ -285,7 +285,7 @@ def fused_normalize_gradient(
 class SegmentStatistics(NamedTuple):
     """Statistics of s slices: float64 [s] each, in the tensors' units."""
 
-    count: Tensor
+    n: Tensor
     mean: Tensor
     std: Tensor
 
@@ -331,5 +331,5 @@ def segment_statistics(
     with on_device(device):
         for batch in plan.batches:
             statistics(plan, batch, table, new_counter(device))
-    count = plan.segments[:, 2].double()
-    return SegmentStatistics(count, plan.moments[:, 0], (plan.moments[:, 1] / count).sqrt())
+    n = plan.segments[:, 2].double()
+    return SegmentStatistics(n, plan.moments[:, 0], (plan.moments[:, 1] / n).sqrt())

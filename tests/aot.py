@@ -1,6 +1,6 @@
 """Compile the kernels ahead of time, without a GPU or a driver, and check the machine code.
 
-    python tests/aot.py [--quick] [--json FILE] [--kernels FOLDER]
+    python tests/aot.py [--quick] [--json FILE] [--kernels FOLDER] [--only VARIANT ...]
 
 Every kernel must, for each target, dtype combination and variant: stream with accesses as wide as
 its block allows, keep spills out of the streaming loops, stay within a register budget, and keep
@@ -9,15 +9,24 @@ the acquire and release around the counter that elects a segment's last program.
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import functools
 import importlib
-import importlib.util
+import itertools
+import json
+import math
+import multiprocessing
+import os
 import re
 import subprocess
 import sys
 import tempfile
+import time
+import types
 from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -44,10 +53,12 @@ COMBINATIONS = (
     ("bf16", "fp32", "fp32"),
 )
 WIDEST = 16
+PROCESSES = 2
 
-# Registers per thread, from the largest count over targets and dtypes plus one allocation step (8)
-BUDGETS = {"update": 999, "lanes": 999, "lanes+tiles": 999, "stream": 999, "stream+tiles": 999}
-# ptxas trades a few bytes outside the loops for a register step; which kernels depends on its version
+# Registers per thread: the largest count over targets and dtypes, rounded up to ptxas's step of 8.
+# With 128 threads to a program, 96 leave 5 programs to an SM of sm_90, 72 leave 7.
+BUDGETS = {"update": 48, "lanes": 72, "lanes+tiles": 96, "stream": 80, "stream+tiles": 96}
+# ptxas trades a few bytes outside the loops for a register step; where depends on its version
 SPILL_BYTES = 16
 
 SIGNATURES = {
@@ -108,41 +119,70 @@ class Case:
 
 @dataclasses.dataclass
 class Report:
-    """What the machine code of one compilation says."""
+    """What the machine code of one compilation says.
+
+    Attributes:
+        registers: per thread.
+        shared: bytes of shared memory.
+        spill: bytes of stack and local memory.
+        loop_spills: local accesses inside loops that read global memory.
+        loads: global loads by width in bytes; on NVIDIA those with an eviction policy, which the
+            kernels give to what they stream and to nothing else.
+        stores: likewise.
+        wanted_loads: the loads that the tensors of the streamed accesses ask for.
+        wanted_stores: likewise.
+        instructions: of the whole kernel.
+        atomics: atomic operations on global memory.
+        releases: fences before them.
+        acquires: cache invalidations after them.
+        seconds: to compile.
+    """
 
     registers: int
     shared: int
-    # bytes of stack and local memory, and local accesses inside loops that read global memory
     spill: int
     loop_spills: int
-    # accesses by width in bytes, inside loops that read global memory and in the whole kernel
-    loop_loads: Counter[int]
-    loop_stores: Counter[int]
     loads: Counter[int]
     stores: Counter[int]
+    wanted_loads: Counter[int]
+    wanted_stores: Counter[int]
     instructions: int
-    # the counter's atomic, the fence before it, the invalidation after it
     atomics: int
     releases: int
     acquires: int
+    seconds: float
 
-
-Instruction = tuple[str, str]  # opcode with modifiers, operands
+    def complaints(self, case: Case) -> list[str]:
+        """What is wrong with it."""
+        found = []
+        if self.loop_spills or self.spill > SPILL_BYTES:
+            found.append(f"spills {self.spill} bytes, {self.loop_spills} accesses in loops")
+        if self.registers > BUDGETS[case.variant]:
+            found.append(f"{self.registers} registers > {BUDGETS[case.variant]}")
+        if case.aligned:
+            for what, seen, wanted in (
+                ("loads", self.loads, self.wanted_loads),
+                ("stores", self.stores, self.wanted_stores),
+            ):
+                found += [
+                    f"{seen[width]} {width}-byte {what} < {count}"
+                    for width, count in wanted.items()
+                    if seen[width] < count
+                ]
+        fenced = self.atomics and self.releases and self.acquires
+        if case.kernel == "statistics" and not fenced:
+            found.append("an acquire, a release or the atomic between them is missing")
+        return found
 
 
 @functools.cache
 def load_kernels(folder: Path) -> dict[str, Any]:
-    """The modules of a kernels folder, under a name that no installed package has."""
-    name = "aot_kernels"
-    spec = importlib.util.spec_from_file_location(
-        name, folder / "__init__.py", submodule_search_locations=[str(folder)]
-    )
-    assert spec is not None
-    assert spec.loader is not None
-    package = importlib.util.module_from_spec(spec)
-    sys.modules[name] = package
-    spec.loader.exec_module(package)
-    return {part: importlib.import_module(f"{name}.{part}") for part in ("statistics", "update", "plan")}
+    """The modules of a kernels folder, which need not be the installed one."""
+    package = types.ModuleType("aot_kernels")
+    package.__path__ = [str(folder)]
+    sys.modules[package.__name__] = package
+    parts = ("statistics", "update", "plan")
+    return {part: importlib.import_module(f"{package.__name__}.{part}") for part in parts}
 
 
 def build(case: Case, tuning: Any, modules: dict[str, Any]) -> Any:
@@ -231,7 +271,19 @@ def amdgcn_width(code: str) -> int:
     return 4 if "dword" in kind else 1 if "byte" in kind else 2
 
 
-def report(compiled: Any, backend: str) -> Report:
+def asked_widths(ttir: str, threads: int) -> dict[str, Counter[int]]:
+    """Loads and stores, by width in bytes, that the tensors of the streamed accesses ask for."""
+    asked: dict[str, Counter[int]] = {"load": Counter(), "store": Counter()}
+    access = r"tt\.(load|store) .*evictionPolicy = \w+ : tensor<([\dx]+)x!tt\.ptr<[a-z]+(\d+)>>"
+    for kind, shape, bits in re.findall(access, ttir):
+        elements = max(math.prod(map(int, shape.split("x"))) // threads, 1)
+        size = elements * int(bits) // 8
+        width = min(size, WIDEST)
+        asked[kind][width] += size // width
+    return asked
+
+
+def inspect(compiled: Any, backend: str, seconds: float) -> Report:
     """Read the machine code."""
     if backend == "cuda":
         cubin = compiled.asm["cubin"]
@@ -240,37 +292,118 @@ def report(compiled: Any, backend: str) -> Report:
         assert found is not None
         registers, stack, local = map(int, found.groups())
         codes, loops = parse_sass(run_tool("cuobjdump", "-sass", cubin))
-        width, load, store, spilling = sass_width, r"LDG\b", r"STG\b", r"(LDL|STL)\b"
-        patterns = (r"ATOMG.*\.STRONG", r"MEMBAR", r"CCTL\.IVALL")
+        width, any_load, spilling = sass_width, r"LDG\b", r"(LDL|STL)\b"
+        load, store = r"LDG\S*\.E[FL]\b", r"STG\S*\.E[FL]\b"
+        patterns = (r"ATOMG\S*\.STRONG", r"MEMBAR", r"CCTL\.IVALL")
     else:
         text = compiled.asm["amdgcn"]
         field = {k: int(v) for k, v in re.findall(r"^\s+\.(\w+):\s+(\d+)$", text, re.M)}
-        registers, stack = field["vgpr_count"], field["private_segment_fixed_size"]
-        local = 0
+        registers, stack, local = field["vgpr_count"], field["private_segment_fixed_size"], 0
         codes, loops = parse_amdgcn(text)
-        width, load, store = amdgcn_width, r"(global|buffer)_load", r"(global|buffer)_store"
-        spilling, patterns = r"scratch_", (r"global_atomic", r"buffer_wbl2", r"buffer_inv")
+        width, any_load, spilling = amdgcn_width, r"(global|buffer)_load", r"scratch_"
+        load, store = any_load, r"(global|buffer)_store"
+        patterns = (r"global_atomic", r"buffer_wbl2", r"buffer_inv")
 
-    def widths(pattern: str, lines: list[str]) -> Counter[int]:
-        return Counter(width(code) for code in lines if re.match(pattern, code))
+    def matching(pattern: str, lines: list[str]) -> list[str]:
+        return [code for code in lines if re.match(pattern, code)]
 
-    streaming = [codes[a : b + 1] for a, b in loops]
-    streaming = [body for body in streaming if widths(load, body)]
-    inside = [code for body in streaming for code in body]
-    atomics, releases, acquires = (
-        sum(bool(re.match(pattern, code)) for code in codes) for pattern in patterns
-    )
+    bodies = [codes[first : last + 1] for first, last in loops]
+    atomics, releases, acquires = (len(matching(pattern, codes)) for pattern in patterns)
+    lanes = compiled.metadata.target.warp_size
+    asked = asked_widths(compiled.asm["ttir"], compiled.metadata.num_warps * lanes)
     return Report(
         registers=registers,
         shared=compiled.metadata.shared,
         spill=stack + local,
-        loop_spills=sum(bool(re.match(spilling, code)) for code in inside),
-        loop_loads=widths(load, inside),
-        loop_stores=widths(store, inside),
-        loads=widths(load, codes),
-        stores=widths(store, codes),
+        loop_spills=sum(len(matching(spilling, b)) for b in bodies if matching(any_load, b)),
+        loads=Counter(map(width, matching(load, codes))),
+        stores=Counter(map(width, matching(store, codes))),
+        wanted_loads=asked["load"],
+        wanted_stores=asked["store"],
         instructions=len(codes),
         atomics=atomics,
         releases=releases,
         acquires=acquires,
+        seconds=seconds,
     )
+
+
+def run(folder: Path, case: Case) -> tuple[Case, Report | None, list[str]]:
+    """Compile and check one case."""
+    modules = load_kernels(folder)
+    begin = time.perf_counter()
+    try:
+        compiled = build(case, modules["plan"].Tuning(), modules)
+    except Exception as error:  # whatever the compiler raises is this case's failure
+        return case, None, [f"does not compile: {error!r}"]
+    seconds = time.perf_counter() - begin
+    report = inspect(compiled, TARGETS[case.target].backend, seconds)
+    return case, report, report.complaints(case)
+
+
+def cases(quick: bool, only: list[str]) -> Iterator[Case]:
+    """What to compile, the longest first."""
+    targets = ("sm_90", "gfx942") if quick else tuple(TARGETS)
+    combinations = COMBINATIONS[:2] if quick else COMBINATIONS
+    unaligned = () if quick else ("sm_90", "gfx942")
+    variants: list[dict[str, Any]] = [
+        {"kernel": "statistics", "wide": wide, "tiles": tiles}
+        for tiles in (True, False)
+        for wide in (True, False)
+    ]
+    for variant in (*variants, {"kernel": "update"}):
+        for target, dtypes in itertools.product(targets, combinations):
+            named = dict(zip(("param", "grad", "buffer"), dtypes))
+            case = Case(target=target, **named, **variant)
+            if case.variant not in only:
+                continue
+            yield case
+            if target in unaligned and set(dtypes) == {"fp32"}:
+                yield dataclasses.replace(case, aligned=False)
+
+
+def widths_text(widths: Counter[int]) -> str:
+    """Like ``8x16 1x4``: count x width in bytes."""
+    return " ".join(f"{widths[width]}x{width}" for width in sorted(widths, reverse=True)) or "-"
+
+
+def main() -> int:
+    """Compile everything, print a line for each and a summary."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="sm_90 and gfx942, fp32 and bf16")
+    parser.add_argument("--json", type=Path, help="write what was found to this file")
+    parser.add_argument("--kernels", type=Path, default=KERNELS, help="folder of the kernels")
+    parser.add_argument("--only", nargs="+", choices=BUDGETS, default=list(BUDGETS))
+    options = parser.parse_args()
+    assert os.environ.get("TRITON_INTERPRET", "0") != "1", "the interpreter compiles nothing"
+
+    failed = 0
+    rows = []
+    # spawned: a fork would share the compiler's state
+    spawn = multiprocessing.get_context("spawn")
+    with tempfile.TemporaryDirectory() as cache:
+        os.environ["TRITON_CACHE_DIR"] = cache
+        with ProcessPoolExecutor(PROCESSES, mp_context=spawn) as pool:
+            work = functools.partial(run, options.kernels.resolve())
+            for case, report, complaints in pool.map(work, cases(options.quick, options.only)):
+                failed += bool(complaints)
+                if report is not None:
+                    print(
+                        f"{case} registers {report.registers:3d} shared {report.shared:5d}"
+                        f" spill {report.spill} loads {widths_text(report.loads)}"
+                        f" stores {widths_text(report.stores)}"
+                        f" instructions {report.instructions} ({report.seconds:.1f} s)",
+                        flush=True,
+                    )
+                for complaint in complaints:
+                    print(f"FAIL {case} {complaint}", flush=True)
+                found = dataclasses.asdict(report) if report is not None else {}
+                rows.append({**dataclasses.asdict(case), **found, "complaints": complaints})
+    if options.json is not None:
+        options.json.write_text(json.dumps(rows, indent=1))
+    print(f"{len(rows) - failed} passed, {failed} failed")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

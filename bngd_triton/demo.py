@@ -1,0 +1,370 @@
+"""`bngd demo`: BNGD beside SGD and AdamW on scikit-learn's digits, in two experiments.
+
+"exploding" trains a network of 20 ReLU layers whose weights start too large, so that the first
+gradients are of norm 1e3. "loss scale" trains a small network under a loss multiplied by c, for c
+over 27 decades. Both leave a table, a PNG and a JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim import SGD, AdamW, Optimizer
+
+from . import __version__
+from .demo_plot import draw, print_tables
+from .optimizer import BNGD
+
+BATCH = 64
+MOMENTUM = 0.9
+HIDDEN_LAYERS = 20
+TRAIN_ROWS = 1347
+SCALES = tuple(10.0**power for power in range(-12, 16, 3))
+JSON_NAME = "bngd-demo.json"
+PNG_NAME = "bngd-demo.png"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a demo trains.
+
+    Attributes:
+        device: where.
+        seed: of the split, the weights and the order of the batches.
+        epochs: of the exploding network.
+        target_loss: a run stops after the first epoch whose mean training loss is below it.
+        scales: the factors of the loss in the second experiment.
+        scale_epochs: of the second experiment.
+    """
+
+    device: str = "cpu"
+    seed: int = 0
+    epochs: int = 15
+    target_loss: float | None = None
+    scales: tuple[float, ...] = SCALES
+    scale_epochs: int = 20
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One optimizer of a comparison; `make` takes parameters and a learning rate."""
+
+    name: str
+    make: Callable[..., Optimizer]
+    lr: float
+    clip: float | None = None
+
+
+_SGD = partial(SGD, momentum=MOMENTUM)
+_ADAMW = partial(AdamW, betas=(MOMENTUM, 0.999))
+_BNGD = partial(BNGD, momentum=MOMENTUM)
+_ROW = partial(_BNGD, granularity="row")
+
+EXPLODING = (
+    Arm("SGD", _SGD, 1e-4),
+    Arm("SGD, clip 1", _SGD, 1e-2, 1.0),
+    Arm("AdamW", _ADAMW, 1e-3),
+    Arm("AdamW, clip 1", _ADAMW, 1e-3, 1.0),
+    Arm("BNGD tensor", _BNGD, 2e-3),
+    Arm("BNGD row", _ROW, 5e-3),
+    Arm("BNGD row, center_1d", partial(_ROW, center_1d=True), 5e-3),
+)
+LOSS_SCALE = (
+    Arm("SGD", _SGD, 1e-2),
+    Arm("SGD, clip 1", _SGD, 1e-2, 1.0),
+    Arm("AdamW", _ADAMW, 1e-2),
+    Arm("BNGD, eps 0", partial(_BNGD, eps=0.0), 1e-2),
+    Arm("BNGD, eps 1e-8", _BNGD, 1e-2),
+)
+
+
+@dataclass
+class Run:
+    """What one training run gave so far; lists have one entry per finished epoch.
+
+    Attributes:
+        optimizer: the name of its arm.
+        lr: learning rate at the start; it falls linearly to 0.
+        clip: bound of the gradient's norm, or None.
+        loss_scale: the factor of the loss before `backward`.
+        status: "running", "finished", "target loss", "not finite" or "interrupted".
+        first_loss: of the first batch, before any step.
+        losses: mean training loss, without the factor.
+        accuracies: on the test rows, in percent.
+        grad_norms: smallest and largest norm of the gradient, before clipping.
+    """
+
+    optimizer: str
+    lr: float
+    clip: float | None
+    loss_scale: float
+    status: str = "running"
+    first_loss: float = math.nan
+    losses: list[float] = field(default_factory=list)
+    accuracies: list[float] = field(default_factory=list)
+    grad_norms: list[float] = field(default_factory=list)
+
+
+@dataclass
+class Results:
+    """The runs of both experiments, unfinished ones included."""
+
+    exploding: list[Run] = field(default_factory=list)
+    loss_scale: list[Run] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Split:
+    """Rows and labels for training and for the test."""
+
+    x: Tensor
+    y: Tensor
+    test_x: Tensor
+    test_y: Tensor
+
+
+def exploding_task(settings: Settings) -> tuple[Split, nn.Sequential]:
+    """Shuffled digits and the network whose activations double every other layer."""
+    rows = _generator(settings)
+    x, y = _digits()
+    order = torch.randperm(len(x), generator=rows)
+    x, y = x[order], y[order]
+    split = Split(x[:TRAIN_ROWS], y[:TRAIN_ROWS], x[TRAIN_ROWS:], y[TRAIN_ROWS:])
+    model = _mlp([64] * (HIDDEN_LAYERS + 1) + [10])
+    for layer in _linear_layers(model):
+        nn.init.normal_(layer.weight, 0.0, 2 / math.sqrt(layer.in_features), generator=rows)
+        nn.init.zeros_(layer.bias)
+    return split, model
+
+
+def loss_scale_task(settings: Settings) -> tuple[Split, nn.Sequential]:
+    """Digits in their own order, standardised by the half to train on, and a small network."""
+    x, y = _digits()
+    half = len(x) // 2
+    std, mean = torch.std_mean(x[:half], dim=0, correction=0)
+    x = torch.where(std > 0, (x - mean) / std, 0.0)
+    model = _mlp([64, 64, 10])
+    weights = _generator(settings)
+    for layer in _linear_layers(model):
+        bound = 1 / math.sqrt(layer.in_features)
+        for param in layer.parameters():
+            nn.init.uniform_(param, -bound, bound, generator=weights)
+    return Split(x[:half], y[:half], x[half:], y[half:]), model
+
+
+def _digits() -> tuple[Tensor, Tensor]:
+    x, y = load_digits(return_X_y=True)
+    return torch.tensor(x, dtype=torch.float32) / 16, torch.tensor(y)
+
+
+def _generator(settings: Settings) -> torch.Generator:
+    return torch.Generator().manual_seed(settings.seed)
+
+
+def _mlp(widths: list[int]) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for fan_in, fan_out in zip(widths, widths[1:]):
+        layers += [nn.Linear(fan_in, fan_out), nn.ReLU()]
+    return nn.Sequential(*layers[:-1])
+
+
+def _linear_layers(model: nn.Module) -> Iterator[nn.Linear]:
+    return (module for module in model.modules() if isinstance(module, nn.Linear))
+
+
+def train(
+    run: Run,
+    arm: Arm,
+    task: tuple[Split, nn.Sequential],
+    epochs: int,
+    settings: Settings,
+    watch: Callable[[Run], None],
+) -> None:
+    """Fill `run` epoch by epoch; `watch` sees it after each."""
+    split, model = task
+    device = torch.device(settings.device)
+    split = Split(*(getattr(split, name).to(device) for name in Split.__dataclass_fields__))
+    model.to(device)
+    params = list(model.parameters())
+    optimizer = arm.make(params, lr=arm.lr)
+    total = epochs * math.ceil(len(split.x) / BATCH)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / total)
+    order = _generator(settings)
+    for _ in range(epochs):
+        batches = torch.randperm(len(split.x), generator=order).to(device).split(BATCH)
+        losses, norms = [], []
+        for rows in batches:
+            optimizer.zero_grad()
+            loss = F.cross_entropy(model(split.x[rows]), split.y[rows])
+            (run.loss_scale * loss).backward()
+            norms.append(_norm(params, arm.clip))
+            optimizer.step()
+            schedule.step()
+            losses.append(loss.detach())
+        sizes = [len(rows) for rows in batches]
+        _record(run, torch.stack(losses), torch.stack(norms), sizes, split, model)
+        if (
+            run.status == "running"
+            and settings.target_loss is not None
+            and run.losses[-1] < settings.target_loss
+        ):
+            run.status = "target loss"
+        watch(run)
+        if run.status != "running":
+            return
+    run.status = "finished"
+
+
+def _norm(params: list[nn.Parameter], clip: float | None) -> Tensor:
+    """The norm of the whole gradient; clips it in place where asked."""
+    if clip is not None:
+        return nn.utils.clip_grad_norm_(params, clip)
+    grads = [param.grad for param in params if param.grad is not None]
+    return torch.stack([grad.norm() for grad in grads]).norm()
+
+
+@torch.no_grad()
+def _record(
+    run: Run, losses: Tensor, norms: Tensor, sizes: list[int], split: Split, model: nn.Module
+) -> None:
+    """Add one epoch's figures."""
+    if not run.losses:
+        run.first_loss = losses[0].item()
+    weights = torch.tensor(sizes, dtype=torch.float64, device=losses.device)
+    run.losses.append(((losses * weights).sum() / weights.sum()).item())
+    finite = norms[norms.isfinite()].tolist() + run.grad_norms
+    run.grad_norms = [min(finite), max(finite)] if finite else []
+    if all(bool(param.isfinite().all()) for param in model.parameters()):
+        hits = model(split.test_x).argmax(1) == split.test_y
+        run.accuracies.append(100 * hits.double().mean().item())
+    else:
+        run.status = "not finite"
+        run.accuracies.append(math.nan)
+
+
+def compare(
+    settings: Settings, results: Results, progress: Progress, watch: Callable[[Run], None]
+) -> None:
+    """Train every arm of both experiments; `results` holds what is done at any time."""
+    first = [(results.exploding, arm, 1.0, settings.epochs, exploding_task) for arm in EXPLODING]
+    second = [
+        (results.loss_scale, arm, scale, settings.scale_epochs, loss_scale_task)
+        for arm in LOSS_SCALE
+        for scale in settings.scales
+    ]
+    parts = {"exploding network": first, "loss scale": second}
+    bars = {
+        name: progress.add_task(name, total=sum(job[3] for job in jobs), now="")
+        for name, jobs in parts.items()
+    }
+    for name, jobs in parts.items():
+        ended = 0
+        for runs, arm, scale, epochs, task in jobs:
+            run = Run(arm.name, arm.lr, arm.clip, scale)
+            runs.append(run)
+            label = arm.name if task is exploding_task else f"{arm.name}, c = {scale:g}"
+            progress.update(bars[name], now=label)
+
+            def show(run: Run, bar: TaskID = bars[name], label: str = label) -> None:
+                progress.update(bar, advance=1, now=f"{label}: loss {run.losses[-1]:.3g}")
+                watch(run)
+
+            train(run, arm, task(settings), epochs, settings, show)
+            # a run that stopped early leaves a gap
+            ended += epochs
+            progress.update(bars[name], completed=ended)
+
+
+def demo(
+    settings: Settings,
+    out: Path,
+    console: Console | None = None,
+    watch: Callable[[Run], None] = lambda run: None,
+) -> int:
+    """Train, print the tables and write the JSON and the PNG, after Ctrl-C too.
+
+    Args:
+        settings: what to train.
+        out: an existing folder.
+        console: where to print.
+        watch: called after each epoch of each run.
+
+    Returns:
+        The exit code: 0, or 130 after Ctrl-C.
+    """
+    console = console or Console()
+    results = Results()
+    code = 0
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[now]}"),
+    )
+    try:
+        with _one_thread(), Progress(*columns, console=console) as progress:
+            compare(settings, results, progress, watch)
+    except KeyboardInterrupt:
+        code = 130
+        for run in results.exploding + results.loss_scale:
+            if run.status == "running":
+                run.status = "interrupted"
+        console.print("Interrupted: what follows is what was done so far.")
+    text = json.dumps(_document(settings, results, code != 0), indent=1, allow_nan=False)
+    (out / JSON_NAME).write_text(text + "\n", encoding="utf-8")
+    draw(results, settings, out / PNG_NAME)
+    print_tables(results, settings, console)
+    console.print(f"Wrote {out / PNG_NAME} and {out / JSON_NAME}", soft_wrap=True)
+    return code
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Layers of 64 units lose more to the hand-over between threads than they gain."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _document(settings: Settings, results: Results, interrupted: bool) -> dict[str, Any]:
+    """The JSON; figures that are not finite are null."""
+    device = torch.device(settings.device)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    about = {
+        "bngd_triton": __version__,
+        "torch": torch.__version__,
+        "device_name": name,
+        "batch": BATCH,
+        "momentum": MOMENTUM,
+        "lr_schedule": "linear to 0",
+        **asdict(settings),
+    }
+    runs = {"exploding": results.exploding, "loss_scale": results.loss_scale}
+    figures = {part: [_nulls(asdict(run)) for run in done] for part, done in runs.items()}
+    return {"settings": about, "interrupted": interrupted, **figures}
+
+
+def _nulls(value: Any) -> Any:
+    """`value` with None for every float that JSON cannot hold."""
+    if isinstance(value, dict):
+        return {key: _nulls(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_nulls(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,6 @@
+def draw(*a):
+    pass
+
+
+def print_tables(*a):
+    pass

@@ -1,0 +1,37 @@
+"""Kernels run on the GPU where there is one, in Triton's interpreter elsewhere."""
+
+from __future__ import annotations
+
+import os
+from typing import NamedTuple
+
+import pytest
+import torch
+
+# Triton reads it when kernels are defined, so it is set before any test imports them
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+
+class StepPath(NamedTuple):
+    """One of the two implementations of a step: ``BNGD(..., fused=path.fused)``."""
+
+    fused: bool
+    device: torch.device
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def device() -> torch.device:
+    """Where both paths run."""
+    return torch.device("cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda")
+
+
+@pytest.fixture(params=["eager", "fused"])
+def path(request: pytest.FixtureRequest, device: torch.device) -> StepPath:
+    """Runs a test once with the eager reference and once with the kernels."""
+    return StepPath(request.param == "fused", device)

@@ -1,0 +1,148 @@
+"""What the tests compare with: the definition in float64, and copies of an optimizer's state.
+
+`oracle_step` is written from the definition alone and shares no code with the package. It is slow
+and literal: one slice at a time, sums without rounding error (`math.fsum`).
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def oracle_step(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor | None],
+    buffers: Sequence[Tensor | None],
+    *,
+    lr: float | Tensor = 1e-3,
+    momentum: float = 0.9,
+    nesterov: bool = False,
+    weight_decay: float = 0.0,
+    eps: float = 1e-8,
+    granularity: str = "tensor",
+    normalizer: str = "zscore",
+    centering: float = 1.0,
+    center_1d: bool = False,
+    nonfinite: str = "skip",
+    maximize: bool = False,
+) -> tuple[list[Tensor], list[Tensor | None]]:
+    """One step of one parameter group, out of place.
+
+    Gradients other than zeros should have entries of 1e-140 to 1e140, whose squares float64 holds.
+
+    Args:
+        params: tensors of any float dtype, device and layout.
+        grads: of the same shapes; None where a parameter has none.
+        buffers: momentum of the same shapes, None where there is none yet; without effect when
+            `momentum` is 0.
+
+    Returns:
+        New parameters and buffers: contiguous float64 tensors on the CPU. A buffer that this step
+        does not touch is returned as it was (None included).
+    """
+    rate = float(lr)
+    new_params = [_plain(param) for param in params]
+    new_buffers = [None if buffer is None else _plain(buffer) for buffer in buffers]
+    stepped = [i for i, grad in enumerate(grads) if grad is not None]
+    # each slice: the parameters it spans, and its rows in them
+    slices: list[list[tuple[int, int | None]]] = []
+    if granularity == "global":
+        slices.append([(i, None) for i in stepped])
+    for i in stepped if granularity != "global" else []:
+        by_row = granularity == "row" and params[i].dim() >= 2
+        slices += [[(i, row)] for row in range(params[i].shape[0])] if by_row else [[(i, None)]]
+    if momentum:
+        for i in stepped:
+            if new_buffers[i] is None:
+                new_buffers[i] = torch.zeros_like(new_params[i])
+
+    for members in slices:
+        values = [_part(_plain(grads[i]), row) for i, row in members]  # type: ignore[arg-type]
+        g = torch.cat([value.reshape(-1) for value in values])
+        if not g.numel():
+            continue
+        if not g.isfinite().all():
+            if nonfinite == "raise":
+                raise FloatingPointError("a gradient has an inf or a NaN")
+            if nonfinite == "skip":
+                continue
+            ghat = torch.full_like(g, math.nan)
+        else:
+            g = -g if maximize else g
+            whole = params[members[0][0]].dim() >= 2 or center_1d or granularity == "global"
+            ghat = normalized(g, eps, normalizer, centering if whole else 0.0)
+        for (i, row), flat in zip(members, ghat.split([value.numel() for value in values])):
+            theta = _part(new_params[i], row)
+            fresh = flat.view(theta.shape)
+            update = fresh
+            if momentum:
+                m = _part(new_buffers[i], row)  # type: ignore[arg-type]
+                m.copy_(momentum * m + (1 - momentum) * fresh)
+                update = momentum * m + (1 - momentum) * fresh if nesterov else m
+            theta.copy_((1 - rate * weight_decay) * theta - rate * update)
+    return new_params, new_buffers
+
+
+def normalized(g: Tensor, eps: float, normalizer: str, centering: float) -> Tensor:
+    """``ghat`` of one finite slice, a float64 vector."""
+    n = g.numel()
+    if not g.any():
+        return torch.zeros_like(g)
+    if (g == g[0]).all():
+        return g / (_rms(g) + eps)
+    mu = math.fsum(g.tolist()) / n
+    v = g - centering * mu
+    ghat = v / (_rms(v) + eps)
+    if normalizer == "cdf":
+        return math.sqrt(3) * (2 * torch.special.ndtr(ghat) - 1)
+    return ghat
+
+
+def _rms(v: Tensor) -> float:
+    return math.sqrt(math.fsum((v * v).tolist()) / v.numel())
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    """A contiguous float64 copy on the CPU, by index and not by memory."""
+    out = torch.empty(tensor.shape, dtype=torch.float64)
+    return out.copy_(tensor.detach().cpu())
+
+
+def _part(tensor: Tensor, row: int | None) -> Tensor:
+    return tensor if row is None else tensor[row]
+
+
+def snapshot(optimizer: torch.optim.Optimizer | None, params: Sequence[Tensor]) -> dict[str, Any]:
+    """Everything that a refused call must leave alone, as copies that `==` compares.
+
+    Tensors become their bytes, shape, strides and address; parameters in groups become ids.
+    """
+    found: dict[str, Any] = {"params": [_frozen(param) for param in params]}
+    if optimizer is None:
+        return found
+    found["state"] = {
+        id(param): {key: _frozen(value) for key, value in state.items()}
+        for param, state in optimizer.state.items()
+    }
+    found["groups"] = [
+        {key: _frozen(value) for key, value in group.items() if key != "params"}
+        | {"params": [id(param) for param in group["params"]]}
+        for group in optimizer.param_groups
+    ]
+    return found
+
+
+def _frozen(value: Any) -> Any:
+    if not isinstance(value, Tensor):
+        return copy.deepcopy(value)
+    if value.device.type == "meta":
+        return value.shape, value.stride(), value.dtype
+    plain = value.detach().cpu().contiguous().flatten()
+    content = plain.view(torch.uint8).tolist() if plain.numel() else []
+    return content, value.shape, value.stride(), value.dtype, value.data_ptr()

@@ -1,0 +1,58 @@
+"""The ahead-of-time check passes on the kernels and fails on kernels without alignment hints."""
+
+import ast
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+CHECK = Path(__file__).with_name("aot.py")
+KERNELS = CHECK.parent.parent / "kernels"
+
+
+def run_check(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run the check in a process in which Triton compiles, whatever this one does."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, str(CHECK), "--quick", *arguments]
+    return subprocess.run(command, text=True, capture_output=True, env=environment)
+
+
+class Unhinted(ast.NodeTransformer):
+    """Replaces ``tl.multiple_of(x, ...)`` by ``x``."""
+
+    def __init__(self) -> None:
+        self.removed = 0
+
+    def visit_Call(self, node: ast.Call) -> ast.expr:
+        self.generic_visit(node)
+        if ast.unparse(node.func) != "tl.multiple_of":
+            return node
+        self.removed += 1
+        return node.args[0]
+
+
+def test_machine_code() -> None:
+    done = run_check()
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert ", 0 failed" in done.stdout
+
+
+def test_missing_hints_are_found(tmp_path: Path) -> None:
+    unhinted = Unhinted()
+    for source in KERNELS.glob("*.py"):
+        tree = unhinted.visit(ast.parse(source.read_text()))
+        (tmp_path / source.name).write_text(ast.unparse(tree))
+    assert unhinted.removed > 0
+
+    variants = ("update", "lanes", "stream")
+    done = run_check("--kernels", str(tmp_path), "--only", *variants)
+
+    assert done.returncode == 1, done.stdout + done.stderr
+    for variant in variants:
+        line = rf"FAIL {variant} +\S+ +aligned +sm_90 .* loads < "
+        assert re.search(line, done.stdout), done.stdout
