@@ -134,7 +134,7 @@ def fold_moments(found: Moments, options: Options, centering: float, dtype: torc
     """Statistics to the factors that `reference.normalize` applies, rounded once to `dtype`."""
     mean, variance = found.mean, found.m2 / found.n
     uniform = variance.sqrt() <= UNIFORM * mean.abs()
-    removed = torch.where(uniform, 0.0, centering)
+    removed = torch.full_like(mean, centering).masked_fill(uniform, 0.0)
     kept = (1 - removed) * mean
     eps: float | Tensor = options.eps
     if isinstance(found.exponent, Tensor):

@@ -55,9 +55,16 @@ COMBINATIONS = (
 WIDEST = 16
 PROCESSES = 2
 
-# Registers per thread: the largest count over targets and dtypes, rounded up to ptxas's step of 8.
-# With 128 threads to a program, 96 leave 5 programs to an SM of sm_90, 72 leave 7.
-BUDGETS = {"update": 48, "lanes": 72, "lanes+tiles": 96, "stream": 80, "stream+tiles": 96}
+# Registers per thread: the largest count over targets and dtypes, rounded up to ptxas's step of 8;
+# aligned, and not aligned, where every element has an address of its own. With 128 threads to a
+# program, 48 registers leave 10 programs to an SM of sm_90, 80 leave 6, 96 leave 5.
+BUDGETS = {
+    "update": (48, 56),
+    "lanes": (80, 80),
+    "lanes+tiles": (96, 144),
+    "stream": (80, 80),
+    "stream+tiles": (96, 144),
+}
 # ptxas trades a few bytes outside the loops for a register step; where depends on its version
 SPILL_BYTES = 16
 
@@ -106,7 +113,7 @@ class Case:
 
     @property
     def variant(self) -> str:
-        """The key of the register budget."""
+        """The kernel and its form: a key of `BUDGETS`."""
         if self.kernel == "update":
             return "update"
         return ("lanes" if self.wide else "stream") + ("+tiles" if self.tiles else "")
@@ -157,8 +164,9 @@ class Report:
         found = []
         if self.loop_spills or self.spill > SPILL_BYTES:
             found.append(f"spills {self.spill} bytes, {self.loop_spills} accesses in loops")
-        if self.registers > BUDGETS[case.variant]:
-            found.append(f"{self.registers} registers > {BUDGETS[case.variant]}")
+        budget = BUDGETS[case.variant][0 if case.aligned else 1]
+        if self.registers > budget:
+            found.append(f"{self.registers} registers > {budget}")
         if case.aligned:
             for what, seen, wanted in (
                 ("loads", self.loads, self.wanted_loads),
@@ -335,7 +343,7 @@ def run(folder: Path, case: Case) -> tuple[Case, Report | None, list[str]]:
     try:
         compiled = build(case, modules["plan"].Tuning(), modules)
     except Exception as error:  # whatever the compiler raises is this case's failure
-        return case, None, [f"does not compile: {error!r}"]
+        return case, None, [f"does not compile: {str(error).splitlines()[-1]}"]
     seconds = time.perf_counter() - begin
     report = inspect(compiled, TARGETS[case.target].backend, seconds)
     return case, report, report.complaints(case)
@@ -355,7 +363,8 @@ def cases(quick: bool, only: list[str]) -> Iterator[Case]:
         for target, dtypes in itertools.product(targets, combinations):
             named = dict(zip(("param", "grad", "buffer"), dtypes))
             case = Case(target=target, **named, **variant)
-            if case.variant not in only:
+            # the tiles of both are the same code, and take the longest to compile
+            if case.variant not in only or (quick and case.variant == "stream+tiles"):
                 continue
             yield case
             if target in unaligned and set(dtypes) == {"fp32"}:
@@ -397,8 +406,8 @@ def main() -> int:
                     )
                 for complaint in complaints:
                     print(f"FAIL {case} {complaint}", flush=True)
-                found = dataclasses.asdict(report) if report is not None else {}
-                rows.append({**dataclasses.asdict(case), **found, "complaints": complaints})
+                found = vars(report) if report is not None else {}
+                rows.append({**vars(case), **found, "complaints": complaints})
     if options.json is not None:
         options.json.write_text(json.dumps(rows, indent=1))
     print(f"{len(rows) - failed} passed, {failed} failed")

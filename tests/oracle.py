@@ -63,7 +63,7 @@ def oracle_step(
                 new_buffers[i] = torch.zeros_like(new_params[i])
 
     for members in slices:
-        values = [_part(_plain(grads[i]), row) for i, row in members]  # type: ignore[arg-type]
+        values = [_part(_plain(grads[i]), row) for i, row in members]
         g = torch.cat([value.reshape(-1) for value in values])
         if not g.numel():
             continue
@@ -82,7 +82,7 @@ def oracle_step(
             fresh = flat.view(theta.shape)
             update = fresh
             if momentum:
-                m = _part(new_buffers[i], row)  # type: ignore[arg-type]
+                m = _part(new_buffers[i], row)
                 m.copy_(momentum * m + (1 - momentum) * fresh)
                 update = momentum * m + (1 - momentum) * fresh if nesterov else m
             theta.copy_((1 - rate * weight_decay) * theta - rate * update)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -141,8 +141,8 @@ def test_layout(layout: Layout, granularity: str, path: StepPath) -> None:
     # a contiguous companion: one group holds layouts side by side
     other = Parameter(torch.randn(3, 4, device=path.device))
     base, stride, address = param.detach(), param.stride(), param.data_ptr()
-    options = {"lr": LR, "granularity": granularity, "weight_decay": 0.1}
-    optimizer = BNGD([param, other], fused=path.fused, flatten=False, **options)  # type: ignore[arg-type]
+    options: dict[str, Any] = {"lr": LR, "granularity": granularity, "weight_decay": 0.1}
+    optimizer = BNGD([param, other], fused=path.fused, flatten=False, **options)
 
     expected, buffers = [start, other.detach().clone()], [None, None]
     for _ in range(STEPS):
@@ -151,7 +151,7 @@ def test_layout(layout: Layout, granularity: str, path: StepPath) -> None:
         param.grad, other.grad = values
         assert param.grad.stride() == values[0].stride()
         before = [value.clone() for value in values]
-        expected, buffers = oracle_step(expected, values, buffers, **options)  # type: ignore[arg-type,assignment]
+        expected, buffers = oracle_step(expected, values, buffers, **options)
         optimizer.step()
         assert all(torch.equal(now, then) for now, then in zip(values, before)), "wrote a gradient"
 
@@ -216,7 +216,7 @@ def test_a_conv_net_in_channels_last_trains_as_in_contiguous(path: StepPath) -> 
         torch.manual_seed(0)
         net = torch.nn.Sequential(
             torch.nn.Conv2d(3, 4, 3), torch.nn.ReLU(), torch.nn.Conv2d(4, 2, 3)
-        ).to(path.device, memory_format=memory_format)  # type: ignore[call-overload]
+        ).to(path.device, memory_format=memory_format)
         optimizer = BNGD(net.parameters(), lr=0.01, granularity="row", fused=path.fused)
         for _ in range(STEPS):
             optimizer.zero_grad()

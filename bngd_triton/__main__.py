@@ -1,0 +1,7 @@
+"""`python -m bngd_triton`."""
+
+import sys
+
+from .cli import main
+
+sys.exit(main())

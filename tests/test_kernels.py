@@ -1,0 +1,423 @@
+"""The kernels against the eager reference, and both against float64."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from oracle import oracle_step
+from tolerances import GHAT, THETA, assert_close, step_bounds
+from torch import Tensor
+
+from bngd_triton import BNGD, reference
+from bngd_triton.checks import Options
+from bngd_triton.kernels import Tuning, fused, fused_step_, launch, plan, statistics, update
+from bngd_triton.moments import Fold, Moments, fold_moments
+
+# small work items, so that small tensors have several slices, chunks and merges;
+# rows up to 256 + 15 entries are tiles
+SMALL = {
+    "block": 32,
+    "unroll": 2,
+    "slice": 128,
+    "merge": 4,
+    "update_block": 64,
+    "chunk": 256,
+    "tile": 256,
+}
+LANES = Tuning(wide=True, **SMALL)
+TILES = Tuning(wide=False, **SMALL)
+
+# around the tile's 256 + 15, the slice, the 16-entry granule; primes; rows of all three kinds
+SHAPES = [
+    (0,), (1,), (2,), (3,), (15,), (16,), (17,), (31,), (127,), (128,), (129,), (255,), (256,),
+    (257,), (271,), (272,), (1009,), (),
+    (1, 1), (3, 0), (5, 7), (4, 16), (70, 16), (3, 271), (3, 272), (2, 300), (2, 3, 4, 5),
+]  # fmt: skip
+
+OPTIONS = [
+    pytest.param({}, id="defaults"),
+    pytest.param({"momentum": 0.0}, id="no momentum"),
+    pytest.param({"nesterov": True}, id="nesterov"),
+    pytest.param({"weight_decay": 0.1}, id="weight decay"),
+    pytest.param({"maximize": True}, id="maximize"),
+    pytest.param({"eps": 0.0}, id="eps 0"),
+    pytest.param({"eps": 0.1}, id="large eps"),
+    pytest.param({"centering": 0.0}, id="RMS normalisation"),
+    pytest.param({"centering": 0.3, "center_1d": True}, id="partial centring"),
+    pytest.param({"granularity": "row"}, id="rows"),
+    pytest.param({"granularity": "row", "center_1d": True, "nesterov": True}, id="rows, centred"),
+    pytest.param({"granularity": "global"}, id="global"),
+    pytest.param({"normalizer": "cdf"}, id="cdf"),
+    pytest.param({"normalizer": "cdf", "granularity": "row", "weight_decay": 0.1}, id="cdf, rows"),
+]
+LR = 1e-2
+
+
+def make(
+    dtype: torch.dtype,
+    grad_dtype: torch.dtype,
+    device: torch.device,
+    shapes: list[tuple[int, ...]] = SHAPES,
+) -> Any:
+    """Parameters, gradients and momentum inside larger buffers whose rest must not matter.
+
+    A read outside a gradient gives NaN; a write outside a parameter changes a guard.
+    """
+    guarded: list[tuple[Tensor, int]] = []
+
+    def inside(values: Tensor, guard: float) -> Tensor:
+        whole = torch.full((values.numel() + 64,), guard, dtype=values.dtype, device=device)
+        whole[32 : 32 + values.numel()] = values.flatten().to(device)
+        guarded.append((whole, values.numel()))
+        return whole[32 : 32 + values.numel()].view(values.shape)
+
+    params = [inside(torch.randn(shape).to(dtype), 77.0) for shape in shapes]
+    grads = [
+        inside((torch.randn(shape) * 1e-3 + 5e-4).to(grad_dtype), torch.nan) for shape in shapes
+    ]
+    buffers = [inside(torch.randn(shape), 77.0) for shape in shapes]
+    return params, grads, buffers, guarded
+
+
+def assert_guards(guarded: list[tuple[Tensor, int]]) -> None:
+    for whole, n in guarded:
+        outside = torch.cat([whole[:32], whole[32 + n :]])
+        assert ((outside == 77) | outside.isnan()).all()
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("tuning", [LANES, TILES], ids=["lanes", "tiles"])
+def test_float32_step(options: dict[str, Any], tuning: Tuning, device: torch.device) -> None:
+    check_step(options, tuning, torch.float32, torch.float32, device)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "grad_dtype"),
+    [
+        (torch.bfloat16, torch.bfloat16),
+        (torch.float16, torch.float16),
+        (torch.bfloat16, torch.float32),
+        (torch.float32, torch.bfloat16),
+    ],
+    ids=["bf16", "fp16", "bf16 with fp32 gradients", "fp32 with bf16 gradients"],
+)
+@pytest.mark.parametrize("granularity", ["tensor", "row"])
+def test_other_dtypes(
+    dtype: torch.dtype, grad_dtype: torch.dtype, granularity: str, device: torch.device
+) -> None:
+    options = {"granularity": granularity, "weight_decay": 0.1}
+    check_step(options, LANES, dtype, grad_dtype, device)
+
+
+def check_step(
+    options: dict[str, Any],
+    tuning: Tuning,
+    dtype: torch.dtype,
+    grad_dtype: torch.dtype,
+    device: torch.device,
+) -> None:
+    params, grads, buffers, guarded = make(dtype, grad_dtype, device)
+    before = [param.double().cpu() for param in params]
+    eager = [param.clone() for param in params], [buffer.clone() for buffer in buffers]
+    want, want_buffers = oracle_step(params, grads, buffers, lr=LR, **options)
+    reference.step_(eager[0], grads, eager[1], lr=LR, **options)
+    fused_step_(params, grads, buffers, lr=LR, tuning=tuning, **options)
+    assert_guards(guarded)
+    cdf = options.get("normalizer") == "cdf"
+    for i, shape in enumerate(SHAPES):
+        theta, momentum = step_bounds(before[i], want[i], want_buffers[i], dtype, LR, cdf)
+        for name, got, got_buffer in (
+            ("reference", eager[0][i], eager[1][i]),
+            ("kernels", params[i], buffers[i]),
+        ):
+            assert_close(f"{name}, momentum {shape}", got_buffer, want_buffers[i], momentum)
+            assert_close(f"{name}, parameter {shape}", got, want[i], theta)
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "row", "global"])
+@pytest.mark.parametrize("tuning", [LANES, TILES], ids=["lanes", "tiles"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_same_statistics_give_the_same_bits(
+    granularity: str, tuning: Tuning, dtype: torch.dtype, device: torch.device
+) -> None:
+    options = Options(LR, nesterov=True, weight_decay=0.1, granularity=granularity, centering=0.7)
+    shapes = [(1,), (2,), (17,), (129,), (1009,), (), (5, 7), (3, 272), (2, 3, 4, 5)]
+    params, grads, buffers, _ = make(dtype, dtype, device, shapes)
+    members = [fused.Member(p, g, m, 0) for p, g, m in zip(params, grads, buffers)]
+    eager = [(p.clone(), g, m.clone()) for p, g, m, _ in members]
+    prepared = without_tiles(members, options, tuning)
+    (device_part,) = prepared._devices
+    prepared.run(members, [options], {device: fused.new_counter(device)})
+    done = device_part.plan
+    for member, (param, grad, buffer), first, walk in zip(
+        members, eager, done.first_segment, device_part.walks
+    ):
+        shape = [walk.rows] + [1] * (param.dim() - 1) if param.dim() else []
+        rows = slice(first, first + walk.rows)
+        mean, m2 = (done.moments[rows, k].view(shape) for k in (0, 1))
+        up, more, high, low, inverse, mode = (done.folds[rows, k].view(shape) for k in range(6))
+        n = int(done.segments[first, 2])
+        if tuning.wide:
+            # float32 tiles find equal values by their least and greatest, not by sigma
+            centering = options.centering_for(param.dim())
+            own = fold_moments(Moments(n, mean, m2, 0), options, centering, torch.float32)
+            for field, value in zip(Fold._fields, (up, more, high, low, inverse)):
+                assert torch.equal(getattr(own, field).view(shape), value), field
+        fold = Fold(up, more, high, low, inverse, mode != 2, mode != 0)
+        reference._update_(param, grad, buffer, fold, options)
+        assert torch.equal(param, member.param)
+        assert torch.equal(buffer, member.momentum)
+
+
+def without_tiles(members: list[fused.Member], options: Options, tuning: Tuning) -> fused.FusedStep:
+    """A prepared step in which every slice has its statistics in the tables."""
+    with pytest.MonkeyPatch.context() as patch:
+        build = plan.build
+        patch.setattr(fused, "build", lambda *args: build(*args, tiles=False))
+        return fused.FusedStep(members, [options], tuning)
+
+
+@pytest.mark.parametrize("tuning", [LANES, TILES], ids=["lanes", "tiles"])
+def test_order_of_arrival_does_not_change_a_bit(tuning: Tuning, device: torch.device) -> None:
+    grads = [torch.randn(n, device=device) for n in (1500, 901)]
+    options = Options(LR, granularity="global", center_1d=True)
+    found = []
+    for seed in (None, 1, 2):
+        params = [torch.zeros_like(grad) for grad in grads]
+        members = [fused.Member(p, g, torch.zeros_like(p), 0) for p, g in zip(params, grads)]
+        prepared = fused.FusedStep(members, [options], tuning)
+        (batch,) = prepared._devices[0].plan.batches
+        if seed is not None:
+            torch.manual_seed(seed)
+            batch.slices = batch.slices[torch.randperm(batch.n_slices)]
+            batch.chunks = batch.chunks[torch.randperm(batch.n_chunks)]
+        for _ in range(2):
+            prepared.run(members, [options], {device: fused.new_counter(device)})
+        assert not prepared._devices[0].plan.arrived.any(), "counters are left at zero"
+        found.append(torch.cat(params))
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
+    """Counts kernel launches since the last call."""
+    count = 0
+
+    class Counting:
+        def __init__(self, kernel: Any) -> None:
+            self.kernel = kernel
+
+        def __getitem__(self, grid: Any) -> Any:
+            nonlocal count
+            count += 1
+            return self.kernel[grid]
+
+    for module, name in ((statistics, "_statistics_kernel"), (update, "_update_kernel")):
+        monkeypatch.setattr(module, name, Counting(getattr(module, name)))
+
+    def since() -> int:
+        nonlocal count
+        found, count = count, 0
+        return found
+
+    return since
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "row"])
+def test_launches_do_not_grow(
+    granularity: str, device: torch.device, launches: Callable[[], int]
+) -> None:
+    """Two for one tensor, 10 and 300, in one group or one each, with options of every kind."""
+    for n, per_group in ((1, 1), (10, 10), (10, 1), (300, 300), (300, 10)):
+        params = [
+            torch.randn(2, 4112, device=device) if i == 0 else torch.randn(16, device=device)
+            for i in range(n)
+        ]
+        for param in params:
+            param.grad = torch.randn_like(param)
+        kinds = itertools.cycle(
+            [{}, {"momentum": 0.0}, {"nesterov": True}, {"maximize": True}, {"normalizer": "cdf"}]
+        )
+        groups = [
+            {"params": params[i : i + per_group], "lr": 1e-3 * (i + 1), **next(kinds)}
+            for i in range(0, n, per_group)
+        ]
+        optimizer = BNGD(groups, granularity=granularity, fused=True)
+        launches()
+        optimizer.step()
+        assert launches() == 2, (n, per_group)
+
+
+def test_launches_of_small_and_mixed_models(
+    device: torch.device, launches: Callable[[], int]
+) -> None:
+    def count(*shapes_and_dtypes: tuple[tuple[int, ...], torch.dtype]) -> int:
+        params = [torch.randn(s, device=device).to(dtype) for s, dtype in shapes_and_dtypes]
+        for param in params:
+            param.grad = torch.randn_like(param)
+        launches()
+        BNGD(params, fused=True).step()
+        return launches()
+
+    tiny, large = (100,), (5000,)
+    assert count((tiny, torch.float32), (tiny, torch.float32)) == 1
+    assert count((tiny, torch.float32), (large, torch.float32)) == 2
+    assert count((large, torch.float32), (large, torch.bfloat16)) == 4
+
+
+def test_a_global_group_spans_dtypes(device: torch.device) -> None:
+    """One slice over float32 and bfloat16 tensors, whose statistics are in two launches."""
+    params = [torch.randn(700, device=device), torch.randn(900, device=device).bfloat16()]
+    grads = [torch.randn_like(param) * 3 + 1 for param in params]
+    buffers = [torch.zeros(param.shape, device=device) for param in params]
+    want, want_buffers = oracle_step(params, grads, buffers, lr=LR, granularity="global")
+    before = [param.double().cpu() for param in params]
+    fused_step_(params, grads, buffers, lr=LR, granularity="global", tuning=LANES)
+    for i, param in enumerate(params):
+        theta, momentum = step_bounds(before[i], want[i], want_buffers[i], param.dtype, LR, False)
+        assert_close("momentum", buffers[i], want_buffers[i], momentum)
+        assert_close("parameter", param, want[i], theta)
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "row", "global"])
+@pytest.mark.parametrize("nonfinite", ["skip", "propagate"])
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan], ids=str)
+@pytest.mark.parametrize("tuning", [LANES, TILES], ids=["lanes", "tiles"])
+def test_nonfinite(
+    granularity: str, nonfinite: str, value: float, tuning: Tuning, device: torch.device
+) -> None:
+    """In a tile, in the last entries of a segment, and in one of many slices."""
+    shapes = [(5, 20), (2, 300), (1001,), (40,), (3, 7)]
+    params = [torch.randn(shape, device=device) for shape in shapes]
+    grads = [torch.randn(shape, device=device) for shape in shapes]
+    buffers = [torch.randn(shape, device=device) for shape in shapes]
+    grads[0][1, 3] = grads[1][1, 299] = grads[2][500] = value
+    options = {"granularity": granularity, "nonfinite": nonfinite, "weight_decay": 0.1}
+    before = [param.double().cpu() for param in params]
+    eager = [param.clone() for param in params], [buffer.clone() for buffer in buffers]
+    want, want_buffers = oracle_step(params, grads, buffers, lr=LR, **options)
+    counts = [
+        int(reference.step_(eager[0], grads, eager[1], lr=LR, **options)),
+        int(fused_step_(params, grads, buffers, lr=LR, tuning=tuning, **options)),
+    ]
+    expected = {"tensor": 3, "row": 3, "global": 1}[granularity] if nonfinite == "skip" else 0
+    assert counts == [expected, expected]
+    for i in range(len(shapes)):
+        theta, momentum = step_bounds(
+            before[i], want[i].nan_to_num(), want_buffers[i].nan_to_num(), torch.float32, LR, False
+        )
+        for got, got_buffer in ((eager[0][i], eager[1][i]), (params[i], buffers[i])):
+            assert_close("momentum", got_buffer, want_buffers[i], momentum)
+            assert_close("parameter", got, want[i], theta)
+    if nonfinite == "skip" and granularity == "row":
+        assert torch.equal(params[0][1].double().cpu(), before[0][1]), "bits, not only values"
+
+
+def test_several_steps_of_a_prepared_step(device: torch.device) -> None:
+    """Gradients move, learning rates change, a group is frozen for a while."""
+    shapes = [(300, 3), (40, 7), (5000,), (9,)]
+    params = [torch.randn(shape, device=device) for shape in shapes]
+    twins = [param.clone() for param in params]
+    groups = ([params[:2], params[2:]], [twins[:2], twins[2:]])
+    optimizers = [
+        BNGD(
+            [{"params": a, "lr": 1e-2}, {"params": b, "granularity": "row", "nesterov": True}],
+            fused=fused,
+            weight_decay=0.01,
+        )
+        for (a, b), fused in zip(groups, (True, False))
+    ]
+    for step in range(6):
+        keep = []
+        for param, twin in zip(params, twins):
+            if step == 2 and param.dim() == 1:
+                param.grad = twin.grad = None
+                continue
+            keep.append(torch.randn(step * 16, device=device))
+            param.grad = torch.randn_like(param)
+            twin.grad = param.grad.clone()
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] *= 0.7
+            optimizer.step()
+        for param, twin in zip(params, twins):
+            # statistics one rounding apart, in a step of size lr, and a rounding of the parameter
+            bound = 1e-2 * 8 * GHAT + 2 * THETA * twin.cpu().abs()
+            assert_close(f"step {step}", param, twin.cpu(), bound)
+            twin.copy_(param)
+
+
+def test_autograd_notices_the_write(device: torch.device) -> None:
+    weight = torch.nn.Parameter(torch.randn(4, 4, device=device))
+    optimizer = BNGD([weight], fused=True)
+    loss = (weight.sin() * weight).sum()
+    weight.grad = torch.randn_like(weight)
+    before = weight._version
+    optimizer.step()
+    assert weight._version > before
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_past_two_to_the_31(device: torch.device) -> None:
+    """The last items of a tensor of 2**31 + 100 entries; memory is committed only where touched."""
+    n = 2**31 + 100
+    grad = torch.empty(n, dtype=torch.float16, device=device)
+    param = torch.empty(n, dtype=torch.float16, device=device)
+    tuning = Tuning(wide=True, slice=65536, chunk=65536, update_block=4096, block=4096, unroll=1)
+    entry = plan.Entry(param, grad, None, 0, 1, True, None)
+    whole = plan.build([entry], tuning)
+    (batch,) = whole.batches
+    for table, size in ((batch.slices, batch.n_slices), (batch.chunks, batch.n_chunks)):
+        assert len(table) == size
+        assert int(table[0, 1]) == 0
+        assert torch.equal(table[1:, 1], table[:-1, 1] + table[:-1, 2])
+        assert int(table[-1, 1] + table[-1, 2]) == n
+        assert int(table[:, 2].max()) < 2**31
+    assert whole.partials.shape[1] <= tuning.max_partials
+
+    tail = 100 + 5000
+    grad[-tail:] = torch.randn(tail, device=device)
+    param[-tail:] = 0
+    batch.slices = torch.tensor([[0, n - tail, tail, 0, 0]], device=device)
+    batch.chunks = torch.tensor([[0, n - tail, tail, 0]], device=device)
+    batch.n_slices = batch.n_chunks = 1
+    whole.segments[0] = torch.tensor([0, 1, tail, 1], device=device)
+    whole.point_at([grad])
+    options = Options(lr=1.0, momentum=0.0, maximize=True)
+    table = torch.tensor([launch.encode(options)], dtype=torch.float64, device=device)
+    launch.launch(whole, table, fused.new_counter(device))
+    want = reference.normalize_gradient(grad[-tail:], center_1d=True)
+    assert torch.equal(param[-tail:], want)
+
+
+def test_shape_of_a_plan(device: torch.device) -> None:
+    """Every entry is in exactly one slice or tile, and in exactly one chunk or tile."""
+    shapes = [shape for shape in SHAPES if 0 not in shape]
+    for granularity in ("tensor", "row"):
+        entries = []
+        for shape in shapes:
+            tensor = torch.randn(shape, device=device)
+            rows = shape[0] if granularity == "row" and len(shape) > 1 else 1
+            entries.append(plan.Entry(tensor, tensor, None, 0, rows, False, None))
+        found = plan.build(entries, LANES)
+        for batch in found.batches:
+            sizes = {at: entries[i].param.numel() for at, i in enumerate(batch.order)}
+            covered: dict[str, dict[int, int]] = {"slices": {}, "chunks": {}}
+            for name, table in (("slices", batch.slices), ("chunks", batch.chunks)):
+                for tensor, _, length, *_ in table.tolist():
+                    covered[name][tensor] = covered[name].get(tensor, 0) + length
+            for first, count, start, listed, columns in batch.tiles.tolist():
+                for row in range(count):
+                    at = first + row * listed
+                    length = int(batch.rows[at, 0])
+                    assert length - length % 16 <= columns
+                    assert start + row < entries[batch.order[at]].rows or listed
+                    for part in covered.values():
+                        part[at] = part.get(at, 0) + length
+            assert covered == {"slices": sizes, "chunks": sizes}

@@ -1,0 +1,58 @@
+"""Every tolerance of the suite, each with its reason. EPS is float32's unit roundoff, 2**-24."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+EPS = 2.0**-24
+
+# ghat = ((g * up) - high - low) * inverse: two subtractions, one product and the rounding of
+# `inverse`, and statistics off by at most one EPS more (float32 tiles): 5 EPS, next power of two 8
+GHAT = 8 * EPS
+# erf in float32 is good to 2 EPS on the CPU and 4 EPS in CUDA's libdevice, times sqrt(3)
+CDF = 16 * EPS
+# m and u: two products and a sum each on top of ghat
+MOMENTUM = 4 * EPS
+# theta: the product with the decay, the product with lr, the difference
+THETA = 4 * EPS
+# one rounding at the store, to 8 or 11 significant bits; float32's is in THETA
+STORE = {torch.float32: 0.0, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+# float16 and bfloat16 below their normal range, in absolute terms: half the least subnormal
+FLOOR = {torch.float32: 2.0**-150, torch.bfloat16: 2.0**-134, torch.float16: 2.0**-25}
+# log10 of the inverse relative error of sigma that the definition asks of every backend
+LRE = 6.5
+
+
+def assert_close(what: str, got: Tensor, want: Tensor, bound: Tensor) -> None:
+    """Entry by entry ``|got - want| <= bound``; a NaN in `want` asks for one in `got`."""
+    got, want, bound = got.detach().cpu().double(), want.double(), bound.double()
+    assert torch.equal(got.isnan(), want.isnan()), f"{what}: NaN in other places"
+    error = (got - want).abs()
+    bad = error > bound
+    if bad.any():
+        i = int((error - bound).nan_to_num(-1.0).argmax())
+        raise AssertionError(
+            f"{what}: {int(bad.sum())} of {bad.numel()} entries off; entry {i} is "
+            f"{got.flatten()[i]:.9g}, not {want.flatten()[i]:.9g}: error {error.flatten()[i]:.3g} "
+            f"> {bound.flatten()[i]:.3g}; RMS error {error.square().mean().sqrt():.3g}"
+        )
+
+
+def ghat_bound(want: Tensor, *, normalizer: str = "zscore") -> Tensor:
+    """Bound for a float32 ghat; entries near 0 are differences of numbers of size 1."""
+    return (CDF if normalizer == "cdf" else GHAT) * (1 + want.abs())
+
+
+def step_bounds(
+    theta: Tensor, new_theta: Tensor, new_momentum: Tensor, dtype: torch.dtype, lr: float, cdf: bool
+) -> tuple[Tensor, Tensor]:
+    """Bounds for a parameter of `dtype` and its float32 momentum after one step.
+
+    `theta` is the parameter before the step, the others are the oracle's.
+    """
+    size = 1 + new_momentum.abs()
+    momentum = ((CDF if cdf else GHAT) + MOMENTUM) * size
+    exact = lr * (momentum + THETA * size) + THETA * (theta.abs() + new_theta.abs())
+    stored = STORE[dtype] * (new_theta.abs() + exact) + FLOOR[dtype]
+    return exact + stored, momentum
