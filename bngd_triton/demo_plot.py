@@ -20,23 +20,23 @@ class _Look(NamedTuple):
     """How one optimizer is drawn; the colours are Okabe and Ito's."""
 
     color: str
-    line: str
-    marker: str
-    size: float
-    fill: str = "full"
+    line: str = "-"
+    marker: str = "o"
 
 
 _LOOKS = {
-    "SGD": _Look("#E69F00", "-", "o", 6),
-    "SGD, clip 1": _Look("#E69F00", "--", "^", 6),
-    "AdamW": _Look("#0072B2", "-", "D", 5),
-    "AdamW, clip 1": _Look("#0072B2", "--", "v", 6),
-    "BNGD tensor": _Look("#CC79A7", "-", "s", 5),
-    "BNGD row": _Look("#009E73", "-", "P", 6),
-    "BNGD row, center_1d": _Look("#000000", "-.", "X", 6),
-    "BNGD, eps 0": _Look("#009E73", "-", "s", 10, "none"),
-    "BNGD, eps 1e-8": _Look("#000000", ":", "X", 6),
+    "SGD": _Look("#E69F00"),
+    "SGD, clip 1": _Look("#E69F00", "--", "^"),
+    "AdamW": _Look("#0072B2", "-", "D"),
+    "AdamW, clip 1": _Look("#0072B2", "--"),
+    "BNGD tensor": _Look("#CC79A7"),
+    "BNGD row": _Look("#009E73"),
+    "BNGD row, center_1d": _Look("#000000", "-."),
+    "BNGD, eps 0": _Look("#009E73", "-", "s"),
+    "BNGD, eps 1e-8": _Look("#000000", ":", "X"),
 }
+# where the accuracy panel marks runs that ended in NaN
+_NAN_HEIGHT = -8
 
 
 def print_tables(results: Results, settings: Settings, console: Console) -> None:
@@ -46,6 +46,8 @@ def print_tables(results: Results, settings: Settings, console: Console) -> None
         box=SIMPLE_HEAD,
         title_justify="left",
         show_edge=False,
+        collapse_padding=True,
+        pad_edge=False,
     )
     table.add_column("optimizer", no_wrap=True)
     for name in ("lr", "first loss", "last loss", "test %", "least norm", "largest norm"):
@@ -148,22 +150,20 @@ def _draw_scales(axes: Any, runs: Sequence[Run], settings: Settings) -> None:
     axes.set_xlabel("factor c of the loss")
     axes.set_ylabel("test accuracy, %")
     axes.set_xscale("log")
-    axes.set_xlim(min(settings.scales) / 10, max(settings.scales) * 10)
+    axes.set_xticks(settings.scales)
+    axes.set_xlim(min(settings.scales) / 30, max(settings.scales) * 30)
     axes.set_ylim(-14, 104)
-    axes.set_yticks([-8, 0, 20, 40, 60, 80, 100], ["NaN", "0", "20", "40", "60", "80", "100"])
+    axes.set_yticks([_NAN_HEIGHT, *range(0, 101, 20)], ["NaN", *range(0, 101, 20)])
     axes.axhspan(-14, -2, color="0.92", zorder=0)
-    for name in dict.fromkeys(run.optimizer for run in runs):
+    names = list(dict.fromkeys(run.optimizer for run in runs))
+    for place, name in enumerate(names):
         look = _LOOKS[name]
         mine = [run for run in runs if run.optimizer == name and run.accuracies]
-        values = [run.accuracies[-1] for run in mine]
+        # side by side: at most scales most optimizers are within a point
+        x = [run.loss_scale * 10 ** (0.45 * (place - (len(names) - 1) / 2)) for run in mine]
+        accuracies = [run.accuracies[-1] for run in mine]
         axes.plot(
-            [run.loss_scale for run in mine],
-            [value if math.isfinite(value) else -8 for value in values],
-            color=look.color, linestyle="none", marker=look.marker, markersize=look.size,
-            fillstyle=look.fill, markeredgewidth=1.6, label=name,
+            x, [value if math.isfinite(value) else _NAN_HEIGHT for value in accuracies],
+            color=look.color, linestyle="none", marker=look.marker, markersize=7, label=name,
         )  # fmt: skip
-        axes.plot(
-            [run.loss_scale for run in mine],
-            values,
-            color=look.color, linestyle=look.line, linewidth=1.5,
-        )  # fmt: skip
+        axes.plot(x, accuracies, color=look.color, linestyle=look.line, linewidth=1, alpha=0.4)

@@ -1,0 +1,82 @@
+"""Standardising inputs: the function on both paths, and the layer."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tolerances import GHAT, assert_close
+from torch import Tensor
+
+from bngd_triton import BatchStandardize, standardize
+from bngd_triton.kernels.launch import standardize_columns
+
+
+def oracle(x: Tensor, dim: int) -> Tensor:
+    x = x.double()
+    std = x.std(dim, correction=0, keepdim=True)
+    return torch.where(std == 0, 0.0, (x - x.mean(dim, keepdim=True)) / std)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("shape", "dim"),
+    [((7,), 0), ((50, 3), 0), ((50, 3), 1), ((5, 6, 7), -2), ((1, 4), 0), ((2, 4), 0)],
+    ids=str,
+)
+def test_standardize(dtype: torch.dtype, shape: tuple[int, ...], dim: int) -> None:
+    x = (torch.randn(shape) * 3 + 10).to(dtype)
+    got, want = standardize(x, dim), oracle(x, dim)
+    assert got.dtype == dtype
+    bound = (GHAT + torch.finfo(dtype).eps) * (1 + want.abs())
+    assert_close("standardize", got, want, bound)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1), (3, 33), (257, 5), (600, 40)], ids=str)
+def test_kernel_equals_eager(
+    dtype: torch.dtype, shape: tuple[int, int], device: torch.device
+) -> None:
+    """Bit for bit: same factors, unless float64 sums in other orders round one differently."""
+    x = (torch.randn(shape) * torch.logspace(-3, 3, shape[1]) + 1).to(dtype).to(device)
+    got, want = standardize_columns(x).cpu(), standardize(x.cpu())
+    assert (got == want).double().mean() > 0.95
+    bound = GHAT * (1 + want.double().abs()) + torch.finfo(dtype).eps * want.double().abs()
+    assert_close("kernel", got, want, bound)
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["eager", "kernel"])
+def test_special_columns(fused: bool, device: torch.device) -> None:
+    function = standardize_columns if fused else standardize
+    x = torch.randn(40, 5, device=device)
+    x[:, 0] = 0.1
+    x[:, 1] = 0
+    x[3, 2] = torch.inf
+    x[3, 3] = torch.nan
+    got = function(x)
+    assert (got[:, :2] == 0).all()
+    assert got[:, 2:4].isnan().all()
+    torch.testing.assert_close(got[:, 4].double(), oracle(x[:, 4], 0), rtol=0, atol=1e-6)
+
+
+def test_empty_and_errors() -> None:
+    assert standardize(torch.zeros(0, 3)).shape == (0, 3)
+    for bad, error, message in (
+        (torch.zeros(3, dtype=torch.int64), TypeError, "x has dtype torch.int64"),
+        (torch.tensor(1.0), ValueError, "0-dim"),
+        (torch.zeros(3, requires_grad=True), ValueError, "gives no gradient"),
+    ):
+        with pytest.raises(error, match=message):
+            standardize(bad)
+    with pytest.raises(IndexError):
+        standardize(torch.zeros(3), 1)
+
+
+def test_batch_standardize() -> None:
+    layer = BatchStandardize(3, momentum=None)
+    x = torch.randn(500, 3) * torch.tensor([1e-2, 1.0, 1e3]) + 5
+    out = layer(x)
+    torch.testing.assert_close(out[:, 1:], standardize(x)[:, 1:], rtol=0, atol=1e-4)
+    assert not list(layer.parameters())
+    layer.eval()
+    torch.testing.assert_close(layer.running_mean, x.mean(0), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(layer(x[:1])[:, 1:], standardize(x)[:1, 1:], rtol=0, atol=5e-3)
