@@ -71,9 +71,10 @@ def _demo(args: argparse.Namespace) -> int:
     try:
         from .demo import Settings, demo
     except ModuleNotFoundError as error:
-        if error.name is None or error.name.partition(".")[0] not in _DEMO_PACKAGES:
+        package = (error.name or "").partition(".")[0]
+        if package not in _DEMO_PACKAGES:
             raise
-        return _fail(f"{error.name} is not installed: pip install 'bngd-triton[demo]'", 1)
+        return _fail(f"{package} is not installed: pip install 'bngd-triton[demo]'", 1)
     settings = Settings(
         device=args.device, seed=args.seed, epochs=args.epochs, target_loss=args.target_loss
     )

@@ -67,7 +67,7 @@ def print_tables(results: Results, settings: Settings, console: Console) -> None
     console.print(table)
     names = list(dict.fromkeys(run.optimizer for run in results.loss_scale))
     if names:
-        console.print(_scale_table(results.loss_scale, names, settings))
+        console.print(_scale_table(results.loss_scale, names, settings), "")
     console.print(
         f"Norms are the gradient's, before clipping. One seed ({settings.seed}): a few points "
         "between two rows are no result. The learning rates of the first table are each "
@@ -123,11 +123,12 @@ def _draw_losses(axes: Any, runs: Sequence[Run]) -> None:
     axes.set_xlabel("epoch (0: the first batch, before any step)")
     axes.set_ylabel("mean training loss")
     axes.set_yscale("log")
+    axes.xaxis.get_major_locator().set_params(integer=True)
     for run in runs:
         look = _LOOKS[run.optimizer]
         points = [(0, run.first_loss), *enumerate(run.losses, start=1)] if run.losses else []
         finite = [(x, y) for x, y in points if math.isfinite(y)]
-        label = f"{run.optimizer} (lr {run.lr:g}): {_accuracy(run)}"
+        label = f"{run.optimizer} (lr {run.lr:g}): test {_accuracy(run)}"
         label += " %" if run.status != "not finite" else f" from epoch {len(run.losses)}"
         axes.plot(
             [x for x, _ in finite], [y for _, y in finite], color=look.color, linestyle=look.line,

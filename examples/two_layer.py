@@ -4,12 +4,12 @@ It prints the gradient, the loss and the parameters every so often, and at the e
 for x = 3. The optimizer is the article's variant: every gradient of two or more entries is brought
 to mean 0 and standard deviation 1, without momentum.
 
-Three things of the article's listing had to be mended. It computes
+Three things of the article's listing had to be mended to make it run. It computes
 ``norm.cdf(g) / (g.std() * sqrt(2 * pi)) * (1 / std)``, which is positive for every g, so that every
-parameter could only ever fall; here the gradient is standardised instead. It is 0 / 0 for a gradient
-of one entry, whose standard deviation is 0; here such a gradient becomes its sign. And it uses names
-that it never defines, initial values among them; those below are our own. Steps of this method do
-not shrink near an optimum, so the learning rate falls linearly to 0.
+parameter could only ever fall; here the gradient is standardised instead. It divides by the
+standard deviation, which is 0 for a gradient of one entry (the last bias); here such a gradient
+becomes its sign. And it uses names that it does not define, so the initial values below are our
+own. Steps of this method do not shrink near an optimum: the learning rate falls linearly to 0.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ X, Y = [[1.0], [2.0]], [[1.0], [2.0]]
 TEST_X, TEST_Y = 3.0, 3.0
 FIRST_WEIGHT, FIRST_BIAS = [[0.1], [0.2], [0.3], [0.4]], [0.0, 0.0, 0.0, 0.0]
 SECOND_WEIGHT, SECOND_BIAS = [[0.4, 0.1, 0.2, 0.3]], [0.0]
-STEPS = 2000
-LR = 0.01
-PRINT_EVERY = 250
+STEPS = 1000
+LR = 0.003
+PRINT_EVERY = 200
 
 
 def network() -> nn.Sequential:

@@ -271,7 +271,9 @@ def fused_normalize_gradient(
         RuntimeError: the kernels cannot serve `grad`.
         FloatingPointError: a non-finite entry with ``nonfinite="raise"``.
     """
+    options = Options(nonfinite=nonfinite, granularity=granularity)
     check_float("grad", grad)
+    check_step([grad], [grad], options, names=["grad"])
     out = torch.zeros_like(grad)
     # from 0, a step of 1 uphill without momentum is ghat itself, rounded once
     fused_step_(

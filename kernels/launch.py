@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..checks import Options
-from .plan import Batch, Plan, Tuning
+from .plan import Batch, Plan, Tuning, gpu_tuning
 
 # NVIDIA compute capabilities whose float64 runs at half the float32 rate; elsewhere 1/32 or less
 FULL_RATE_FP64 = {(6, 0), (7, 0), (8, 0), (9, 0), (10, 0)}
@@ -63,7 +63,10 @@ def tuning_for(device: torch.device) -> Tuning:
     if device.type == "cpu":
         # a program costs the interpreter 50 us and a trip 0.1 ms, whatever its width
         return Tuning(block=4096, unroll=1, slice=65536, update_block=16384, chunk=65536)
-    return Tuning(wide=_full_rate_fp64(device))
+    wave = 32
+    if device.type == "cuda":
+        wave = torch.cuda.get_device_properties(device).warp_size
+    return gpu_tuning(wide=_full_rate_fp64(device), wave=wave)
 
 
 def _full_rate_fp64(device: torch.device) -> bool:

@@ -57,8 +57,12 @@ def lane_moments(
         if ALIGNED:
             # divisibility does not survive the cast from a table's integer, nor a function call
             here = tl.multiple_of(here, 16)
+        # all loads first: the divisions branch, and no load would be moved ahead of a branch
+        rows = ()
         for u in tl.static_range(UNROLL):
-            x = tl.load(here + u * BLOCK + offsets, eviction_policy="evict_last").to(tl.float64)
+            rows = rows + (tl.load(here + u * BLOCK + offsets, eviction_policy="evict_last"),)  # noqa: RUF005
+        for u in tl.static_range(UNROLL):
+            x = rows[u].to(tl.float64)
             k += 1.0
             away = x - mean
             mean += away * (1.0 / k)
@@ -104,33 +108,24 @@ def lane_moments(
 
 
 @triton.jit
-def tile_moments(x, x_live, y, y_live, n):
-    """Mean, M2, least and greatest value of each row of a tile, float64 from float32.
+def tile_moments(x, live, n, AXIS: tl.constexpr):
+    """Mean, M2 (float64), least and greatest value (float32) along an axis, which is kept.
 
-    ``x`` [R, C] and ``y`` [R, 16] hold the row, 0 where not live; ``n`` [R] float32 counts both.
+    ``x`` is float32, 0 where not live; ``n`` float32 counts the live values.
     """
-    least = tl.minimum(
-        tl.min(tl.where(x_live, x, float("inf")), 1), tl.min(tl.where(y_live, y, float("inf")), 1)
-    )
-    most = tl.maximum(
-        tl.max(tl.where(x_live, x, float("-inf")), 1),
-        tl.max(tl.where(y_live, y, float("-inf")), 1),
-    )
+    least = tl.min(tl.where(live, x, float("inf")), AXIS, keep_dims=True)
+    most = tl.max(tl.where(live, x, float("-inf")), AXIS, keep_dims=True)
     largest = tl.maximum(tl.abs(least), tl.abs(most))
     biased = (largest.to(tl.int32, bitcast=True) >> 23) & 0xFF
     # 149: the least subnormal becomes 1
     k = tl.where(biased == 0, 149, 127 - biased)
     up = tl.minimum(tl.maximum(k, -126), 126)
-    first = power_of_two_32(up)[:, None]
-    second = power_of_two_32(k - up)[:, None]
-    x = x * first * second
-    y = y * first * second
+    x = x * power_of_two_32(up) * power_of_two_32(k - up)
     safe = tl.maximum(n, 1.0)
-    mean = tl.div_rn(tl.sum(x, 1) + tl.sum(y, 1), safe)
-    x = tl.where(x_live, x - mean[:, None], 0.0)
-    y = tl.where(y_live, y - mean[:, None], 0.0)
-    shift = (tl.sum(x, 1) + tl.sum(y, 1)).to(tl.float64)
-    square = (tl.sum(x * x, 1) + tl.sum(y * y, 1)).to(tl.float64)
+    mean = tl.div_rn(tl.sum(x, AXIS, keep_dims=True), safe)
+    x = tl.where(live, x - mean, 0.0)
+    shift = tl.sum(x, AXIS, keep_dims=True).to(tl.float64)
+    square = tl.sum(x * x, AXIS, keep_dims=True).to(tl.float64)
     wide = safe.to(tl.float64)
     down = power_of_two_64(-k.to(tl.int64))
     exact_mean = (mean.to(tl.float64) + shift / wide) * down
@@ -138,45 +133,49 @@ def tile_moments(x, x_live, y, y_live, n):
     m2 = tl.maximum(square - shift * shift / wide, 0.0) * down * down
     # a maximum drops NaN on some targets: take it from the mean, which never does
     m2 = tl.where(exact_mean - exact_mean == 0, m2, exact_mean - exact_mean)
-    return exact_mean, m2, least.to(tl.float64), most.to(tl.float64)
+    return exact_mean, m2, least, most
+
+
+@triton.jit
+def _merge_tile(count, mean, m2, least, most, x, live, size):
+    """The moments of a run and of one more tile of ``size`` values."""
+    n = (size + tl.arange(0, 1)).to(tl.float32)
+    mean_t, m2_t, least_t, most_t = tile_moments(x.to(tl.float32), live, n, 0)
+    first_mean = tl.sum(mean_t, 0)
+    mean = tl.where(count == 0, first_mean, mean)
+    count, mean, m2 = merge(count, mean, m2, size.to(tl.float64), first_mean, tl.sum(m2_t, 0))
+    least = tl.minimum(least, tl.sum(least_t, 0))
+    most = tl.maximum(most, tl.sum(most_t, 0))
+    return count, mean, m2, least, most
 
 
 @triton.jit
 def stream_tile_moments(grad, n, ALIGNED: tl.constexpr, WIDTH: tl.constexpr):
     """Count, mean, M2, least and greatest of ``n`` (int32) values at ``grad``, tile by tile."""
     offsets = tl.arange(0, WIDTH)
-    rest = tl.arange(0, 16)
     whole = n // 16 * 16
     i = n * 0
     count = i.to(tl.float64)
     mean = i.to(tl.float64)
     m2 = i.to(tl.float64)
-    least = mean + float("inf")
-    most = mean - float("inf")
-    while i < n:
+    least = i.to(tl.float32) + float("inf")
+    most = i.to(tl.float32) - float("inf")
+    while i < whole:
         here = grad + i
         if ALIGNED:
             here = tl.multiple_of(here, 16)
         live = offsets < tl.multiple_of(whole - i, 16)
         x = tl.load(here + offsets, mask=live, other=0.0, eviction_policy="evict_last")
-        # the last n % 16 values ride with the tile that ends the run
-        last = tl.where(i + WIDTH >= whole, n - whole, 0)
-        y = tl.load(grad + whole + rest, mask=rest < last, other=0.0)
-        size = tl.maximum(tl.minimum(whole - i, WIDTH), 0) + last
-        mean_t, m2_t, least_t, most_t = tile_moments(
-            x.to(tl.float32)[None, :],
-            live[None, :],
-            y.to(tl.float32)[None, :],
-            (rest < last)[None, :],
-            (size + tl.arange(0, 1)).to(tl.float32),
+        size = tl.minimum(whole - i, WIDTH)
+        count, mean, m2, least, most = _merge_tile(count, mean, m2, least, most, x, live, size)
+        i += WIDTH
+    if whole < n:
+        rest = tl.arange(0, 16)
+        live16 = rest < n - whole
+        y = tl.load(grad + whole + rest, mask=live16, other=0.0)
+        count, mean, m2, least, most = _merge_tile(
+            count, mean, m2, least, most, y, live16, n - whole
         )
-        first_mean = tl.sum(mean_t, 0)
-        if i == 0:
-            mean = first_mean
-        count, mean, m2 = merge(count, mean, m2, size.to(tl.float64), first_mean, tl.sum(m2_t, 0))
-        least = tl.minimum(least, tl.sum(least_t, 0))
-        most = tl.maximum(most, tl.sum(most_t, 0))
-        i += tl.where(i + WIDTH >= whole, n - i, WIDTH)
     return count, mean, m2, least, most
 
 

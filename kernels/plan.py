@@ -21,8 +21,10 @@ from torch import Tensor
 
 # what the kernels' tables have to a row
 SLICE, TILE, SEGMENT, CHUNK = 5, 5, 4, 4
-# 16-byte accesses; a row must be a multiple of 16 elements for the next one to be aligned
+# bytes of the widest access
 ALIGNMENT = 16
+# rows of a multiple of 8 elements, 16 bytes of 16-bit storage, keep every row aligned
+GRANULE = 8
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ class Tuning:
     merge: int = 256
     update_block: int = 1024
     chunk: int = 16384
-    tile: int = 4096
+    tile: int = 2048
     warps: int = 4
     update_warps: int = 4
 
@@ -60,6 +62,16 @@ class Tuning:
     def tile_columns(self) -> tuple[int, ...]:
         """Row capacities of the tile's shapes; the narrowest that holds a row is used."""
         return tuple(self.tile >> shrink for shrink in (6, 4, 2, 0))
+
+    def tile_rows(self, columns: int) -> int:
+        """Rows of the tile that has this many columns."""
+        return max(1, self.block // columns)
+
+
+def gpu_tuning(*, wide: bool, wave: int) -> Tuning:
+    """The sizes for a GPU whose warps have `wave` lanes."""
+    # two waves of 64 are the threads of four warps; with four, 16-byte loads become 8-byte ones
+    return Tuning(wide=wide, warps=128 // wave)
 
 
 class Entry(NamedTuple):
@@ -140,13 +152,14 @@ def build(entries: Sequence[Entry], tuning: Tuning, *, tiles: bool = True) -> Pl
             every slice has statistics and a fold in the plan's tables.
     """
     device = entries[0].param.device
+    aligned = [_is_aligned(entry) for entry in entries]
+    tiled = [tiles and _fits_tile(e, on, tuning) for e, on in zip(entries, aligned)]
     kinds: dict[tuple[torch.dtype, torch.dtype, torch.dtype, bool], list[int]] = {}
     for i, entry in enumerate(entries):
         buffer = entry.momentum.dtype if entry.momentum is not None else torch.float32
-        kind = (entry.param.dtype, entry.grad.dtype, buffer, _is_aligned(entry))
+        kind = (entry.param.dtype, entry.grad.dtype, buffer, aligned[i])
         kinds.setdefault(kind, []).append(i)
 
-    tiled = [tiles and e.shared is None and _length(e) <= tuning.tile for e in entries]
     segments, spans, n_partials = _segments(entries, tiled, tuning)
     batches = []
     for kind, members in kinds.items():
@@ -238,7 +251,7 @@ def _batch(
             chunks.append(_cut(at, entry, tuning.chunk, None, span.segment))
         elif entry.rows > 1:
             columns = _columns(entry, tuning)
-            tiles.append(_tiles(at, entry.rows, tuning.tile // columns, False, columns))
+            tiles.append(_tiles(at, entry.rows, tuning.tile_rows(columns), False, columns))
     for columns in tuning.tile_columns:
         small = [
             at
@@ -246,7 +259,7 @@ def _batch(
             if tiled[i] and entries[i].rows == 1 and _columns(entries[i], tuning) == columns
         ]
         if small:
-            tiles.append(_tiles(small[0], len(small), tuning.tile // columns, True, columns))
+            tiles.append(_tiles(small[0], len(small), tuning.tile_rows(columns), True, columns))
 
     rows = torch.tensor([[_length(entries[i]), _code(entries[i])] for i in members])
     params = torch.tensor([entries[i].param.data_ptr() for i in members])
@@ -320,9 +333,8 @@ def _length(entry: Entry) -> int:
 
 
 def _columns(entry: Entry, tuning: Tuning) -> int:
-    """The narrowest tile shape that holds a row; 15 entries ride beside the columns."""
-    whole = _length(entry) // 16 * 16
-    return next(columns for columns in tuning.tile_columns if whole <= columns)
+    """The narrowest tile shape that holds a row."""
+    return next(columns for columns in tuning.tile_columns if _length(entry) <= columns)
 
 
 def _code(entry: Entry) -> int:
@@ -341,7 +353,17 @@ def _slice_step(length: int, tuning: Tuning) -> int:
 
 def _is_aligned(entry: Entry) -> bool:
     """Whether every row of all three tensors starts at a multiple of 16 bytes."""
-    if entry.rows > 1 and _length(entry) % 16:
+    if entry.rows > 1 and _length(entry) % GRANULE:
         return False
     tensors = (entry.param, entry.grad, _momentum(entry))
     return all(tensor.data_ptr() % ALIGNMENT == 0 for tensor in tensors)
+
+
+def _fits_tile(entry: Entry, aligned: bool, tuning: Tuning) -> bool:
+    """Whether rows are finished in registers.
+
+    A tile masks by the row's length, which must not cut a wide access: small aligned tensors of
+    odd length are segments, which take their last entries apart.
+    """
+    whole = not aligned or _length(entry) % GRANULE == 0
+    return entry.shared is None and _length(entry) <= tuning.tile and whole

@@ -34,6 +34,13 @@ from .update import (
     store_as,
 )
 
+# parts of one upload: their alignment must not choose among compilations, nor their sizes
+TABLES = [
+    "slices_ptr", "tiles_ptr", "rows_ptr", "segments_ptr", "partials_ptr", "arrived_ptr",
+    "moments_ptr", "folds_ptr", "options_ptr", "skipped_ptr", "grad_ptrs", "param_ptrs",
+    "momentum_ptrs",
+]  # fmt: skip
+
 
 @triton.jit
 def _merge_partials(partials, n_partials, first, count, WIDE: tl.constexpr, MERGE: tl.constexpr):
@@ -93,7 +100,7 @@ def _publish(mean, m2, n, uniform, segment, coded, moments_ptr, folds_ptr, optio
     tl.store(moments_ptr + segment * 2, mean)
     tl.store(moments_ptr + segment * 2 + 1, m2)
     if mode == 0.0:
-        tl.atomic_add(skipped, 1)
+        tl.atomic_add(skipped, 1, sem="relaxed")
 
 
 @triton.jit
@@ -115,6 +122,8 @@ def _slice(
         most = mean
     else:
         n, mean, m2, least, most = stream_tile_moments(grad, length, ALIGNED, BLOCK * UNROLL)
+        least = least.to(tl.float64)
+        most = most.to(tl.float64)
     first = tl.load(segments_ptr + segment * 4)
     count = tl.load(segments_ptr + segment * 4 + 1)
     arrivals = count - 1
@@ -147,47 +156,38 @@ def _slice(
 
 
 @triton.jit
-def _pointers(table, tensor, start, offsets, live, ELEMENT: tl.constexpr, ALIGNED: tl.constexpr):
-    """[R, C] addresses of the tile's rows."""
-    base = tl.load(table + tensor, mask=live, other=0).to(tl.pointer_type(ELEMENT)) + start
-    address = base[:, None] + offsets[None, :]
-    if ALIGNED:
-        address = tl.multiple_of(address, (16, 16))
-    return address
-
-
-@triton.jit
 def _tile(
     row, rows_ptr, options_ptr, skipped, grad_ptrs, param_ptrs, momentum_ptrs,
     GRAD: tl.constexpr, PARAM: tl.constexpr, BUFFER: tl.constexpr, ALIGNED: tl.constexpr,
-    SOFT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    SOFT: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """ROWS slices of at most COLUMNS entries each, from one gradient read to the stores."""
-    r = tl.arange(0, ROWS)
+    """Slices of at most COLUMNS entries each, from one gradient read to the stores."""
+    # one row to a thread: eight rows of float64 statistics took 255 registers and spilled
+    ROWS: tl.constexpr = BLOCK // COLUMNS if BLOCK > COLUMNS else 1
+    r = tl.arange(0, ROWS)[:, None]
+    c = tl.arange(0, COLUMNS)[None, :]
     present = r < tl.load(row + 1).to(tl.int32)
     # listed: one row per tensor of the table; else consecutive rows of one tensor
     listed = tl.load(row + 3)
     tensor = tl.load(row) + r * listed
-    length = tl.load(rows_ptr + tensor * 2, mask=present, other=0)
+    length = tl.load(rows_ptr + tensor * 2, mask=present, other=0).to(tl.int32)
     coded = tl.load(rows_ptr + tensor * 2 + 1, mask=present, other=0)
     start = (tl.load(row + 2) + r) * (1 - listed) * length
-    whole = length // 16 * 16
-    c = tl.arange(0, COLUMNS)
-    c16 = tl.arange(0, 16)
-    # a bound that is a multiple of 16 keeps the masked access as wide as the unmasked one
-    x_live = c[None, :] < tl.multiple_of(whole.to(tl.int32)[:, None], (16, 16))
-    y_live = c16[None, :] < (length - whole)[:, None]
+    if ALIGNED:
+        # a bound that is a multiple of plan.GRANULE keeps the masked access 16 bytes wide
+        x_live = c < tl.multiple_of(length, (8, 8))
+    else:
+        x_live = c < length
 
-    grad = _pointers(grad_ptrs, tensor, start, c, present, GRAD, ALIGNED)
+    base = tl.load(grad_ptrs + tensor, mask=present, other=0).to(tl.pointer_type(GRAD))
+    grad = base + start + c
     if ALIGNED:
         grad = tl.multiple_of(grad, (16, 16))
-    grad16 = _pointers(grad_ptrs, tensor, start + whole, c16, present, GRAD, False)
     x = tl.load(grad, mask=x_live, other=0.0, eviction_policy="evict_first").to(tl.float32)
-    y = tl.load(grad16, mask=y_live, other=0.0).to(tl.float32)
     n = tl.maximum(length, 1).to(tl.float64)
-    mean, m2, least, most = tile_moments(x, x_live, y, y_live, length.to(tl.float32))
+    mean, m2, least, most = tile_moments(x, x_live, length.to(tl.float32), 1)
     uniform = least == most
-    mean = tl.where(uniform, least, mean)
+    mean = tl.where(uniform, least.to(tl.float64), mean)
     m2 = tl.where(uniform, 0.0, m2)
 
     option = options_ptr + (coded >> 1) * OPTION_COLUMNS
@@ -195,48 +195,38 @@ def _tile(
     up, more, high, low, inverse = fold(
         mean, m2, n, uniform, centering, tl.load(option + EPS), tl.load(option + SIGN)
     )
-    mode = mode_of(mean, m2, uniform, tl.load(option + CDF), tl.load(option + PROPAGATE))
-    left_out = tl.sum(tl.where(present & (mode == 0.0), 1, 0), 0)
+    mode = mode_of(mean, m2, uniform, tl.load(option + CDF), tl.load(option + PROPAGATE)).to(
+        tl.float32
+    )
+    left_out = tl.sum(tl.where(present & (mode == 0.0), 1, 0))
     if left_out > 0:
-        tl.atomic_add(skipped, left_out)
-    moved = present & (mode != 0.0)
-    lr = tl.load(option + LR).to(tl.float32)[:, None]
-    decay = tl.load(option + DECAY).to(tl.float32)[:, None]
-    beta = tl.load(option + MOMENTUM).to(tl.float32)[:, None]
-    fresh = tl.load(option + FRESH).to(tl.float32)[:, None]
-    nesterov = tl.load(option + NESTEROV)[:, None]
+        tl.atomic_add(skipped, left_out, sem="relaxed")
+    lr = tl.load(option + LR).to(tl.float32)
+    decay = tl.load(option + DECAY).to(tl.float32)
+    beta = tl.load(option + MOMENTUM).to(tl.float32)
+    fresh = tl.load(option + FRESH).to(tl.float32)
+    nesterov = tl.load(option + NESTEROV).to(tl.float32)
 
-    gx = (((x * up[:, None]) * more[:, None] - high[:, None]) - low[:, None]) * inverse[:, None]
-    gy = (((y * up[:, None]) * more[:, None] - high[:, None]) - low[:, None]) * inverse[:, None]
-    if tl.max(mode, 0) == 2.0:
-        gx = tl.where(mode[:, None] == 2.0, bounded(gx), gx)
-        gy = tl.where(mode[:, None] == 2.0, bounded(gy), gy)
-
-    param = _pointers(param_ptrs, tensor, start, c, present, PARAM, ALIGNED)
-    momentum = _pointers(momentum_ptrs, tensor, start, c, present, BUFFER, ALIGNED)
+    ghat = (((x * up) * more - high) - low) * inverse
+    if tl.max(mode) == 2.0:
+        ghat = tl.where(mode == 2.0, bounded(ghat), ghat)
+    live = x_live & (mode != 0.0)
+    has = live & (beta != 0)
+    base = tl.load(param_ptrs + tensor, mask=present, other=0).to(tl.pointer_type(PARAM))
+    param = base + start + c
+    base = tl.load(momentum_ptrs + tensor, mask=present, other=0).to(tl.pointer_type(BUFFER))
+    momentum = base + start + c
     if ALIGNED:
         param = tl.multiple_of(param, (16, 16))
         momentum = tl.multiple_of(momentum, (16, 16))
-    live = x_live & moved[:, None]
-    has = live & (beta != 0)
     p = tl.load(param, mask=live, other=0.0, eviction_policy="evict_first").to(tl.float32)
     m = tl.load(momentum, mask=has, other=0.0, eviction_policy="evict_first").to(tl.float32)
-    p, m = move(p, m, gx, lr, decay, beta, fresh, nesterov)
+    p, m = move(p, m, ghat, lr, decay, beta, fresh, nesterov)
     tl.store(param, store_as(p, PARAM, SOFT), mask=live, eviction_policy="evict_first")
     tl.store(momentum, store_as(m, BUFFER, SOFT), mask=has, eviction_policy="evict_first")
 
-    param = _pointers(param_ptrs, tensor, start + whole, c16, present, PARAM, False)
-    momentum = _pointers(momentum_ptrs, tensor, start + whole, c16, present, BUFFER, False)
-    live = y_live & moved[:, None]
-    has = live & (beta != 0)
-    p = tl.load(param, mask=live, other=0.0).to(tl.float32)
-    m = tl.load(momentum, mask=has, other=0.0).to(tl.float32)
-    p, m = move(p, m, gy, lr, decay, beta, fresh, nesterov)
-    tl.store(param, store_as(p, PARAM, SOFT), mask=live)
-    tl.store(momentum, store_as(m, BUFFER, SOFT), mask=has)
 
-
-@triton.jit
+@triton.jit(do_not_specialize=["n_slices", "n_partials"], do_not_specialize_on_alignment=TABLES)
 def _statistics_kernel(
     slices_ptr,  # int64 [n_slices, 5]: tensor, first element, elements, partial, segment
     n_slices,
@@ -276,9 +266,8 @@ def _statistics_kernel(
         row = tiles_ptr + (program - n_slices) * 5
         columns = tl.load(row + 4)
         for shrink in tl.static_range(4):
-            WIDTH: tl.constexpr = TILE >> (2 * shrink)
-            if columns == WIDTH:
+            if columns == TILE >> (2 * shrink):
                 _tile(
                     row, rows_ptr, options_ptr, skipped_ptr, grad_ptrs, param_ptrs, momentum_ptrs,
-                    GRAD, PARAM, BUFFER, ALIGNED, SOFT, TILE // WIDTH, WIDTH,
+                    GRAD, PARAM, BUFFER, ALIGNED, SOFT, BLOCK, TILE >> (2 * shrink),
                 )  # fmt: skip

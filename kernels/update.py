@@ -89,7 +89,12 @@ def _update_block(
     )
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize_on_alignment=[
+        "chunks_ptr", "segments_ptr", "folds_ptr", "options_ptr",
+        "grad_ptrs", "param_ptrs", "momentum_ptrs",
+    ]
+)  # fmt: skip
 def _update_kernel(
     chunks_ptr,  # int64 [programs, 4]: tensor, first element, elements, segment
     segments_ptr,  # int64 [segments, 4]: first partial, partials, elements, option row

@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
-import importlib
+import importlib.util
 import itertools
 import json
 import math
@@ -35,7 +35,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-KERNELS = Path(__file__).resolve().parent.parent / "kernels"
+KERNELS = Path(str(importlib.util.find_spec("bngd_triton.kernels").origin)).parent  # type: ignore[union-attr]
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 TARGETS = {
@@ -341,7 +341,9 @@ def run(folder: Path, case: Case) -> tuple[Case, Report | None, list[str]]:
     modules = load_kernels(folder)
     begin = time.perf_counter()
     try:
-        compiled = build(case, modules["plan"].Tuning(), modules)
+        wave = TARGETS[case.target].warp_size
+        tuning = modules["plan"].gpu_tuning(wide=case.wide, wave=wave)
+        compiled = build(case, tuning, modules)
     except Exception as error:  # whatever the compiler raises is this case's failure
         return case, None, [f"does not compile: {str(error).splitlines()[-1]}"]
     seconds = time.perf_counter() - begin

@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 
+import bngd_triton.kernels
+
 pytest.importorskip("triton")
 
 CHECK = Path(__file__).with_name("aot.py")
-KERNELS = CHECK.parent.parent / "kernels"
+KERNELS = Path(bngd_triton.kernels.__file__).parent
 
 
 def run_check(*arguments: str) -> subprocess.CompletedProcess[str]:
