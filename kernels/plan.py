@@ -23,8 +23,6 @@ from torch import Tensor
 SLICE, TILE, SEGMENT, CHUNK = 5, 5, 4, 4
 # bytes of the widest access
 ALIGNMENT = 16
-# rows of a multiple of 8 elements, 16 bytes of 16-bit storage, keep every row aligned
-GRANULE = 8
 
 
 @dataclass(frozen=True)
@@ -353,10 +351,16 @@ def _slice_step(length: int, tuning: Tuning) -> int:
 
 def _is_aligned(entry: Entry) -> bool:
     """Whether every row of all three tensors starts at a multiple of 16 bytes."""
-    if entry.rows > 1 and _length(entry) % GRANULE:
+    if entry.rows > 1 and _length(entry) % _granule(entry):
         return False
     tensors = (entry.param, entry.grad, _momentum(entry))
     return all(tensor.data_ptr() % ALIGNMENT == 0 for tensor in tensors)
+
+
+def _granule(entry: Entry) -> int:
+    """Elements in the widest access to the narrowest of the three tensors; 4 or 8."""
+    tensors = (entry.param, entry.grad, _momentum(entry))
+    return ALIGNMENT // min(tensor.element_size() for tensor in tensors)
 
 
 def _fits_tile(entry: Entry, aligned: bool, tuning: Tuning) -> bool:
@@ -365,5 +369,5 @@ def _fits_tile(entry: Entry, aligned: bool, tuning: Tuning) -> bool:
     A tile masks by the row's length, which must not cut a wide access: small aligned tensors of
     odd length are segments, which take their last entries apart.
     """
-    whole = not aligned or _length(entry) % GRANULE == 0
+    whole = not aligned or _length(entry) % _granule(entry) == 0
     return entry.shared is None and _length(entry) <= tuning.tile and whole

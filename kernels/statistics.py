@@ -174,8 +174,10 @@ def _tile(
     coded = tl.load(rows_ptr + tensor * 2 + 1, mask=present, other=0)
     start = (tl.load(row + 2) + r) * (1 - listed) * length
     if ALIGNED:
-        # a bound that is a multiple of plan.GRANULE keeps the masked access 16 bytes wide
-        x_live = c < tl.multiple_of(length, (8, 8))
+        # plan._granule: a bound of so many elements does not cut a 16-byte access
+        FULL: tl.constexpr = GRAD == tl.float32 and PARAM == tl.float32 and BUFFER == tl.float32
+        GRANULE: tl.constexpr = 4 if FULL else 8
+        x_live = c < tl.multiple_of(length, (GRANULE, GRANULE))
     else:
         x_live = c < length
 
