@@ -7,16 +7,14 @@ over 27 decades. Both leave a table, a PNG and a JSON.
 
 from __future__ import annotations
 
-import json
 import math
-import platform
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from rich.console import Console
@@ -26,8 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import SGD, AdamW, Optimizer
 
-from . import __version__
-from .demo_plot import draw, print_tables
+from .demo_plot import draw, print_tables, write_json
 from .optimizer import BNGD
 
 BATCH = 64
@@ -130,8 +127,7 @@ class Results:
     loss_scale: list[Run] = field(default_factory=list)
 
 
-@dataclass(frozen=True)
-class Split:
+class Split(NamedTuple):
     """Rows and labels for training and for the test."""
 
     x: Tensor
@@ -200,7 +196,7 @@ def train(
     """Fill `run` epoch by epoch; `watch` sees it after each."""
     split, model = task
     device = torch.device(settings.device)
-    split = Split(*(getattr(split, name).to(device) for name in Split.__dataclass_fields__))
+    split = Split(*(part.to(device) for part in split))
     model.to(device)
     params = list(model.parameters())
     optimizer = arm.make(params, lr=arm.lr)
@@ -328,8 +324,8 @@ def demo(
             if run.status == "running":
                 run.status = "interrupted"
         console.print("Interrupted: what follows is what was done so far.")
-    text = json.dumps(_document(settings, results, code != 0), indent=1, allow_nan=False)
-    (out / JSON_NAME).write_text(text + "\n", encoding="utf-8")
+    shared = {"batch": BATCH, "momentum": MOMENTUM, "lr_schedule": "linear to 0"}
+    write_json(results, settings, shared, out / JSON_NAME, interrupted=code != 0)
     draw(results, settings, out / PNG_NAME)
     print_tables(results, settings, console)
     console.print(f"Wrote {out / PNG_NAME} and {out / JSON_NAME}", soft_wrap=True)
@@ -345,30 +341,3 @@ def _one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def _document(settings: Settings, results: Results, interrupted: bool) -> dict[str, Any]:
-    """The JSON; figures that are not finite are null."""
-    device = torch.device(settings.device)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-    about = {
-        "bngd_triton": __version__,
-        "torch": torch.__version__,
-        "device_name": name,
-        "batch": BATCH,
-        "momentum": MOMENTUM,
-        "lr_schedule": "linear to 0",
-        **asdict(settings),
-    }
-    runs = {"exploding": results.exploding, "loss_scale": results.loss_scale}
-    figures = {part: [_nulls(asdict(run)) for run in done] for part, done in runs.items()}
-    return {"settings": about, "interrupted": interrupted, **figures}
-
-
-def _nulls(value: Any) -> Any:
-    """`value` with None for every float that JSON cannot hold."""
-    if isinstance(value, dict):
-        return {key: _nulls(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_nulls(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

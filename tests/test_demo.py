@@ -152,14 +152,19 @@ def test_ctrl_c_keeps_what_is_done(two_arms, tmp_path, after):
 
 def test_ctrl_c_before_any_epoch(two_arms, tmp_path, monkeypatch):
     def interrupt(*args):
+        assert torch.get_num_threads() == 1
         raise KeyboardInterrupt
 
     monkeypatch.setattr(demo, "train", interrupt)
-    threads = torch.get_num_threads()
-    code, document, _ = run(TINY, tmp_path)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        code, document, _ = run(TINY, tmp_path)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
     assert code == 130
     assert document["exploding"][0]["losses"] == []
-    assert torch.get_num_threads() == threads
 
 
 @pytest.mark.parametrize(
