@@ -29,10 +29,9 @@ def flatten_(params: Sequence[Tensor]) -> list[Tensor]:
         params: parameters of any devices and dtypes.
 
     Returns:
-        Those that stay where they are, because moving them is not safe (`why_not_flat`) or
-        because they are larger than a buffer.
+        Those that stay where they are, for the reason that `why_not_flat` gives.
     """
-    left = [param for param in params if _bytes(param) > MAX_BYTES or why_not_flat(param)]
+    left = [param for param in params if why_not_flat(param)]
     kept = {id(param) for param in left}
     moving = [param for param in params if id(param) not in kept]
     for part in _partition(moving):
@@ -48,8 +47,10 @@ def why_not_flat(param: Tensor) -> str | None:
     storage = param.untyped_storage()
     if id(param) in _flattened:
         return "it was flattened before"
-    if type(param.data) is not torch.Tensor:
-        return f"it is a {type(param.data).__name__}"
+    if type(param) not in (torch.Tensor, torch.nn.Parameter):
+        return f"it is a {type(param).__name__}"
+    if _bytes(param) > MAX_BYTES:
+        return f"it is larger than a flat buffer, {MAX_BYTES} bytes"
     if not param.numel():
         return "it has no entries"
     if storage.nbytes() != _bytes(param) or param.storage_offset():

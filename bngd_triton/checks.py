@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -47,33 +48,37 @@ class Options:
             if self.lr.device.type == "cpu":
                 _bounded("lr", float(self.lr), 0.0)
         else:
-            _bounded("lr", self.lr, 0.0)
-        _bounded("momentum", self.momentum, 0.0, 1.0, open_above=True)
-        _bounded("weight_decay", self.weight_decay, 0.0)
-        _bounded("eps", self.eps, 0.0)
-        _bounded("centering", self.centering, 0.0, 1.0)
+            self._set("lr", _bounded("lr", self.lr, 0.0))
+        self._set("momentum", _bounded("momentum", self.momentum, 0.0, 1.0, open_above=True))
+        self._set("weight_decay", _bounded("weight_decay", self.weight_decay, 0.0))
+        self._set("eps", _bounded("eps", self.eps, 0.0))
+        self._set("centering", _bounded("centering", self.centering, 0.0, 1.0))
         _one_of("granularity", self.granularity, GRANULARITIES)
         _one_of("normalizer", self.normalizer, NORMALIZERS)
         _one_of("nonfinite", self.nonfinite, NONFINITE)
         if self.nesterov and not self.momentum > 0:
             raise ValueError(f"nesterov needs momentum > 0, got momentum={self.momentum}")
 
+    def _set(self, name: str, value: float) -> None:
+        object.__setattr__(self, name, value)
+
     @classmethod
     def of(cls, group: dict[str, Any]) -> Options:
         """The options of a parameter group; keys that are not ours are left alone."""
         return cls(**{f.name: group[f.name] for f in fields(cls)})
 
-    def centering_for(self, ndim: int) -> float:
-        """How much of the mean a tensor of `ndim` dimensions loses: 0 for vectors by default."""
-        whole = ndim >= 2 or self.center_1d or self.granularity == "global"
-        return float(self.centering) if whole else 0.0
+    def centres(self, ndim: int) -> bool:
+        """Whether `centering` applies to a tensor of `ndim` dimensions; not to vectors by default."""
+        return ndim >= 2 or self.center_1d or self.granularity == "global"
 
 
 def _bounded(
     name: str, value: Any, low: float, high: float = math.inf, *, open_above: bool = False
-) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+) -> float:
+    """`value` as a Python float: a NumPy scalar would do the products in its own precision."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number, got {value!r}")
+    value = float(value)
     above = value >= high if open_above else value > high
     if not math.isfinite(value) or value < low or above:
         bound = f">= {low:g}"
@@ -82,6 +87,7 @@ def _bounded(
         elif not math.isfinite(value):
             bound += " and finite"
         raise ValueError(f"{name} must be {bound}, got {value}")
+    return value
 
 
 def _one_of(name: str, value: Any, allowed: Sequence[str]) -> None:

@@ -12,25 +12,21 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
-from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import SGD, AdamW, Optimizer
 
 from .demo_plot import draw, print_tables, write_json
+from .demo_tasks import Split, exploding_task, generator, loss_scale_task
 from .optimizer import BNGD
 
 BATCH = 64
 MOMENTUM = 0.9
-HIDDEN_LAYERS = 20
-TRAIN_ROWS = 1347
 SCALES = tuple(10.0**power for power in range(-12, 16, 3))
 JSON_NAME = "bngd-demo.json"
 PNG_NAME = "bngd-demo.png"
@@ -127,64 +123,6 @@ class Results:
     loss_scale: list[Run] = field(default_factory=list)
 
 
-class Split(NamedTuple):
-    """Rows and labels for training and for the test."""
-
-    x: Tensor
-    y: Tensor
-    test_x: Tensor
-    test_y: Tensor
-
-
-def exploding_task(settings: Settings) -> tuple[Split, nn.Sequential]:
-    """Shuffled digits and the network whose activations grow by sqrt(2) a layer."""
-    rows = _generator(settings)
-    x, y = _digits()
-    order = torch.randperm(len(x), generator=rows)
-    x, y = x[order], y[order]
-    split = Split(x[:TRAIN_ROWS], y[:TRAIN_ROWS], x[TRAIN_ROWS:], y[TRAIN_ROWS:])
-    model = _mlp([64] * (HIDDEN_LAYERS + 1) + [10])
-    for layer in _linear_layers(model):
-        nn.init.normal_(layer.weight, 0.0, 2 / math.sqrt(layer.in_features), generator=rows)
-        nn.init.zeros_(layer.bias)
-    return split, model
-
-
-def loss_scale_task(settings: Settings) -> tuple[Split, nn.Sequential]:
-    """Digits in their own order, standardised by the half to train on, and a small network."""
-    x, y = _digits()
-    half = len(x) // 2
-    std, mean = torch.std_mean(x[:half], dim=0, correction=0)
-    x = torch.where(std > 0, (x - mean) / std, 0.0)
-    model = _mlp([64, 64, 10])
-    weights = _generator(settings)
-    for layer in _linear_layers(model):
-        bound = 1 / math.sqrt(layer.in_features)
-        for param in layer.parameters():
-            nn.init.uniform_(param, -bound, bound, generator=weights)
-    return Split(x[:half], y[:half], x[half:], y[half:]), model
-
-
-def _digits() -> tuple[Tensor, Tensor]:
-    x, y = load_digits(return_X_y=True)
-    return torch.tensor(x, dtype=torch.float32) / 16, torch.tensor(y)
-
-
-def _generator(settings: Settings) -> torch.Generator:
-    return torch.Generator().manual_seed(settings.seed)
-
-
-def _mlp(widths: list[int]) -> nn.Sequential:
-    layers: list[nn.Module] = []
-    for fan_in, fan_out in pairwise(widths):
-        layers += [nn.Linear(fan_in, fan_out), nn.ReLU()]
-    return nn.Sequential(*layers[:-1])
-
-
-def _linear_layers(model: nn.Module) -> Iterator[nn.Linear]:
-    return (module for module in model.modules() if isinstance(module, nn.Linear))
-
-
 def train(
     run: Run,
     arm: Arm,
@@ -202,7 +140,7 @@ def train(
     optimizer = arm.make(params, lr=arm.lr)
     total = epochs * math.ceil(len(split.x) / BATCH)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / total)
-    order = _generator(settings)
+    order = generator(settings.seed)
     for _ in range(epochs):
         batches = torch.randperm(len(split.x), generator=order).to(device).split(BATCH)
         losses, norms = [], []
@@ -283,7 +221,7 @@ def compare(
                 progress.update(bar, advance=1, now=f"{label}: loss {run.losses[-1]:.3g}")
                 watch(run)
 
-            train(run, arm, task(settings), epochs, settings, show)
+            train(run, arm, task(settings.seed), epochs, settings, show)
             # a run that stopped early leaves a gap
             ended += epochs
             progress.update(bars[name], completed=ended)

@@ -124,7 +124,10 @@ class BNGD(Optimizer):
         self._forget()
         self._skipped: dict[torch.device, Tensor] = {}
         defaults = {field.name: getattr(options, field.name) for field in fields(options)}
+        self._constructed = False
         super().__init__(params, defaults)
+        self._flatten(list(enumerate(self.param_groups)))
+        self._constructed = True
 
     @classmethod
     def article(cls, params: Iterable[Any], lr: float | Tensor) -> BNGD:
@@ -151,22 +154,31 @@ class BNGD(Optimizer):
             for name, param in zip(names, group["params"]):
                 check_float(name, param)
             check_step(group["params"], [], options)
-            served = self._served(group["params"], names, options)
-            if self.flatten is not False:
-                self._flatten([p for p, fused in zip(group["params"], served) if fused])
+            self._served(group["params"], names, options)
+            if self._constructed:
+                self._flatten([(index, group)])
         except Exception:
             del self.param_groups[index]
             raise
 
-    def _flatten(self, params: list[Tensor]) -> None:
-        reasons = [why_not_flat(param) for param in params] if self.flatten else []
-        for param, reason in zip(params, reasons):
-            if reason:
-                raise RuntimeError(
-                    f"flatten=True cannot move a parameter of shape {tuple(param.shape)}: "
-                    f"{reason}; use flatten=None to leave such parameters where they are"
-                )
-        flatten_(params)
+    def _flatten(self, groups: list[tuple[int, dict[str, Any]]]) -> None:
+        """Move the groups' parameters that go to the kernels; all or, if one must stay, none."""
+        if self.flatten is False:
+            return
+        moving = []
+        for index, group in groups:
+            names, params = parameter_names(group, index), group["params"]
+            served = self._served(params, names, Options.of(group))
+            moving.append([param for param, fused in zip(params, served) if fused])
+            for name, param, fused in zip(names, params, served):
+                reason = why_not_flat(param) if fused and self.flatten else None
+                if reason:
+                    raise RuntimeError(
+                        f"flatten=True cannot move {name}: {reason}; "
+                        "use flatten=None to leave such parameters where they are"
+                    )
+        for params in moving:
+            flatten_(params)
 
     def _served(self, params: list[Tensor], names: list[str], options: Options) -> list[bool]:
         """Which parameters go to the kernels; an error where ``fused=True`` cannot be kept."""
@@ -247,10 +259,11 @@ class BNGD(Optimizer):
         check_tensors(params, grads, buffers, momentum=options.momentum, names=names)
         check_step(params, grads, options, names=names)
         fused = self._served(params, names, options)
-        if any(on and why_not(grad) for on, grad in zip(fused, grads)):
-            # a float64 gradient of a float32 parameter
-            fused = [on and why_not(grad) is None for on, grad in zip(fused, grads)]
-            fused = [all(fused)] * len(fused) if options.granularity == "global" else fused
+        # a float32 parameter may have a float64 gradient, or momentum from a float64 checkpoint
+        others = [(g, b) if options.momentum else (g,) for g, b in zip(grads, buffers)]
+        fused = [on and not any(map(why_not, more)) for on, more in zip(fused, others)]
+        if options.granularity == "global":
+            fused = [all(fused)] * len(fused)
         return _Work(options, params, grads, names, fused)
 
     def _make_momentum(self, work: list[_Work]) -> None:
@@ -294,7 +307,11 @@ class BNGD(Optimizer):
         def set_aside(_: Optimizer, incoming: dict[str, Any]) -> dict[str, Any]:
             check_state_dict(self, incoming)
             saved.update(incoming)
-            return {**incoming, "state": {}}
+            rest = {
+                key: {name: value for name, value in entry.items() if name != BUFFER}
+                for key, entry in incoming["state"].items()
+            }
+            return {**incoming, "state": {key: entry for key, entry in rest.items() if entry}}
 
         def place(_: Optimizer) -> None:
             place_state(self, saved)
@@ -323,6 +340,8 @@ class BNGD(Optimizer):
         self.__dict__.setdefault("fused", None)
         self.__dict__.setdefault("flatten", None)
         self.__dict__.setdefault("_skipped", {})
+        self._constructed = True
         for group in self.param_groups:
             for field in fields(Options):
                 group.setdefault(field.name, field.default)
+                self.defaults.setdefault(field.name, field.default)

@@ -126,9 +126,12 @@ def _update_(
         moved += fresh
         update = moved * options.momentum + fresh if options.nesterov else moved
     target = param.to(dtype)
-    if isinstance(lr, Tensor) or options.weight_decay:
-        rate = lr.double() if isinstance(lr, Tensor) else lr
-        target = target * (1 - rate * options.weight_decay)
+    if isinstance(lr, Tensor):
+        # rounded to the arithmetic dtype here: two 0-dim tensors would be promoted to the wider
+        target = target * (1 - lr.double() * options.weight_decay).to(dtype)
+        lr = lr.to(dtype)
+    elif options.weight_decay:
+        target = target * (1 - lr * options.weight_decay)
     target = target - update * lr
     if options.nonfinite != "propagate":
         param.copy_(_keep(fold.finite, target, param))
@@ -172,7 +175,8 @@ def folds(
             continue
         found = shared or moments(grad, slice_dims(grad.dim(), options.granularity))
         wide = torch.promote_types(torch.promote_types(param.dtype, grad.dtype), torch.float32)
-        yield fold_moments(found, options, options.centering_for(grad.dim()), wide)
+        centering = options.centering if options.centres(grad.dim()) else 0.0
+        yield fold_moments(found, options, centering, wide)
 
 
 @torch.no_grad()

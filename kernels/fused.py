@@ -114,12 +114,12 @@ class _Device:
                     momentum=path.momentum,
                     option=group,
                     rows=path.rows,
-                    centred=options.centering_for(param.dim()) > 0,
+                    centred=options.centres(param.dim()),
                     shared=group if options.granularity == "global" else None,
                 )
             )
         self.plan: Plan = build(entries, tuning or tuning_for(device))
-        self.rows: list[list[float]] = []
+        self.written: list[tuple[list[float], bool]] = []
         self.table = torch.empty(len(groups), 16, dtype=torch.float64, device=device)
 
     def run(
@@ -129,9 +129,11 @@ class _Device:
         skipped: dict[torch.device, Tensor],
     ) -> None:
         rows = [encode(options) for options in groups]
-        if rows != self.rows:
+        # a row of a tensor lr differs from that of the float it may be replaced by
+        written = [(row, isinstance(options.lr, Tensor)) for row, options in zip(rows, groups)]
+        if written != self.written:
             self.table.copy_(torch.tensor(rows, dtype=torch.float64))
-            self.rows = rows
+            self.written = written
         for row, options in enumerate(groups):
             write_rates(self.table, row, options)
         here = [members[i] for i in self.order]

@@ -23,7 +23,8 @@ class Walk(NamedTuple):
 
     def gradient(self, grad: Tensor) -> Tensor:
         """`grad` in this order: itself, or a copy."""
-        if same_order(grad, self.param):
+        # the negative bit of `z.conj().imag` is not in its memory
+        if same_order(grad, self.param) and not grad.is_neg():
             return grad
         return torch.empty_like(self.param, dtype=grad.dtype).copy_(grad)
 

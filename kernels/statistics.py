@@ -175,8 +175,9 @@ def _tile(
     start = (tl.load(row + 2) + r) * (1 - listed) * length
     if ALIGNED:
         # plan._granule: a bound of so many elements does not cut a 16-byte access
-        FULL: tl.constexpr = GRAD == tl.float32 and PARAM == tl.float32 and BUFFER == tl.float32
-        GRANULE: tl.constexpr = 4 if FULL else 8
+        GRANULE: tl.constexpr = (
+            4 if tl.float32 == GRAD and tl.float32 == PARAM and tl.float32 == BUFFER else 8
+        )
         x_live = c < tl.multiple_of(length, (GRANULE, GRANULE))
     else:
         x_live = c < length

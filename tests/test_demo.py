@@ -199,7 +199,8 @@ def test_arguments_reach_the_demo(tmp_path, monkeypatch):
 
 
 def test_missing_package(tmp_path, monkeypatch, capsys):
-    monkeypatch.delitem(sys.modules, "bngd_triton.demo")
+    for module in ("demo", "demo_tasks"):
+        monkeypatch.delitem(sys.modules, f"bngd_triton.{module}")
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     assert cli.main(["demo", "--out", str(tmp_path)]) == 1
     assert capsys.readouterr().err == (
