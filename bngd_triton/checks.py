@@ -68,7 +68,7 @@ class Options:
         return cls(**{f.name: group[f.name] for f in fields(cls)})
 
     def centres(self, ndim: int) -> bool:
-        """Whether `centering` applies to a tensor of `ndim` dimensions; not to vectors by default."""
+        """Whether `centering` applies to a tensor of `ndim` dimensions; to vectors only on demand."""
         return ndim >= 2 or self.center_1d or self.granularity == "global"
 
 
@@ -78,16 +78,16 @@ def _bounded(
     """`value` as a Python float: a NumPy scalar would do the products in its own precision."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number, got {value!r}")
-    value = float(value)
-    above = value >= high if open_above else value > high
-    if not math.isfinite(value) or value < low or above:
+    number = float(value)
+    above = number >= high if open_above else number > high
+    if not math.isfinite(number) or number < low or above:
         bound = f">= {low:g}"
         if math.isfinite(high):
             bound += f" and {'<' if open_above else '<='} {high:g}"
-        elif not math.isfinite(value):
+        elif not math.isfinite(number):
             bound += " and finite"
         raise ValueError(f"{name} must be {bound}, got {value}")
-    return value
+    return number
 
 
 def _one_of(name: str, value: Any, allowed: Sequence[str]) -> None:
