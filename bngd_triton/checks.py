@@ -68,7 +68,7 @@ class Options:
         return cls(**{f.name: group[f.name] for f in fields(cls)})
 
     def centres(self, ndim: int) -> bool:
-        """Whether `centering` applies to a tensor of `ndim` dimensions; to vectors only on demand."""
+        """Whether tensors of `ndim` dimensions are centred; vectors are not unless asked."""
         return ndim >= 2 or self.center_1d or self.granularity == "global"
 
 
