@@ -14,8 +14,10 @@ from . import reference
 from .buffers import flatten_, momentum_like, why_not_flat
 from .checkpoint import BUFFER, check_state_dict, parameter_names, place_state
 from .checks import Options, check_float, check_step, check_tensors
-from .kernels.fused import FusedStep, Member, new_counter
 from .kernels.launch import why_not
+from .kernels.plan import capturing
+from .kernels.prepared import FusedStep, Member, new_counter
+from .steady import Steady
 
 
 class _Work(NamedTuple):
@@ -93,6 +95,7 @@ class BNGD(Optimizer):
     fused: bool | None
     flatten: bool | None
     _prepared: FusedStep | None
+    _steady: Steady | None
 
     def __init__(
         self,
@@ -204,7 +207,6 @@ class BNGD(Optimizer):
     @overload
     def step(self, closure: Callable[[], float]) -> float: ...
 
-    @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Move every parameter that has a gradient.
 
@@ -224,6 +226,21 @@ class BNGD(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._step()
+        return loss
+
+    # opaque to torch.compile: a compiled training step breaks its graph here, and nothing in it
+    # depends on an option's value
+    @torch._disable_dynamo  # type: ignore[attr-defined]
+    def _step(self) -> None:
+        steady = self._steady
+        if steady is None or not steady.run(self.fused, self.param_groups, self._skipped):
+            self._steady = None
+            self._lay_out_and_step()
+
+    @torch.no_grad()
+    def _lay_out_and_step(self) -> None:
+        self._refuse_capture()
         work = [self._gather(group, index) for index, group in enumerate(self.param_groups)]
         self._make_momentum(work)
         members: list[Member] = []
@@ -238,14 +255,32 @@ class BNGD(Optimizer):
                 self._counter(count.device).add_(count)
         if members:
             groups = [part.options for part in work]
-            if self._prepared is None or self._prepared.signature != FusedStep.sign(
-                members, groups
-            ):
-                self._prepared = FusedStep(members, groups)
+            prepared = self._prepared
+            if prepared is None or prepared.signature != FusedStep.sign(members, groups):
+                self._prepared = prepared = FusedStep(members, groups)
             for member in members:
                 self._counter(member.param.device)
-            self._prepared.run(members, groups, self._skipped)
-        return loss
+            prepared.run(members, groups, self._skipped)
+            alone = all(all(part.fused) for part in work)
+            if alone and Steady.serves(prepared, groups):
+                self._steady = Steady(self, prepared, members, groups)
+
+    def _refuse_capture(self) -> None:
+        """A CUDA graph can hold only a step that repeats the one before it."""
+        for index, group in enumerate(self.param_groups):
+            for name, param in zip(parameter_names(group, index), group["params"]):
+                if not capturing(param.device):
+                    continue
+                if param.grad is None and param.requires_grad:
+                    raise RuntimeError(
+                        f"{name} has no gradient while a CUDA graph is being captured, and would "
+                        "not move in any replay; give it one, or leave it out of the optimizer"
+                    )
+                raise RuntimeError(
+                    "a step captured in a CUDA graph must repeat the one before it (same tensors, "
+                    "layouts, granularity, kernels only); run one whole iteration on the same "
+                    "stream first, and keep its gradients (zero_grad(set_to_none=False))"
+                )
 
     def _gather(self, group: dict[str, Any], index: int) -> _Work:
         """What a group asks of this step, checked in full before anything changes."""
@@ -289,6 +324,18 @@ class BNGD(Optimizer):
         """Slices left as they were because of an inf or NaN, so far. Reading it synchronises."""
         return sum(int(count) for count in self._skipped.values())
 
+    def sync_hyperparameters(self) -> None:
+        """Write every group's options to the tables that the kernels read.
+
+        `step` does so itself. Call it before replaying a CUDA graph in which `step` was captured,
+        for options changed since; a tensor `lr` on the device needs no call.
+
+        Raises:
+            ValueError: an option is out of bounds.
+        """
+        if self._prepared is not None:
+            self._prepared.write([Options.of(group) for group in self.param_groups])
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a checkpoint of `state_dict`; options come with it, `fused` and `flatten` do not.
 
@@ -329,6 +376,7 @@ class BNGD(Optimizer):
     def _forget(self) -> None:
         """Drop what can be made again; it holds addresses and must not be copied or saved."""
         self._prepared = None
+        self._steady = None
 
     def __getstate__(self) -> dict[str, Any]:
         state: dict[str, Any] = super().__getstate__()

@@ -9,148 +9,10 @@ import torch
 from torch import Tensor
 
 from ..checks import Options, check_float, check_step, check_tensors
-from .launch import encode, launch, on_device, statistics, tuning_for, why_not, write_rates
-from .layout import Walk, walk
-from .plan import Entry, Plan, Tuning, build
-
-
-class Member(NamedTuple):
-    """One tensor of a step: what `FusedStep` is made of.
-
-    Attributes:
-        param: non-empty, of a dtype and device that `launch.why_not` serves; written.
-        grad: of the parameter's shape; read.
-        momentum: of the parameter's shape; written. None when its group has no momentum.
-        group: index into the list of `Options`.
-    """
-
-    param: Tensor
-    grad: Tensor
-    momentum: Tensor | None
-    group: int
-
-
-class FusedStep:
-    """A step prepared for tensors that stay where they are; gradients may move.
-
-    Args:
-        members: the tensors; those of one device share launches.
-        groups: the options, one `Options` for each group that a member names.
-        tuning: sizes of the work items; None takes those of the device.
-    """
-
-    def __init__(
-        self, members: Sequence[Member], groups: Sequence[Options], tuning: Tuning | None = None
-    ) -> None:
-        self.signature = self.sign(members, groups)
-        self._devices: list[_Device] = []
-        for device in dict.fromkeys(member.param.device for member in members):
-            here = [i for i, member in enumerate(members) if member.param.device == device]
-            self._devices.append(_Device(device, here, members, groups, tuning))
-
-    @staticmethod
-    def sign(members: Sequence[Member], groups: Sequence[Options]) -> list[object]:
-        """All that a prepared step depends on; equal lists may share one."""
-        parts: list[object] = [
-            (options.granularity, options.center_1d, options.momentum > 0) for options in groups
-        ]
-        parts += [
-            (
-                group,
-                param.data_ptr(), param.dtype, param.shape, param.stride(), param.device,
-                None if momentum is None else
-                (momentum.data_ptr(), momentum.dtype, momentum.stride()),
-                grad.dtype, grad.stride(), grad.data_ptr() % 16,
-            )
-            for param, grad, momentum, group in members
-        ]  # fmt: skip
-        return parts
-
-    def run(
-        self,
-        members: Sequence[Member],
-        groups: Sequence[Options],
-        skipped: dict[torch.device, Tensor],
-    ) -> None:
-        """Move the parameters.
-
-        Args:
-            members: of the same signature as those this step was prepared for.
-            groups: this step's options.
-            skipped: int64 [1] for each device, to which slices left as they were are added.
-        """
-        for device in self._devices:
-            device.run(members, groups, skipped)
-        written = [
-            tensor for m in members for tensor in (m.param, m.momentum) if tensor is not None
-        ]
-        torch.autograd.graph.increment_version(written)
-
-
-class _Device:
-    """The part of a step that runs on one device."""
-
-    def __init__(
-        self,
-        device: torch.device,
-        order: list[int],
-        members: Sequence[Member],
-        groups: Sequence[Options],
-        tuning: Tuning | None,
-    ) -> None:
-        self.device = device
-        self.order = order
-        self.walks: list[Walk] = []
-        entries: list[Entry] = []
-        for i in order:
-            param, grad, momentum, group = members[i]
-            options = groups[group]
-            path = walk(param, momentum, by_row=options.granularity == "row")
-            self.walks.append(path)
-            entries.append(
-                Entry(
-                    param=path.param,
-                    grad=path.gradient(grad),
-                    momentum=path.momentum,
-                    option=group,
-                    rows=path.rows,
-                    centred=options.centres(param.dim()),
-                    shared=group if options.granularity == "global" else None,
-                )
-            )
-        self.plan: Plan = build(entries, tuning or tuning_for(device))
-        self.written: list[tuple[list[float], bool]] = []
-        self.table = torch.empty(len(groups), 16, dtype=torch.float64, device=device)
-
-    def run(
-        self,
-        members: Sequence[Member],
-        groups: Sequence[Options],
-        skipped: dict[torch.device, Tensor],
-    ) -> None:
-        rows = [encode(options) for options in groups]
-        # a row of a tensor lr differs from that of the float it may be replaced by
-        written = [(row, isinstance(options.lr, Tensor)) for row, options in zip(rows, groups)]
-        if written != self.written:
-            self.table.copy_(torch.tensor(rows, dtype=torch.float64))
-            self.written = written
-        for row, options in enumerate(groups):
-            write_rates(self.table, row, options)
-        here = [members[i] for i in self.order]
-        # copies live until the launches are queued; the allocator orders their reuse after them
-        grads = [path.gradient(member.grad) for path, member in zip(self.walks, here)]
-        copies = [
-            (mine, theirs)
-            for path, member in zip(self.walks, here)
-            for mine, theirs in ((path.param, member.param), (path.momentum, member.momentum))
-            if mine is not None and theirs is not None and mine.data_ptr() != theirs.data_ptr()
-        ]
-        for mine, theirs in copies:
-            mine.copy_(theirs)
-        self.plan.point_at(grads)
-        launch(self.plan, self.table, skipped[self.device])
-        for mine, theirs in copies:
-            theirs.copy_(mine)
+from .launch import encode, on_device, statistics, tuning_for, why_not
+from .layout import walk
+from .plan import Entry, Tuning, build
+from .prepared import FusedStep, Member, new_counter
 
 
 @torch.no_grad()
@@ -224,11 +86,6 @@ def fused_step_(
     if not skipped:
         return torch.zeros((), dtype=torch.int64)
     return torch.stack([count[0].to(params[0].device) for count in skipped.values()]).sum()
-
-
-def new_counter(device: torch.device) -> Tensor:
-    """A counter of skipped slices."""
-    return torch.zeros(1, dtype=torch.int64, device=device)
 
 
 def check_served(tensors: Iterable[Tensor], names: Sequence[str] | None = None) -> None:
@@ -330,7 +187,7 @@ def segment_statistics(
         shared = 0 if granularity == "global" else None
         entries.append(Entry(values, values, None, 0, path.rows, False, shared))
     plan = build(entries, tuning or tuning_for(device), tiles=False)
-    plan.point_at([entry.grad for entry in entries])
+    plan.point_at([entry.grad.data_ptr() for entry in entries])
     table = torch.tensor([encode(options)], dtype=torch.float64).to(device)
     with on_device(device):
         for batch in plan.batches:

@@ -12,8 +12,10 @@ that a global group may span batches.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from array import array
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from operator import itemgetter
 from typing import NamedTuple
 
 import torch
@@ -113,7 +115,6 @@ class Batch:
     param_ptrs: Tensor
     momentum_ptrs: Tensor
     grad_ptrs: Tensor
-    addresses: list[int] = field(default_factory=list)
 
 
 @dataclass
@@ -130,14 +131,28 @@ class Plan:
     folds: Tensor
     # the segments of each entry; a tile has none
     first_segment: list[int]
+    # the batches' gradient addresses, one table, and what was uploaded to it last
+    grad_ptrs: Tensor
+    in_batch_order: Callable[[list[int]], tuple[int, ...]]
+    addresses: list[int] = field(default_factory=list)
 
-    def point_at(self, grads: Sequence[Tensor]) -> None:
-        """Upload the gradients' addresses where they changed; `grads` are in entry order."""
-        for batch in self.batches:
-            addresses = [grads[i].data_ptr() for i in batch.order]
-            if addresses != batch.addresses:
-                batch.grad_ptrs.copy_(torch.tensor(addresses, dtype=torch.int64))
-                batch.addresses = addresses
+    def point_at(self, addresses: list[int]) -> None:
+        """Upload the gradients' addresses where one changed; they are in entry order."""
+        if addresses == self.addresses:
+            return
+        if capturing(self.device):
+            raise RuntimeError(
+                "a gradient moved while a CUDA graph is being captured; run one whole iteration "
+                "with zero_grad(set_to_none=False) before the capture, on the same stream"
+            )
+        ordered = array("q", self.in_batch_order(addresses))
+        self.grad_ptrs.copy_(torch.frombuffer(ordered, dtype=torch.int64))
+        self.addresses = addresses
+
+
+def capturing(device: torch.device) -> bool:
+    """Whether a CUDA graph is being captured, in which nothing may be uploaded."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def build(entries: Sequence[Entry], tuning: Tuning, *, tiles: bool = True) -> Plan:
@@ -160,13 +175,17 @@ def build(entries: Sequence[Entry], tuning: Tuning, *, tiles: bool = True) -> Pl
 
     segments, spans, n_partials = _segments(entries, tiled, tuning)
     batches = []
+    grad_ptrs = torch.empty(len(entries), dtype=torch.int64, device=device)
+    end = 0
     for kind, members in kinds.items():
+        end += len(members)
+        pointers = grad_ptrs[end - len(members) : end]
         # tensors that share a tile are neighbours in the tables
         members = sorted(
             members,
             key=lambda i: _columns(entries[i], tuning) if tiled[i] and entries[i].rows == 1 else 0,
         )
-        batches.append(_batch(entries, members, kind, tiled, spans, tuning, device))
+        batches.append(_batch(entries, members, kind, tiled, spans, tuning, pointers))
     n = len(segments)
     return Plan(
         device=device,
@@ -178,7 +197,14 @@ def build(entries: Sequence[Entry], tuning: Tuning, *, tiles: bool = True) -> Pl
         moments=torch.zeros(n, 2, dtype=torch.float64, device=device),
         folds=torch.zeros(n, 8, dtype=torch.float32, device=device),
         first_segment=[span.segment if span else -1 for span in spans],
+        grad_ptrs=grad_ptrs,
+        in_batch_order=_picker([i for batch in batches for i in batch.order]),
     )
+
+
+def _picker(order: list[int]) -> Callable[[list[int]], tuple[int, ...]]:
+    """A function that reorders a list; in C, where `order` has more than one place."""
+    return itemgetter(*order) if len(order) > 1 else tuple
 
 
 class _Span(NamedTuple):
@@ -235,7 +261,7 @@ def _batch(
     tiled: Sequence[bool],
     spans: Sequence[_Span | None],
     tuning: Tuning,
-    device: torch.device,
+    grad_ptrs: Tensor,
 ) -> Batch:
     """The tables of one batch, in one upload."""
     slices: list[Tensor] = []
@@ -271,7 +297,7 @@ def _batch(
         params,
         momenta,
     ]
-    flat = torch.cat([part.flatten() for part in parts]).to(device)
+    flat = torch.cat([part.flatten() for part in parts]).to(grad_ptrs.device)
     views = [
         view.view(part.shape)
         for view, part in zip(flat.split([part.numel() for part in parts]), parts)
@@ -289,7 +315,7 @@ def _batch(
         rows=views[3],
         param_ptrs=views[4],
         momentum_ptrs=views[5],
-        grad_ptrs=torch.empty(len(members), dtype=torch.int64, device=device),
+        grad_ptrs=grad_ptrs,
     )
 
 

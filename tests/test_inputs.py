@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from tolerances import GHAT, assert_close
@@ -44,10 +46,39 @@ def test_kernel_equals_eager(
     assert_close("kernel", got, want, bound)
 
 
+functions = pytest.mark.parametrize(
+    "function", [standardize, standardize_columns], ids=["eager", "kernel"]
+)
+
+
+@functions
+@pytest.mark.parametrize("n", [3, 300])
+def test_columns_of_every_scale(
+    function: Callable[[Tensor], Tensor], n: int, device: torch.device
+) -> None:
+    """Spreads of 1e-7 of the mean, subnormals, the largest numbers; one split of rows, and two."""
+    x = torch.stack(
+        [
+            10_000_000 + torch.arange(n) % 3,
+            1e4 + torch.randn(n) * 1e-2,
+            1e-42 * (1 + torch.arange(n) % 7),
+            3.4e38 * (1 - 2.0 * (torch.arange(n) % 2)),
+            1 + 2.0**-23 * (torch.arange(n) == 1),
+        ],
+        dim=1,
+    ).float()
+    got, want = function(x.to(device)), oracle(x, 0)
+    spread = x.double().std(0, correction=0)
+    # the mean is subtracted as two float32, and statistics are float64
+    bound = GHAT * (1 + want.abs()) + 2.0**-48 * (x.double().mean(0) / spread).abs()
+    assert_close("standardize", got, want, bound)
+
+
+@pytest.mark.parametrize("rows", [40, 300])
 @pytest.mark.parametrize("fused", [False, True], ids=["eager", "kernel"])
-def test_special_columns(fused: bool, device: torch.device) -> None:
+def test_special_columns(fused: bool, rows: int, device: torch.device) -> None:
     function = standardize_columns if fused else standardize
-    x = torch.randn(40, 5, device=device)
+    x = torch.randn(rows, 5, device=device)
     x[:, 0] = 0.1
     x[:, 1] = 0
     x[3, 2] = torch.inf
@@ -80,3 +111,5 @@ def test_batch_standardize() -> None:
     layer.eval()
     torch.testing.assert_close(layer.running_mean, x.mean(0), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(layer(x[:1])[:, 1:], standardize(x)[:1, 1:], rtol=0, atol=5e-3)
+    named = BatchStandardize(3, eps=0.25, momentum=0.5)
+    assert (named.eps, named.momentum, named.affine) == (0.25, 0.5, False)

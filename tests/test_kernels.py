@@ -8,13 +8,18 @@ from typing import Any
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from oracle import oracle_step
 from tolerances import GHAT, THETA, assert_close, step_bounds
 from torch import Tensor
 
 from bngd_triton import BNGD, reference
 from bngd_triton.checks import Options
-from bngd_triton.kernels import Tuning, fused, fused_step_, launch, plan, statistics, update
+from bngd_triton.kernels import Tuning, fused_step_, launch, plan, statistics, update
+from bngd_triton.kernels import prepared as prepared_module
+from bngd_triton.kernels.prepared import FusedStep, Member, new_counter
+from bngd_triton.kernels.update import store_as
 from bngd_triton.moments import Fold, Moments, fold_moments
 
 # small work items, so that small tensors have several slices, chunks and merges;
@@ -37,6 +42,9 @@ SHAPES = [
     (257,), (271,), (272,), (1009,), (),
     (1, 1), (3, 0), (5, 7), (4, 16), (70, 16), (3, 271), (3, 272), (2, 300), (2, 3, 4, 5),
 ]  # fmt: skip
+
+# one of each kind, for options that do not change which memory is walked
+FEW = [(1,), (17,), (128,), (257,), (1009,), (), (5, 7), (4, 16), (3, 272), (2, 3, 4, 5)]
 
 OPTIONS = [
     pytest.param({}, id="defaults"),
@@ -61,7 +69,7 @@ def make(
     dtype: torch.dtype,
     grad_dtype: torch.dtype,
     device: torch.device,
-    shapes: list[tuple[int, ...]] = SHAPES,
+    shapes: list[tuple[int, ...]],
 ) -> Any:
     """Parameters, gradients and momentum inside larger buffers whose rest must not matter.
 
@@ -92,7 +100,9 @@ def assert_guards(guarded: list[tuple[Tensor, int]]) -> None:
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("tuning", [LANES, TILES], ids=["lanes", "tiles"])
 def test_float32_step(options: dict[str, Any], tuning: Tuning, device: torch.device) -> None:
-    check_step(options, tuning, torch.float32, torch.float32, device)
+    everywhere = options in ({}, {"momentum": 0.0}, {"granularity": "row"})
+    shapes = SHAPES if everywhere else FEW
+    check_step(options, tuning, torch.float32, torch.float32, device, shapes)
 
 
 @pytest.mark.parametrize(
@@ -110,7 +120,7 @@ def test_other_dtypes(
     dtype: torch.dtype, grad_dtype: torch.dtype, granularity: str, device: torch.device
 ) -> None:
     options = {"granularity": granularity, "weight_decay": 0.1}
-    check_step(options, LANES, dtype, grad_dtype, device)
+    check_step(options, LANES, dtype, grad_dtype, device, FEW)
 
 
 def check_step(
@@ -119,8 +129,9 @@ def check_step(
     dtype: torch.dtype,
     grad_dtype: torch.dtype,
     device: torch.device,
+    shapes: list[tuple[int, ...]],
 ) -> None:
-    params, grads, buffers, guarded = make(dtype, grad_dtype, device)
+    params, grads, buffers, guarded = make(dtype, grad_dtype, device, shapes)
     before = [param.double().cpu() for param in params]
     eager = [param.clone() for param in params], [buffer.clone() for buffer in buffers]
     want, want_buffers = oracle_step(params, grads, buffers, lr=LR, **options)
@@ -128,7 +139,7 @@ def check_step(
     fused_step_(params, grads, buffers, lr=LR, tuning=tuning, **options)
     assert_guards(guarded)
     cdf = options.get("normalizer") == "cdf"
-    for i, shape in enumerate(SHAPES):
+    for i, shape in enumerate(shapes):
         theta, momentum = step_bounds(before[i], want[i], want_buffers[i], dtype, LR, cdf)
         for name, got, got_buffer in (
             ("reference", eager[0][i], eager[1][i]),
@@ -147,11 +158,11 @@ def test_same_statistics_give_the_same_bits(
     options = Options(LR, nesterov=True, weight_decay=0.1, granularity=granularity, centering=0.7)
     shapes = [(1,), (2,), (17,), (129,), (1009,), (), (5, 7), (3, 272), (2, 3, 4, 5)]
     params, grads, buffers, _ = make(dtype, dtype, device, shapes)
-    members = [fused.Member(p, g, m, 0) for p, g, m in zip(params, grads, buffers)]
+    members = [Member(p, g, m, 0) for p, g, m in zip(params, grads, buffers)]
     eager = [(p.clone(), g, m.clone()) for p, g, m, _ in members]
     prepared = without_tiles(members, options, tuning)
     (device_part,) = prepared._devices
-    prepared.run(members, [options], {device: fused.new_counter(device)})
+    prepared.run(members, [options], {device: new_counter(device)})
     done = device_part.plan
     for member, (param, grad, buffer), first, walk in zip(
         members, eager, done.first_segment, device_part.walks
@@ -173,30 +184,34 @@ def test_same_statistics_give_the_same_bits(
         assert torch.equal(buffer, member.momentum)
 
 
-def without_tiles(members: list[fused.Member], options: Options, tuning: Tuning) -> fused.FusedStep:
+def without_tiles(members: list[Member], options: Options, tuning: Tuning) -> FusedStep:
     """A prepared step in which every slice has its statistics in the tables."""
     with pytest.MonkeyPatch.context() as patch:
         build = plan.build
-        patch.setattr(fused, "build", lambda *args: build(*args, tiles=False))
-        return fused.FusedStep(members, [options], tuning)
+        patch.setattr(prepared_module, "build", lambda *args: build(*args, tiles=False))
+        return FusedStep(members, [options], tuning)
 
 
+@pytest.mark.parametrize("granularity", ["tensor", "global"])
 @pytest.mark.parametrize("tuning", [LANES, TILES], ids=["lanes", "tiles"])
-def test_order_of_arrival_does_not_change_a_bit(tuning: Tuning, device: torch.device) -> None:
-    grads = [torch.randn(n, device=device) for n in (1500, 901)]
-    options = Options(LR, granularity="global", center_1d=True)
+def test_order_of_arrival_does_not_change_a_bit(
+    tuning: Tuning, granularity: str, device: torch.device
+) -> None:
+    """One segment over both tensors, or two whose slices arrive interleaved."""
+    grads = [torch.randn(n, device=device) for n in (700, 301)]
+    options = Options(LR, granularity=granularity, center_1d=True)
     found = []
     for seed in (None, 1, 2):
         params = [torch.zeros_like(grad) for grad in grads]
-        members = [fused.Member(p, g, torch.zeros_like(p), 0) for p, g in zip(params, grads)]
-        prepared = fused.FusedStep(members, [options], tuning)
+        members = [Member(p, g, torch.zeros_like(p), 0) for p, g in zip(params, grads)]
+        prepared = FusedStep(members, [options], tuning)
         (batch,) = prepared._devices[0].plan.batches
         if seed is not None:
             torch.manual_seed(seed)
             batch.slices = batch.slices[torch.randperm(batch.n_slices)]
             batch.chunks = batch.chunks[torch.randperm(batch.n_chunks)]
         for _ in range(2):
-            prepared.run(members, [options], {device: fused.new_counter(device)})
+            prepared.run(members, [options], {device: new_counter(device)})
         assert not prepared._devices[0].plan.arrived.any(), "counters are left at zero"
         found.append(torch.cat(params))
     assert torch.equal(found[0], found[1])
@@ -388,10 +403,10 @@ def test_past_two_to_the_31(device: torch.device) -> None:
     batch.chunks = torch.tensor([[0, n - tail, tail, 0]], device=device)
     batch.n_slices = batch.n_chunks = 1
     whole.segments[0] = torch.tensor([0, 1, tail, 1], device=device)
-    whole.point_at([grad])
+    whole.point_at([grad.data_ptr()])
     options = Options(lr=1.0, momentum=0.0, maximize=True)
     table = torch.tensor([launch.encode(options)], dtype=torch.float64, device=device)
-    launch.launch(whole, table, fused.new_counter(device))
+    launch.launch(whole, table, new_counter(device))
     want = reference.normalize_gradient(grad[-tail:], center_1d=True)
     assert torch.equal(param[-tail:], want)
 
@@ -421,3 +436,66 @@ def test_shape_of_a_plan(device: torch.device) -> None:
                     for part in covered.values():
                         part[at] = part.get(at, 0) + length
             assert covered == {"slices": sizes, "chunks": sizes}
+
+
+def test_aligned_batches_are_aligned(device: torch.device) -> None:
+    """What the hints for 16-byte accesses promise: only a GPU acts on them, or faults."""
+
+    def tensor(shape: tuple[int, ...], dtype: torch.dtype, offset: int) -> Tensor:
+        n = torch.Size(shape).numel()
+        return torch.zeros(n + 8, dtype=dtype, device=device)[offset : offset + n].view(shape)
+
+    narrow, wide = torch.bfloat16, torch.float32
+    offsets = ((0, 0, 0), (1, 0, 0), (0, 4, 0), (0, 0, 2))
+    shapes = [((6,), 1), ((8,), 1), ((20,), 1), ((1000,), 1), ((1001,), 1)]
+    shapes += [((3, n), 3) for n in (4, 7, 8, 300, 304)]
+    entries = [
+        plan.Entry(*map(tensor, [shape] * 3, dtypes, offset), 0, rows, False, None)
+        for dtypes in itertools.product((narrow, wide), repeat=3)
+        for offset in offsets
+        for shape, rows in shapes
+    ]
+    # neither the slice nor a third of 1 000 is a multiple of an access
+    tuning = Tuning(**SMALL | {"slice": 100, "chunk": 104, "max_partials": 3})
+    for batch in plan.build(entries, tuning).batches:
+        mine = [entries[i] for i in batch.order]
+        for at, entry in enumerate(mine):
+            length = entry.param.numel() // entry.rows
+            starts = [row * length for row in range(entry.rows)]
+            assert batch.aligned == all(starts_access(entry, start) for start in starts)
+            if batch.aligned:
+                for table in (batch.slices, batch.chunks):
+                    assert all(starts_access(entry, k) for i, k, *_ in table.tolist() if i == at)
+        if batch.aligned:
+            # the kernel's GRANULE: a row's end cuts no access either
+            granule = 4 if set(batch.dtypes) == {wide} else 8
+            for first, count, _, listed, _ in batch.tiles.tolist():
+                assert not (batch.rows[first : first + (count if listed else 1), 0] % granule).any()
+
+
+def starts_access(entry: plan.Entry, element: int) -> bool:
+    """Whether an element is at a multiple of 16 bytes in all three tensors."""
+    tensors = (entry.param, entry.grad, entry.momentum)
+    return not any((t.data_ptr() + element * t.element_size()) % 16 for t in tensors)
+
+
+@triton.jit
+def _store_kernel(x_ptr, out_ptr, SOFT: tl.constexpr, BLOCK: tl.constexpr):
+    offsets = tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + offsets)
+    tl.store(out_ptr + offsets, store_as(x, out_ptr.dtype.element_ty, SOFT))
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered in cast:RuntimeWarning")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_stores_round_to_nearest_even(dtype: torch.dtype, device: torch.device) -> None:
+    """Every upper half of a float32 with lower halves around a tie; NaNs of any payload."""
+    upper = torch.arange(2**16).view(-1, 1) << 16
+    lower = torch.tensor([0, 1, 0x0FFF, 0x1000, 0x7FFF, 0x8000, 0x8001, 0xFFFF])
+    x = (upper | lower).flatten().to(torch.int32).view(torch.float32)
+    got = torch.empty(x.shape, dtype=dtype, device=device)
+    _store_kernel[(1,)](x.to(device), got, SOFT=launch.interpreting(), BLOCK=x.numel())
+    got, want = got.cpu(), x.to(dtype)
+    assert torch.equal(got.isnan(), x.isnan())
+    assert torch.equal(got.nan_to_num(0.0), want.nan_to_num(0.0))
+    assert torch.equal(got.isinf(), want.isinf())

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from bngd_triton import BNGD, article_cdf, normalize_gradient
 from bngd_triton.kernels import fused_normalize_gradient
+from bngd_triton.reference import step_
 
 Make = Callable[[], Tensor]
 BIG = 3.4e38
@@ -54,10 +55,21 @@ def test_equals_float64(path: StepPath, name: str, options: dict[str, Any]) -> N
     grad = GRADIENTS[name]()
     full = {"eps": 1e-8, "normalizer": "zscore", "centering": 1.0} | options
     want = normalized(grad.double().flatten(), **full).view(grad.shape)
-    bound = ghat_bound(want, normalizer=full["normalizer"])
-    # the mean is subtracted as two float32: what is left of it is 2**-48 of mean / sigma
-    bound += 2.0**-48 * (grad.double().mean() / grad.double().std(correction=0)).abs()
+    bound = ghat_bound(want, normalizer=full["normalizer"]) + split_mean(grad)
     assert_close("ghat", ghat_of(path, grad, **options), want, bound)
+
+
+def split_mean(grad: Tensor) -> Tensor:
+    """The mean is subtracted as two float32: what is left of it is 2**-48 of mean / sigma."""
+    return 2.0**-48 * (grad.double().mean() / grad.double().std(correction=0)).abs()
+
+
+@gradients
+def test_long_slices_equal_float64(path: StepPath, name: str) -> None:
+    """As above beyond a tile of the kernels, where a second launch normalises."""
+    grad = GRADIENTS[name]().repeat(3, 1)
+    want = normalized(grad.double().flatten(), 0.0, "zscore", 1.0).view(grad.shape)
+    assert_close("ghat", ghat_of(path, grad, eps=0.0), want, ghat_bound(want) + split_mean(grad))
 
 
 @gradients
@@ -216,6 +228,67 @@ def test_float64_at_both_ends() -> None:
             torch.testing.assert_close(ghat, want, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("scale", [1e-300, 1e-7, 1e150, 1e300])
+def test_eps_at_the_scale_of_a_float64_gradient(scale: float) -> None:
+    """eps is in the gradient's units, whatever power of two its statistics were scaled by."""
+    unit = torch.randn(30, 7, dtype=torch.float64)
+    ghat = normalize_gradient(unit * scale, eps=0.5 * scale)
+    want = normalized(unit.flatten(), 0.5, "zscore", 1.0).view(30, 7)
+    torch.testing.assert_close(ghat, want, rtol=1e-12, atol=1e-12)
+
+
+def test_rows_of_float64_at_every_scale() -> None:
+    """Each row has its own power of two, in more than one block of the CPU path."""
+    unit = torch.randn(200, 500, dtype=torch.float64)
+    scale = torch.logspace(-300, 300, 200, dtype=torch.float64).view(-1, 1)
+    ghat = normalize_gradient(unit * scale, eps=0.0, granularity="row")
+    want = (unit - unit.mean(1, True)) / unit.std(1, correction=0, keepdim=True)
+    torch.testing.assert_close(ghat, want, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("scale", [1e-300, 1.0, 1e200], ids=lambda c: f"{c:g}")
+def test_global_over_float32_and_float64(scale: float) -> None:
+    """One power of two for both, from the largest entry."""
+    grads = [torch.randn(3, 4), torch.randn(50, dtype=torch.float64) * scale]
+    for order in (grads, grads[::-1]):
+        params = [torch.zeros(grad.shape, dtype=torch.float64) for grad in order]
+        step_(params, order, None, lr=1.0, momentum=0.0, eps=0.0, granularity="global")
+        whole = torch.cat([grad.double().flatten() for grad in order])
+        want = -normalized(whole / whole.abs().max(), 0.0, "zscore", 1.0)
+        got = torch.cat([param.flatten() for param in params])
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+
+
+def test_a_spread_of_many_float64_units_is_real() -> None:
+    """sigma / mu = 1e-13 is a few hundred units of rounding, sigma / mu = 1e-16 less than one."""
+    steps = torch.arange(-500, 501, dtype=torch.float64)
+    ghat = normalize_gradient(1 + steps * 2.0**-52, eps=0.0, center_1d=True)
+    want = normalized(steps, 0.0, "zscore", 1.0)
+    # the mean is rounded to 2**-53 of itself, sigma is 289 * 2**-52
+    torch.testing.assert_close(ghat, want, rtol=0, atol=1 / 289)
+
+
+@pytest.mark.parametrize(
+    ("param_dtype", "grad_dtype", "scale"),
+    [
+        (torch.float32, torch.float64, 1e-60),
+        (torch.bfloat16, torch.float64, 1e60),
+        (torch.float64, torch.float32, 1.0),
+        (torch.float64, torch.bfloat16, 1.0),
+    ],
+    ids=["fp32 of fp64", "bf16 of fp64", "fp64 of fp32", "fp64 of bf16"],
+)
+def test_arithmetic_is_in_the_wider_dtype(
+    param_dtype: torch.dtype, grad_dtype: torch.dtype, scale: float
+) -> None:
+    param = torch.zeros(6, 7, dtype=param_dtype)
+    grad = (torch.randn(6, 7, dtype=torch.float64) * scale).to(grad_dtype)
+    want = -normalized(grad.double().flatten(), 0.0, "zscore", 1.0).view(6, 7)
+    step_([param], [grad], None, lr=1.0, momentum=0.0, eps=0.0)
+    unit = torch.finfo(param_dtype).eps / 2
+    assert_close("step", param, want, (unit + 8 * 2.0**-53) * (1 + want.abs()))
+
+
 def test_blocks_of_the_eager_path_agree_with_the_whole() -> None:
     """More than one block of the CPU path, along and across slices."""
     grad = torch.randn(300, 500) * 1e-3 + 1
@@ -235,6 +308,10 @@ def test_article_cdf_is_no_optimizer() -> None:
     assert cosine > 0.9999
     ratio = article_cdf(grad / 1000).mean() / update.mean()
     assert abs(float(ratio) / 1e6 - 1) < 1e-3
+    # as written: cdf(g) / (std * sqrt(2 * pi)) * (1 / std), with the population's std of 2
+    g = torch.tensor([-1.0, 3.0], dtype=torch.float64)
+    want = (1 + torch.erf(g / math.sqrt(2))) / 2 / (4 * math.sqrt(2 * math.pi))
+    torch.testing.assert_close(article_cdf(g), want)
 
 
 def test_article_variant(path: StepPath) -> None:

@@ -1,0 +1,191 @@
+"""A step laid out once and run many times."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..checks import Options
+from .launch import encode, launch, tuning_for, write_rates
+from .layout import Walk, walk
+from .plan import ALIGNMENT, Entry, Plan, Tuning, build, capturing
+
+
+class Member(NamedTuple):
+    """One tensor of a step: what `FusedStep` is made of.
+
+    Attributes:
+        param: non-empty, of a dtype and device that `launch.why_not` serves; written.
+        grad: of the parameter's shape; read.
+        momentum: of the parameter's shape; written. None when its group has no momentum.
+        group: index into the list of `Options`.
+    """
+
+    param: Tensor
+    grad: Tensor
+    momentum: Tensor | None
+    group: int
+
+
+class FusedStep:
+    """A step prepared for tensors that stay where they are; gradients may move.
+
+    Args:
+        members: the tensors; those of one device share launches.
+        groups: the options, one `Options` for each group that a member names.
+        tuning: sizes of the work items; None takes those of the device.
+    """
+
+    def __init__(
+        self, members: Sequence[Member], groups: Sequence[Options], tuning: Tuning | None = None
+    ) -> None:
+        self.signature = self.sign(members, groups)
+        self.params = [member.param for member in members]
+        self._devices: list[_Device] = []
+        for device in dict.fromkeys(member.param.device for member in members):
+            here = [i for i, member in enumerate(members) if member.param.device == device]
+            self._devices.append(_Device(device, here, members, groups, tuning))
+
+    @staticmethod
+    def sign(members: Sequence[Member], groups: Sequence[Options]) -> list[object]:
+        """All that a prepared step depends on; equal lists may share one."""
+        parts: list[object] = [structure(options) for options in groups]
+        parts += [
+            (
+                group,
+                param.data_ptr(), param.dtype, param.shape, param.stride(), param.device,
+                None if momentum is None else
+                (momentum.data_ptr(), momentum.dtype, momentum.stride()),
+                grad.dtype, grad.stride(), grad.data_ptr() % ALIGNMENT,
+            )
+            for param, grad, momentum, group in members
+        ]  # fmt: skip
+        return parts
+
+    @property
+    def in_place(self) -> bool:
+        """Whether every tensor is walked where it is, at 16-byte addresses."""
+        return all(device.in_place for device in self._devices)
+
+    def write(self, groups: Sequence[Options]) -> None:
+        """Bring the option tables up to date; an upload only where a value changed."""
+        for device in self._devices:
+            device.write(groups)
+
+    def run(
+        self,
+        members: Sequence[Member],
+        groups: Sequence[Options],
+        skipped: dict[torch.device, Tensor],
+    ) -> None:
+        """Move the parameters.
+
+        Args:
+            members: of the same signature as those this step was prepared for.
+            groups: this step's options.
+            skipped: int64 [1] for each device, to which slices left as they were are added.
+        """
+        self.write(groups)
+        for device in self._devices:
+            device.run(members, skipped)
+        torch.autograd.graph.increment_version(self.params)
+
+    def run_at(self, addresses: list[int], skipped: dict[torch.device, Tensor]) -> None:
+        """Move the parameters by gradients of the same kind elsewhere, when `in_place`.
+
+        Args:
+            addresses: of the gradients, multiples of 16, in the order of the members.
+            skipped: as for `run`.
+        """
+        for device in self._devices:
+            here = addresses
+            if len(self._devices) > 1:
+                here = [addresses[i] for i in device.order]
+            device.plan.point_at(here)
+            launch(device.plan, device.table, skipped[device.device])
+        torch.autograd.graph.increment_version(self.params)
+
+
+def structure(options: Options) -> tuple[object, ...]:
+    """What of a group's options is in the layout of the work, not in the option table."""
+    return options.granularity, options.center_1d, options.momentum > 0
+
+
+def new_counter(device: torch.device) -> Tensor:
+    """A counter of skipped slices."""
+    return torch.zeros(1, dtype=torch.int64, device=device)
+
+
+class _Device:
+    """The part of a step that runs on one device."""
+
+    def __init__(
+        self,
+        device: torch.device,
+        order: list[int],
+        members: Sequence[Member],
+        groups: Sequence[Options],
+        tuning: Tuning | None,
+    ) -> None:
+        self.device = device
+        self.order = order
+        self.walks: list[Walk] = []
+        entries: list[Entry] = []
+        copied = False
+        for i in order:
+            param, grad, momentum, group = members[i]
+            options = groups[group]
+            path = walk(param, momentum, by_row=options.granularity == "row")
+            self.walks.append(path)
+            values = path.gradient(grad)
+            copied |= path.param is not param or path.momentum is not momentum
+            copied |= values is not grad or grad.data_ptr() % ALIGNMENT != 0
+            entries.append(
+                Entry(
+                    param=path.param,
+                    grad=values,
+                    momentum=path.momentum,
+                    option=group,
+                    rows=path.rows,
+                    centred=options.centres(param.dim()),
+                    shared=group if options.granularity == "global" else None,
+                )
+            )
+        self.in_place = not copied
+        self.plan: Plan = build(entries, tuning or tuning_for(device))
+        self.rows: list[tuple[list[float], bool]] = []
+        self.table = torch.empty(len(groups), 16, dtype=torch.float64, device=device)
+
+    def write(self, groups: Sequence[Options]) -> None:
+        # a row of a tensor lr differs from that of the float it may be replaced by
+        rows = [(encode(options), isinstance(options.lr, Tensor)) for options in groups]
+        if rows != self.rows:
+            if capturing(self.device):
+                raise RuntimeError(
+                    "an option changed while a CUDA graph is being captured; call "
+                    "sync_hyperparameters() before the capture, and before each replay"
+                )
+            self.table.copy_(torch.tensor([row for row, _ in rows], dtype=torch.float64))
+            self.rows = rows
+        for row, options in enumerate(groups):
+            write_rates(self.table, row, options)
+
+    def run(self, members: Sequence[Member], skipped: dict[torch.device, Tensor]) -> None:
+        here = [members[i] for i in self.order]
+        # copies live until the launches are queued; the allocator orders their reuse after them
+        grads = [path.gradient(member.grad) for path, member in zip(self.walks, here)]
+        copies = [
+            (mine, theirs)
+            for path, member in zip(self.walks, here)
+            for mine, theirs in ((path.param, member.param), (path.momentum, member.momentum))
+            if mine is not None and theirs is not None and mine.data_ptr() != theirs.data_ptr()
+        ]
+        for mine, theirs in copies:
+            mine.copy_(theirs)
+        self.plan.point_at([grad.data_ptr() for grad in grads])
+        launch(self.plan, self.table, skipped[self.device])
+        for mine, theirs in copies:
+            theirs.copy_(mine)

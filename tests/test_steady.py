@@ -1,0 +1,274 @@
+"""Steps that repeat the one before: recognised, and never by mistake."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from bngd_triton import BNGD, steady
+from bngd_triton.kernels import plan, prepared
+
+
+@pytest.fixture
+def layouts(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
+    """Counts how often a step was laid out or checked in full since the last call."""
+    count = 0
+    full = BNGD._lay_out_and_step
+
+    def counting(self: BNGD) -> None:
+        nonlocal count
+        count += 1
+        full(self)
+
+    monkeypatch.setattr(BNGD, "_lay_out_and_step", counting)
+
+    def since() -> int:
+        nonlocal count
+        found, count = count, 0
+        return found
+
+    return since
+
+
+def pair(device: torch.device, **options: Any) -> Iterator[tuple[list[Parameter], BNGD]]:
+    """The same parameters under the kernels and under the reference."""
+    for fused in (True, False):
+        torch.manual_seed(0)
+        params = [
+            Parameter(torch.randn(shape, device=device)) for shape in ((4, 8), (600, 5), (16,))
+        ]
+        groups = [{"params": params[:2]}, {"params": params[2:], "lr": 3e-3}]
+        yield params, BNGD(groups, fused=fused, **options)
+
+
+def give_gradients(params: list[Parameter], seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for param in params:
+        values = torch.randn(param.shape, generator=generator).to(param.device)
+        param.grad = values
+
+
+def assert_same(found: list[Parameter], want: list[Parameter]) -> None:
+    for one, other in zip(found, want):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
+
+
+def test_steps_in_a_row_are_laid_out_once(device: torch.device, layouts: Callable[[], int]) -> None:
+    (params, optimizer), (twins, reference) = pair(device, weight_decay=0.1)
+    for step in range(5):
+        for group, twin in zip(optimizer.param_groups, reference.param_groups):
+            group["lr"] = twin["lr"] = 1e-2 / (step + 1)
+        give_gradients(params, step)
+        give_gradients(twins, step)
+        optimizer.step()
+        assert layouts() == (step == 0)
+        reference.step()
+        layouts()
+        assert_same(params, twins)
+
+
+def swap_storage(params: list[Parameter], optimizer: BNGD) -> None:
+    params[0].data = params[0].data.clone()
+
+
+def replace_momentum(params: list[Parameter], optimizer: BNGD) -> None:
+    optimizer.state[params[1]]["momentum_buffer"] = torch.ones_like(params[1])
+
+
+def replace_state(params: list[Parameter], optimizer: BNGD) -> None:
+    optimizer.load_state_dict(optimizer.state_dict())
+
+
+def drop_gradient(params: list[Parameter], optimizer: BNGD) -> None:
+    params[1].grad = None
+
+
+def other_strides(params: list[Parameter], optimizer: BNGD) -> None:
+    params[1].grad = params[1].grad.t().contiguous().t()
+
+
+def unaligned(params: list[Parameter], optimizer: BNGD) -> None:
+    memory = torch.empty(params[1].numel() + 1, device=params[1].device)
+    params[1].grad = memory[1:].view_as(params[1]).copy_(params[1].grad)
+
+
+def no_momentum(params: list[Parameter], optimizer: BNGD) -> None:
+    optimizer.param_groups[0]["momentum"] = 0.0
+
+
+def by_row(params: list[Parameter], optimizer: BNGD) -> None:
+    optimizer.param_groups[0]["granularity"] = "row"
+
+
+def centre_vectors(params: list[Parameter], optimizer: BNGD) -> None:
+    optimizer.param_groups[1]["center_1d"] = True
+
+
+def fewer_parameters(params: list[Parameter], optimizer: BNGD) -> None:
+    del optimizer.param_groups[0]["params"][1]
+
+
+def another_parameter(params: list[Parameter], optimizer: BNGD) -> None:
+    new = Parameter(params[0].detach().clone())
+    new.grad = params[0].grad
+    optimizer.param_groups[0]["params"][0] = new
+
+
+def another_group(params: list[Parameter], optimizer: BNGD) -> None:
+    new = Parameter(torch.ones(8, device=params[0].device))
+    new.grad = torch.arange(8.0, device=params[0].device)
+    optimizer.add_param_group({"params": [new]})
+
+
+def raise_on_nonfinite(params: list[Parameter], optimizer: BNGD) -> None:
+    optimizer.param_groups[0]["nonfinite"] = "raise"
+
+
+CHANGES = [
+    swap_storage, replace_momentum, replace_state, drop_gradient, other_strides, unaligned,
+    no_momentum, by_row, centre_vectors, fewer_parameters, another_parameter, another_group,
+    raise_on_nonfinite,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+def test_a_change_is_noticed(
+    change: Callable[[list[Parameter], BNGD], None],
+    device: torch.device,
+    layouts: Callable[[], int],
+) -> None:
+    done = []
+    for params, optimizer in pair(device):
+        for step in range(4):
+            give_gradients(params, step)
+            if step == 2:
+                layouts()
+                change(params, optimizer)
+            optimizer.step()
+            if step == 2:
+                assert layouts() == 1
+        done.append(params)
+    assert_same(*done)
+
+
+def test_a_late_gradient_is_noticed(device: torch.device, layouts: Callable[[], int]) -> None:
+    done = []
+    for params, optimizer in pair(device):
+        for step in range(4):
+            give_gradients(params, step)
+            if step < 2:
+                params[2].grad = None
+            optimizer.step()
+        done.append(params)
+    assert_same(*done)
+
+
+def test_fallback_without_torchs_guards(
+    device: torch.device, layouts: Callable[[], int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "torch._C._dynamo.guards", None)
+    check = steady._kind_check([torch.ones(3, 3)])
+    assert check(torch.zeros(3, 3))
+    for other in (
+        torch.ones(3, 3).half(),
+        torch.ones(3, 4),
+        torch.ones(3, 3).t(),
+    ):
+        assert not check(other)
+    test_steps_in_a_row_are_laid_out_once(device, layouts)
+
+
+def test_tensor_learning_rate_changed_in_place(
+    device: torch.device, layouts: Callable[[], int]
+) -> None:
+    lr = torch.tensor(1e-2, device=device)
+    param = Parameter(torch.zeros(600, 5, device=device))
+    optimizer = BNGD([param], lr, momentum=0.0, fused=True)
+    sizes = []
+    for value in (1e-2, 1e-1, 0.0):
+        lr.fill_(value)
+        before = param.detach().clone()
+        param.grad = torch.randn_like(param)
+        optimizer.step()
+        sizes.append(float((param.detach() - before).square().mean().sqrt()))
+    assert sizes == pytest.approx([1e-2, 1e-1, 0.0], rel=1e-4)
+    assert layouts() == 1
+
+
+def test_capture_refuses_what_it_could_not_replay(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a CUDA graph: nothing may be uploaded, and nothing changes when that is refused."""
+    param = Parameter(torch.randn(600, 5, device=device))
+    optimizer = BNGD([param], 1e-2, fused=True)
+    param.grad = torch.randn_like(param)
+    optimizer.step()
+    for module in (plan, prepared):
+        monkeypatch.setattr(module, "capturing", lambda device: True)
+    optimizer.step()
+    before = param.detach().clone()
+    optimizer.param_groups[0]["lr"] = 1e-3
+    with pytest.raises(RuntimeError, match="sync_hyperparameters"):
+        optimizer.step()
+    optimizer.param_groups[0]["lr"] = 1e-2
+    held: list[Tensor] = [param.grad]
+    param.grad = param.grad.clone()
+    with pytest.raises(RuntimeError, match="a gradient moved"):
+        optimizer.step()
+    assert torch.equal(param, before)
+    assert held
+
+
+def test_sync_hyperparameters_reaches_a_replay(device: torch.device) -> None:
+    """A replay runs the launches alone; options reach it through the device table."""
+    param = Parameter(torch.zeros(600, 5, device=device))
+    optimizer = BNGD([param], 1e-2, momentum=0.0, fused=True)
+    param.grad = torch.randn_like(param)
+    optimizer.step()
+    step = optimizer._prepared
+    assert step is not None
+    for lr in (1e-1, 1e-3):
+        optimizer.param_groups[0]["lr"] = lr
+        optimizer.sync_hyperparameters()
+        before = param.detach().clone()
+        step.run_at([param.grad.data_ptr()], optimizer._skipped)
+        size = (param.detach() - before).square().mean().sqrt()
+        assert float(size) == pytest.approx(lr, rel=1e-4)
+
+
+def test_compiled_training_step(device: torch.device) -> None:
+    """torch.compile breaks its graph at `step`, and compiles once under any schedule."""
+    torch._dynamo.reset()
+    compiled = 0
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
+        nonlocal compiled
+        compiled += 1
+        return graph.forward
+
+    model = torch.nn.Linear(8, 8, device=device)
+    optimizer = BNGD(model.parameters(), 1e-2, fused=True, weight_decay=0.1)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 6)
+
+    @torch.compile(backend=backend)
+    def train(x: Tensor) -> Tensor:
+        loss = model(x).square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss
+
+    x = torch.randn(16, 8, device=device)
+    losses = [float(train(x).detach())]
+    losses += [float(train(x).detach())]
+    after_two = compiled
+    for _ in range(6):
+        schedule.step()
+        losses.append(float(train(x).detach()))
+    assert compiled == after_two > 0
+    assert losses[-1] < losses[0]
