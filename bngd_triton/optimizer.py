@@ -267,20 +267,24 @@ class BNGD(Optimizer):
 
     def _refuse_capture(self) -> None:
         """A CUDA graph can hold only a step that repeats the one before it."""
-        for index, group in enumerate(self.param_groups):
-            for name, param in zip(parameter_names(group, index), group["params"]):
-                if not capturing(param.device):
-                    continue
-                if param.grad is None and param.requires_grad:
-                    raise RuntimeError(
-                        f"{name} has no gradient while a CUDA graph is being captured, and would "
-                        "not move in any replay; give it one, or leave it out of the optimizer"
-                    )
+        captured = [
+            (name, param)
+            for index, group in enumerate(self.param_groups)
+            for name, param in zip(parameter_names(group, index), group["params"])
+            if capturing(param.device)
+        ]
+        for name, param in captured:
+            if param.grad is None:
                 raise RuntimeError(
-                    "a step captured in a CUDA graph must repeat the one before it (same tensors, "
-                    "layouts, granularity, kernels only); run one whole iteration on the same "
-                    "stream first, and keep its gradients (zero_grad(set_to_none=False))"
+                    f"{name} has no gradient while a CUDA graph is being captured, and would not "
+                    "move in any replay; give it one, or leave it out of the optimizer"
                 )
+        if captured:
+            raise RuntimeError(
+                "a step captured in a CUDA graph must repeat the one before it (same tensors, "
+                "layouts and granularity, kernels only); run one whole iteration on the same "
+                "stream first, and keep its gradients (zero_grad(set_to_none=False))"
+            )
 
     def _gather(self, group: dict[str, Any], index: int) -> _Work:
         """What a group asks of this step, checked in full before anything changes."""

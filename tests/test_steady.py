@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from bngd_triton import BNGD, steady
+from bngd_triton import optimizer as optimizer_module
 from bngd_triton.kernels import plan, prepared
 
 
@@ -208,8 +209,7 @@ def test_capture_refuses_what_it_could_not_replay(
     optimizer = BNGD([param], 1e-2, fused=True)
     param.grad = torch.randn_like(param)
     optimizer.step()
-    for module in (plan, prepared):
-        monkeypatch.setattr(module, "capturing", lambda device: True)
+    capture(monkeypatch)
     optimizer.step()
     before = param.detach().clone()
     optimizer.param_groups[0]["lr"] = 1e-3
@@ -222,6 +222,31 @@ def test_capture_refuses_what_it_could_not_replay(
         optimizer.step()
     assert torch.equal(param, before)
     assert held
+
+
+def test_capture_needs_a_step_before_and_every_gradient(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    params = [Parameter(torch.randn(16, device=device)) for _ in range(2)]
+    optimizer = BNGD([("weight", params[0]), ("head", params[1])], fused=True)
+    params[0].grad = torch.randn_like(params[0])
+    optimizer.step()
+    before = [param.detach().clone() for param in params]
+    capture(monkeypatch)
+    with pytest.raises(RuntimeError, match="head has no gradient while a CUDA graph"):
+        optimizer.step()
+    params[1].grad = torch.randn_like(params[1])
+    with pytest.raises(RuntimeError, match="must repeat the one before"):
+        optimizer.step()
+    for param, old in zip(params, before):
+        assert torch.equal(param, old)
+    assert params[1] not in optimizer.state
+
+
+def capture(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From here on, act as if a CUDA graph were being captured."""
+    for module in (plan, prepared, steady, optimizer_module):
+        monkeypatch.setattr(module, "capturing", lambda device: True)
 
 
 def test_sync_hyperparameters_reaches_a_replay(device: torch.device) -> None:
