@@ -53,6 +53,8 @@ class Options:
         self._set("weight_decay", _bounded("weight_decay", self.weight_decay, 0.0))
         self._set("eps", _bounded("eps", self.eps, 0.0))
         self._set("centering", _bounded("centering", self.centering, 0.0, 1.0))
+        for name in ("nesterov", "center_1d", "maximize"):
+            _flag(name, getattr(self, name))
         _one_of("granularity", self.granularity, GRANULARITIES)
         _one_of("normalizer", self.normalizer, NORMALIZERS)
         _one_of("nonfinite", self.nonfinite, NONFINITE)
@@ -88,6 +90,11 @@ def _bounded(
             bound += " and finite"
         raise ValueError(f"{name} must be {bound}, got {value}")
     return number
+
+
+def _flag(name: str, value: Any) -> None:
+    if not isinstance(value, (bool, numbers.Integral)) or value not in (0, 1):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
 
 
 def _one_of(name: str, value: Any, allowed: Sequence[str]) -> None:
@@ -127,6 +134,22 @@ def check_float(what: str, tensor: Tensor) -> None:
         )
 
 
+def check_parameter(name: str, param: Tensor) -> None:
+    """Refuse what a step cannot write to.
+
+    Raises:
+        TypeError: as `check_float`.
+        NotImplementedError: as `check_float`.
+        ValueError: entries share memory.
+    """
+    check_float(name, param)
+    if overlaps(param):
+        raise ValueError(
+            f"{name} overlaps itself in memory (shape {tuple(param.shape)}, strides "
+            f"{param.stride()}); a step cannot write to it: use .clone() or .contiguous()"
+        )
+
+
 def check_tensors(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
@@ -156,7 +179,7 @@ def check_tensors(
         raise ValueError(f"got {len(params)} params but {len(momentum_buffers)} momentum_buffers")
     for i, (param, grad) in enumerate(zip(params, grads)):
         name = names[i] if names else f"params[{i}]"
-        check_float(name, param)
+        check_parameter(name, param)
         check_float(f"the gradient of {name}", grad)
         others = [("gradient", grad)]
         if momentum and momentum_buffers is not None:
@@ -172,11 +195,6 @@ def check_tensors(
                 raise ValueError(
                     f"the {kind} of {name} is on {other.device}, the parameter on {param.device}"
                 )
-        if _overlaps(param):
-            raise ValueError(
-                f"{name} overlaps itself (shape {tuple(param.shape)}, strides {param.stride()}); "
-                "a step cannot write to it: use .clone() or .contiguous()"
-            )
 
 
 def buffers_of(
@@ -188,9 +206,19 @@ def buffers_of(
     return momentum_buffers
 
 
-def _overlaps(tensor: Tensor) -> bool:
-    """Whether two indices of `tensor` share memory; certain for expanded tensors."""
-    return any(size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride()))
+def overlaps(tensor: Tensor) -> bool:
+    """Whether two indices of `tensor` may share memory.
+
+    No two do if each stride steps over all that the smaller strides span.
+    """
+    if tensor.is_contiguous():
+        return False
+    span = 0
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape)):
+        if size > 1 and stride <= span:
+            return True
+        span += stride * (size - 1)
+    return False
 
 
 def check_step(

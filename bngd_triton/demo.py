@@ -1,8 +1,8 @@
 """`bngd demo`: BNGD beside SGD and AdamW on scikit-learn's digits, in two experiments.
 
 "exploding" trains a network of 20 ReLU layers whose weights start too large, so that the first
-gradients are of norm 1e3. "loss scale" trains a small network under a loss multiplied by c, for c
-over 27 decades. Both leave a table, a PNG and a JSON.
+gradients have norms of 1e3 to 1e4. "loss scale" trains a small network under a loss multiplied by
+c, for c over 27 decades. Both leave a table, a PNG and a JSON.
 """
 
 from __future__ import annotations

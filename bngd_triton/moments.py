@@ -18,9 +18,9 @@ from .checks import Options
 # are off by a few units of 2**-53, and the least real spread of 2**31 float32 values is 2**-40
 UNIFORM = 8 * 2.0**-53
 
-# elements of a block on the CPU: its temporaries fit a core's L2, and torch starts no threads up to
-# 32768 elements, whose barriers cost more than the work where other processes want the cores
-BLOCK = 2**15
+# elements of a block on the CPU: its temporaries fit a core's L2, and torch starts threads from
+# 32768 elements on, whose barriers cost more than the work where other processes want the cores
+BLOCK = 2**15 - 1
 
 
 class Moments(NamedTuple):

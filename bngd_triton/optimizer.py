@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from . import reference
 from .buffers import flatten_, momentum_like, why_not_flat
 from .checkpoint import BUFFER, check_state_dict, parameter_names, place_state
-from .checks import Options, check_float, check_step, check_tensors
+from .checks import Options, check_parameter, check_step, check_tensors
 from .kernels.launch import why_not
 from .kernels.plan import capturing
 from .kernels.prepared import FusedStep, Member, new_counter
@@ -43,13 +43,14 @@ class BNGD(Optimizer):
         u     <- momentum * m + (1 - momentum) * ghat if nesterov else m
         theta <- (1 - lr * weight_decay) * theta - lr * u
 
-    so the RMS of a step is at most ``lr``, whatever the size of the gradient. Steps do not shrink
-    near an optimum: a schedule that takes ``lr`` to 0 is part of the method.
+    so the RMS of a step without decay is at most ``lr`` under the z-score (entries at most
+    ``sqrt(3) * lr`` under the CDF), whatever the size of the gradient. Steps do not shrink near an
+    optimum: a schedule that takes ``lr`` to 0 is part of the method.
 
     Args:
         params: parameters, named parameters, or groups (dicts); every option but `flatten` and
             `fused` can be set per group.
-        lr: bound of a step's RMS, in units of the parameters; a float or a 0-dim tensor.
+        lr: in units of the parameters, see above; a float or a 0-dim tensor.
         momentum: weight of the past in the moving average of ``ghat``, in [0, 1). The average
             starts at 0; with 0 there is no buffer.
         nesterov: look one step of momentum ahead.
@@ -154,8 +155,10 @@ class BNGD(Optimizer):
         try:
             options = Options.of(group)
             names = parameter_names(group, index)
+            if len(set(map(id, group["params"]))) < len(group["params"]):
+                raise ValueError(f"a parameter is twice in group {index}; list every one once")
             for name, param in zip(names, group["params"]):
-                check_float(name, param)
+                check_parameter(name, param)
             check_step(group["params"], [], options)
             self._served(group["params"], names, options)
             if self._constructed:
@@ -174,7 +177,9 @@ class BNGD(Optimizer):
             served = self._served(params, names, Options.of(group))
             moving.append([param for param, fused in zip(params, served) if fused])
             for name, param, fused in zip(names, params, served):
-                reason = why_not_flat(param) if fused and self.flatten else None
+                if not self.flatten:
+                    continue
+                reason = why_not_flat(param) if fused else "the kernels do not serve it"
                 if reason:
                     raise RuntimeError(
                         f"flatten=True cannot move {name}: {reason}; "
@@ -300,6 +305,12 @@ class BNGD(Optimizer):
         fused = self._served(params, names, options)
         # a float32 parameter may have a float64 gradient, or momentum from a float64 checkpoint
         others = [(g, b) if options.momentum else (g,) for g, b in zip(grads, buffers)]
+        for on, more, name in zip(fused, others, names):
+            reason = next(filter(None, map(why_not, more)), None) if on and self.fused else None
+            if reason:
+                raise RuntimeError(
+                    f"fused=True cannot serve {name} with the gradient or momentum it has: {reason}"
+                )
         fused = [on and not any(map(why_not, more)) for on, more in zip(fused, others)]
         if options.granularity == "global":
             fused = [all(fused)] * len(fused)

@@ -26,7 +26,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from .checks import Options, check_float, check_step, check_tensors
+from .checks import Options, buffers_of, check_float, check_step, check_tensors
 from .moments import Fold, blocks, fold_moments, global_moments, moments, slice_dims
 
 
@@ -55,7 +55,8 @@ def step_(
         grads: n tensors of the same shapes; read only, of any supported dtype and layout.
         momentum_buffers: n tensors of the same shapes, float32 (float64 for float64 parameters),
             written in place; zeros before the first step. None when `momentum` is 0.
-        lr: the step's RMS bound, in units of the parameters; a float or a 0-dim tensor.
+        lr: in units of the parameters; bounds the RMS of a step under ``"zscore"`` without decay.
+            A float or a 0-dim tensor.
         momentum: weight of the past in the moving average of ``ghat``, in [0, 1).
         nesterov: look one step of momentum ahead.
         weight_decay: decoupled; each step multiplies the parameters by ``1 - lr * weight_decay``.
@@ -83,10 +84,7 @@ def step_(
     )  # fmt: skip
     check_tensors(params, grads, momentum_buffers, momentum=momentum)
     check_step(params, grads, options)
-    buffers = (
-        momentum_buffers if momentum and momentum_buffers is not None else [None] * len(params)
-    )
-    return apply_(params, grads, buffers, options)
+    return apply_(params, grads, buffers_of(momentum_buffers, params, options), options)
 
 
 def apply_(
@@ -206,8 +204,8 @@ def normalize_gradient(
         maximize: negate.
 
     Returns:
-        A tensor of the shape, dtype and dense strides of `grad`; dimensionless, with RMS at most 1
-        per slice (entries at most sqrt(3) for ``"cdf"``).
+        A tensor of the shape, dtype and dense strides of `grad`; dimensionless. Under ``"zscore"``
+        the RMS of a slice is at most 1, under ``"cdf"`` its entries are at most sqrt(3).
 
     Raises:
         ValueError: an option is out of bounds.

@@ -13,7 +13,7 @@ from .moments import UNIFORM, fold, merge
 from .update import store_as
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows", "n_columns", "rows_per_split"])
 def _column_moments_kernel(
     x_ptr,  # [n_rows, n_columns], row-major
     partials_ptr,  # float64 [3, splits, n_columns]: count, mean, M2
@@ -48,7 +48,7 @@ def _column_moments_kernel(
     tl.store(row + 2 * column, m2, mask=c < n_columns)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits", "n_rows", "n_columns"])
 def _standardize_kernel(
     x_ptr,
     out_ptr,  # of x's shape and dtype
@@ -60,7 +60,8 @@ def _standardize_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    c = tl.program_id(0).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
+    # rows on the first axis of the grid: the others end at 65 535
+    c = tl.program_id(1).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
     here = c < n_columns
     column = splits.to(tl.int64) * n_columns
     n = tl.zeros((COLUMNS,), tl.float64)
@@ -78,7 +79,7 @@ def _standardize_kernel(
     uniform = tl.sqrt(m2 / n) <= tl.abs(mean) * UNIFORM
     up, more, high, low, inverse = fold(mean, m2, n, uniform, 1.0, 0.0, 1.0)
     inverse = tl.where(uniform, 0.0, inverse)
-    r = tl.program_id(1).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    r = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     live = (r < n_rows)[:, None] & here[None, :]
     at = r[:, None] * n_columns + c[None, :]
     x = tl.load(x_ptr + at, mask=live, other=0.0).to(tl.float32)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..checks import Options, check_float, check_step, check_tensors
+from ..checks import Options, buffers_of, check_float, check_step, check_tensors
 from .launch import encode, on_device, statistics, tuning_for, why_not
 from .layout import walk
 from .plan import Entry, Tuning, build
@@ -70,11 +70,9 @@ def fused_step_(
         nonfinite, maximize,
     )  # fmt: skip
     check_tensors(params, grads, momentum_buffers, momentum=momentum)
-    check_served([*params, *grads])
+    buffers = buffers_of(momentum_buffers, params, options)
+    check_served([*params, *grads, *(buffer for buffer in buffers if buffer is not None)])
     check_step(params, grads, options)
-    buffers = (
-        momentum_buffers if momentum and momentum_buffers is not None else [None] * len(params)
-    )
     members = [
         Member(param, grad, buffer, 0)
         for param, grad, buffer in zip(params, grads, buffers)
@@ -88,13 +86,13 @@ def fused_step_(
     return torch.stack([count[0].to(params[0].device) for count in skipped.values()]).sum()
 
 
-def check_served(tensors: Iterable[Tensor], names: Sequence[str] | None = None) -> None:
+def check_served(tensors: Iterable[Tensor]) -> None:
     """Raise RuntimeError for the first tensor that the kernels cannot serve."""
-    for i, tensor in enumerate(tensors):
+    for tensor in tensors:
         reason = why_not(tensor)
         if reason:
-            what = names[i] if names else f"a tensor of shape {tuple(tensor.shape)}"
-            raise RuntimeError(f"fused kernels cannot serve {what}: {reason}")
+            shape = tuple(tensor.shape)
+            raise RuntimeError(f"the kernels cannot serve a tensor of shape {shape}: {reason}")
 
 
 @torch.no_grad()
@@ -137,8 +135,8 @@ def fused_normalize_gradient(
     # from 0, a step of 1 uphill without momentum is ghat itself, rounded once
     fused_step_(
         [out], [grad], None, lr=1.0, momentum=0.0, eps=eps, granularity=granularity,
-        normalizer=normalizer, centering=centering, center_1d=center_1d, nonfinite=nonfinite,
-        maximize=not maximize,
+        normalizer=normalizer, centering=centering, center_1d=center_1d,
+        nonfinite="skip" if nonfinite == "raise" else nonfinite, maximize=not maximize,
     )  # fmt: skip
     return out
 

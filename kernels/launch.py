@@ -7,7 +7,7 @@ import functools
 import importlib.util
 import os
 import struct
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -52,6 +52,11 @@ def why_not(tensor: Tensor) -> str | None:
         return f"TRITON_INTERPRET=1 runs kernels on the CPU, it is on {tensor.device}; unset it"
     if kind not in ("cuda", "xpu"):
         return f"Triton has no backend for {tensor.device}; use fused=None or fused=False"
+    if kind == "cuda" and not torch.version.hip:
+        # Triton's own lower bound
+        major, minor = torch.cuda.get_device_capability(tensor.device)
+        if major < 8:
+            return f"Triton needs compute capability 8.0, {tensor.device} has {major}.{minor}"
     if kind == "xpu" and not torch.xpu.get_device_properties(tensor.device).has_fp64:
         return f"{tensor.device} has no float64 for the statistics; use fused=None or fused=False"
     return None
@@ -81,9 +86,9 @@ def _full_rate_fp64(device: torch.device) -> bool:
 def encode(options: Options) -> list[float]:
     """An option table's row; products and differences are rounded to float32 once, here.
 
-    A tensor `lr` is left to `write_rates`, so that its value need not be read.
+    An `lr` on a device is left to `write_rates`, so that its value need not be read.
     """
-    lr = 0.0 if isinstance(options.lr, Tensor) else options.lr
+    lr = 0.0 if on_a_device(options.lr) else float(options.lr)
     rounded = (lr, 1 - lr * options.weight_decay, options.momentum, 1 - options.momentum)
     row = [_float32(value) for value in rounded]
     row += [options.eps, options.centering, -1.0 if options.maximize else 1.0]
@@ -95,9 +100,14 @@ def _float32(value: float) -> float:
     return float(struct.unpack("f", struct.pack("f", value))[0])
 
 
+def on_a_device(lr: float | Tensor) -> TypeGuard[Tensor]:
+    """Whether reading a learning rate would wait for a device."""
+    return isinstance(lr, Tensor) and lr.device.type != "cpu"
+
+
 def write_rates(table: Tensor, row: int, options: Options) -> None:
-    """Fill in the columns that depend on a tensor `lr`, on the device."""
-    if isinstance(options.lr, Tensor):
+    """Fill in the columns that depend on an `lr` on a device, there."""
+    if on_a_device(options.lr):
         lr = options.lr.detach().to(table.device, torch.float64)
         table[row, 0] = lr.float()
         table[row, 1] = (1 - lr * options.weight_decay).float()
@@ -205,7 +215,7 @@ def standardize_columns(x: Tensor) -> Tensor:
             num_warps=1,
             enable_fp_fusion=False,
         )
-        _standardize_kernel[(across, -(-n_rows // rows))](
+        _standardize_kernel[(-(-n_rows // rows), across)](
             x_ptr=x,
             out_ptr=out,
             partials_ptr=partials,

@@ -146,13 +146,22 @@ class Plan:
                 "with zero_grad(set_to_none=False) before the capture, on the same stream"
             )
         ordered = array("q", self.in_batch_order(addresses))
-        self.grad_ptrs.copy_(torch.frombuffer(ordered, dtype=torch.int64))
+        upload(self.grad_ptrs, torch.frombuffer(ordered, dtype=torch.int64))
         self.addresses = addresses
 
 
 def capturing(device: torch.device) -> bool:
     """Whether a CUDA graph is being captured, in which nothing may be uploaded."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def upload(table: Tensor, values: Tensor) -> None:
+    """Copy CPU values to a device table, in stream order and without waiting for the device."""
+    if table.device.type == "cpu":
+        table.copy_(values)
+    else:
+        # torch's pinned allocator gives the memory out again only after the copy
+        table.copy_(values.pin_memory(), non_blocking=True)
 
 
 def build(entries: Sequence[Entry], tuning: Tuning, *, tiles: bool = True) -> Plan:

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from ..checks import Options
-from .launch import encode, launch, tuning_for, write_rates
+from .launch import encode, launch, on_a_device, tuning_for, write_rates
 from .layout import Walk, walk
-from .plan import ALIGNMENT, Entry, Plan, Tuning, build, capturing
+from .plan import ALIGNMENT, Entry, Plan, Tuning, build, capturing, upload
 
 
 class Member(NamedTuple):
@@ -160,15 +160,15 @@ class _Device:
         self.table = torch.empty(len(groups), 16, dtype=torch.float64, device=device)
 
     def write(self, groups: Sequence[Options]) -> None:
-        # a row of a tensor lr differs from that of the float it may be replaced by
-        rows = [(encode(options), isinstance(options.lr, Tensor)) for options in groups]
+        # a row of a device lr differs from that of the float it may be replaced by
+        rows = [(encode(options), on_a_device(options.lr)) for options in groups]
         if rows != self.rows:
             if capturing(self.device):
                 raise RuntimeError(
                     "an option changed while a CUDA graph is being captured; call "
                     "sync_hyperparameters() before the capture, and before each replay"
                 )
-            self.table.copy_(torch.tensor([row for row, _ in rows], dtype=torch.float64))
+            upload(self.table, torch.tensor([row for row, _ in rows], dtype=torch.float64))
             self.rows = rows
         for row, options in enumerate(groups):
             write_rates(self.table, row, options)

@@ -162,6 +162,10 @@ def test_a_float64_run_goes_on_in_float32(path: StepPath) -> None:
     again = BNGD(params, fused=path.fused)
     again.load_state_dict(through_a_file(optimizer.state_dict()))
     assert all(buffer.dtype == torch.float64 for buffer in momenta(again, params))
+    if path.fused:
+        with pytest.raises(RuntimeError, match=r"fused=True cannot serve .* got torch.float64"):
+            take_steps(again, params, [2])
+        again.fused = None
     take_steps(optimizer, wide, [2])
     take_steps(again, params, [2])
     for a, b in zip(params, wide):
