@@ -787,7 +787,9 @@ def test_gradients_that_change_memory_in_every_step(path: StepPath) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
 def test_a_gradient_of_another_dtype_is_noticed(dtype: torch.dtype, path: StepPath) -> None:
     params = make_params(path.device)
-    optimizer = BNGD(params, lr=0.1, fused=path.fused)
+    # the kernels do not read float64: those gradients need the choice left open
+    fused = None if dtype == torch.float64 else path.fused
+    optimizer = BNGD(params, lr=0.1, fused=fused)
     expected, buffers = values(params), [None] * 3
     for seed in range(3):
         grads = make_grads(params, seed)
@@ -818,6 +820,17 @@ def test_a_model_cast_to_another_dtype_steps_on(dtype: torch.dtype, path: StepPa
     assert all(buffer.dtype == torch.float32 for buffer in momenta(optimizer, params))
 
 
+def test_a_gradient_wider_than_the_kernels_is_refused_by_name(device: torch.device) -> None:
+    param = Parameter(torch.ones(3, device=device))
+    optimizer = BNGD([("bias", param)], lr=0.1, fused=True)
+    param.grad = torch.ones_like(param)
+    param.grad.data = param.grad.double()
+    with pytest.raises(RuntimeError, match=r"fused=True cannot serve bias .* got torch.float64"):
+        optimizer.step()
+    assert torch.equal(param, torch.ones_like(param))
+    assert not optimizer.state
+
+
 def test_momentum_wider_than_the_kernels_is_served(device: torch.device) -> None:
     # a float64 model trained eagerly, then cast: its momentum stays float64
     model = torch.nn.Linear(5, 4).to(device, torch.float64)
@@ -825,10 +838,31 @@ def test_momentum_wider_than_the_kernels_is_served(device: torch.device) -> None
     optimizer = BNGD(params, lr=0.1)
     take_steps(optimizer, params, [0])
     model.float()
-    optimizer.fused = True
     start, buffers = values(params), values(momenta(optimizer, params))
+    optimizer.fused = True
+    with pytest.raises(RuntimeError, match="fused=True cannot serve"):
+        take_steps(optimizer, params, [1])
+    optimizer.fused = None
     take_steps(optimizer, params, [1])
     assert_close(params, oracle_step(start, make_grads(start, 1), buffers, lr=0.1)[0])
+
+
+def test_duplicate_parameters_are_refused(path: StepPath) -> None:
+    param = Parameter(torch.ones(3, device=path.device))
+    with pytest.warns(UserWarning, match="duplicate"), pytest.raises(ValueError, match="twice"):
+        BNGD([param, param], fused=path.fused)
+
+
+def test_parameters_that_overlap_themselves_are_refused(path: StepPath) -> None:
+    memory = torch.zeros(6, device=path.device)
+    for view in (memory.as_strided((3, 3), (1, 1)), memory[:1].expand(4)):
+        with pytest.raises(ValueError, match="overlaps itself in memory"):
+            BNGD([view], fused=path.fused)
+
+
+def test_flatten_true_is_an_error_where_the_kernels_do_not_serve() -> None:
+    with pytest.raises(RuntimeError, match="flatten=True cannot move .* do not serve it"):
+        BNGD([torch.zeros(3)], flatten=True, fused=False)
 
 
 class BadOption(NamedTuple):
@@ -842,6 +876,9 @@ BAD_OPTIONS = [
     BadOption({"lr": -1.0}, ValueError, r"lr must be >= 0.*, got -1\.0"),
     BadOption({"lr": NAN}, ValueError, r"lr must be >= 0 and finite, got nan"),
     BadOption({"lr": INF}, ValueError, r"lr must be >= 0 and finite, got inf"),
+    BadOption({"maximize": "no"}, TypeError, r"maximize must be True or False, got 'no'"),
+    BadOption({"nesterov": None}, TypeError, "nesterov must be True or False, got None"),
+    BadOption({"center_1d": 2}, TypeError, "center_1d must be True or False, got 2"),
     BadOption({"lr": True}, TypeError, r"lr must be a number, got True"),
     BadOption({"lr": "0.1"}, TypeError, r"lr must be a number, got '0\.1'"),
     BadOption({"lr": None}, TypeError, r"lr must be a number, got None"),
