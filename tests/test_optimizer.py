@@ -861,7 +861,7 @@ def test_parameters_that_overlap_themselves_are_refused(path: StepPath) -> None:
 
 
 def test_flatten_true_is_an_error_where_the_kernels_do_not_serve() -> None:
-    with pytest.raises(RuntimeError, match="flatten=True cannot move .* do not serve it"):
+    with pytest.raises(RuntimeError, match=r"flatten=True cannot move .* do not serve it"):
         BNGD([torch.zeros(3)], flatten=True, fused=False)
 
 
