@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import math
+import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -15,6 +17,8 @@ from . import __version__
 
 _DEMO_PACKAGES = ("sklearn", "matplotlib", "rich")
 _INTERRUPTED = 130
+# where bench/ is when the package runs from a checkout
+_ROOT = Path(__file__).resolve().parent.parent
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -31,9 +35,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as stop:
         return int(stop.code or 0)
     try:
+        if args.command == "bench":
+            return _bench(args)
         _check(args)
     except ValueError as error:
         return _fail(str(error), 2)
+    except KeyboardInterrupt:
+        return _INTERRUPTED
     try:
         return _demo(args)
     except KeyboardInterrupt:
@@ -64,7 +72,46 @@ def _parser() -> argparse.ArgumentParser:
         help="stop a run after the first epoch whose mean training loss is below this",
     )
     demo.add_argument("--out", type=Path, default=Path("bngd-demo"), help="folder for PNG and JSON")
+    bench = commands.add_parser(
+        "bench",
+        help="time BNGD beside other optimizers on a GPU; needs a checkout",
+        description="Time BNGD beside other optimizers on a GPU, correctness first: raw results as "
+        "JSON, a table at the end. Runs `python -m bench.gpu` of the checkout.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    bench.add_argument("--suite", choices=("quick", "full"), default="quick", help="how much")
+    bench.add_argument("--part", type=int, choices=(1, 2, 3), default=1, help="of the full suite")
+    bench.add_argument(
+        "--only", default="", help="comma-separated workloads, dtypes and arms to keep"
+    )
+    bench.add_argument("--out", type=Path, default=Path("bench/results"), help="folder for JSON")
+    bench.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: a dry run")
+    bench.add_argument(
+        "--plot",
+        type=Path,
+        metavar="FILE.json",
+        help="measure nothing: draw a result file as percent of copy bandwidth, a PNG beside it",
+    )
     return parser
+
+
+def _bench(args: argparse.Namespace) -> int:
+    if not (_ROOT / "bench" / "gpu.py").is_file():
+        return _fail(
+            "bench/ does not ship in the wheel: clone the repository and run "
+            "`pip install -e .` there",
+            1,
+        )
+    # a process of its own: `bench` and Triton's settings stay out of this one
+    command = [sys.executable, "-m"]
+    if args.plot:
+        if importlib.util.find_spec("matplotlib") is None:
+            return _fail("matplotlib is not installed: pip install 'bngd-triton[demo]'", 1)
+        command += ["bench.plot", str(args.plot.resolve())]
+    else:
+        command += ["bench.gpu", "--suite", args.suite, "--part", str(args.part)]
+        command += ["--only", args.only, "--out", str(args.out.resolve()), "--device", args.device]
+    return subprocess.run(command, cwd=_ROOT, check=False).returncode
 
 
 def _demo(args: argparse.Namespace) -> int:

@@ -1,0 +1,83 @@
+"""Microbenchmarks that need no GPU: ``python -m pytest bench/bench_micro.py --benchmark-only``.
+
+The CPU step beside torch.optim's, kernels in Triton's interpreter, and the making of plans.
+"""
+
+import os
+
+import pytest
+import torch
+
+# Triton reads it when kernels are defined
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+from bngd_triton import BNGD
+from bngd_triton.kernels import fused_step_
+from bngd_triton.kernels.plan import Entry, build, gpu_tuning
+
+from .models import WORKLOADS
+
+SIZES = {"16x256x256": [(256, 256)] * 16, "1x4M": [(2048, 2048)], "300x1000": [(1000,)] * 300}
+OPTIMIZERS = {
+    "bngd-tensor": lambda params: BNGD(params, fused=False),
+    "bngd-row": lambda params: BNGD(params, granularity="row", fused=False),
+    "bngd-global": lambda params: BNGD(params, granularity="global", fused=False),
+    "sgd-foreach": lambda params: torch.optim.SGD(params, 1e-3, momentum=0.9, foreach=True),
+    "adamw-foreach": lambda params: torch.optim.AdamW(params, 1e-3, foreach=True),
+}
+
+
+def parameters(shapes):
+    torch.manual_seed(0)
+    params = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
+    for param in params:
+        param.grad = torch.randn_like(param)
+    return params
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_cpu_step(benchmark, name, size):
+    benchmark.group = f"CPU step, {size}"
+    optimizer = OPTIMIZERS[name](parameters(SIZES[size]))
+    optimizer.step()
+    benchmark(optimizer.step)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are compiled where there is a GPU")
+@pytest.mark.parametrize("granularity", ["tensor", "row"])
+@pytest.mark.parametrize("shape", [(8, 16), (64, 1024), (2, 100_000)], ids=str)
+def test_interpreted_kernels(benchmark, shape, granularity):
+    benchmark.group = f"kernels in the interpreter, {shape}"
+    (param,) = parameters([shape])
+    momentum = torch.zeros_like(param)
+    with torch.no_grad():
+        benchmark.pedantic(
+            fused_step_,
+            args=([param], [param.grad], [momentum]),
+            kwargs={"lr": 1e-3, "granularity": granularity},
+            rounds=5,
+            warmup_rounds=1,
+        )
+
+
+PLANS = {
+    "300 tensors": ([(64, 64, 3, 3), (64,), (64,)] * 100, False),
+    "10 000 tensors": (list(WORKLOADS["moe-10k"].shapes()), False),
+    "GPT-2 by rows": (list(WORKLOADS["gpt2-124m"].shapes()), True),
+}
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_plan(benchmark, name):
+    benchmark.group = "plan building"
+    shapes, by_row = PLANS[name]
+    # a plan asks for sizes and addresses only: these pages are never touched
+    tensors = [torch.empty(shape) for shape in shapes]
+    entries = [
+        Entry(t, t, t, 0, t.shape[0] if by_row and t.dim() > 1 else 1, t.dim() > 1, None)
+        for t in tensors
+    ]
+    tuning = gpu_tuning(wide=True, wave=32)
+    benchmark.pedantic(lambda: build(entries, tuning), rounds=3, warmup_rounds=1)

@@ -1,0 +1,246 @@
+"""``python -m bench.gpu``: BNGD beside its rivals on a GPU, correctness first, raw results as JSON.
+
+``--suite quick`` takes at most about 8 minutes, each of the three parts of ``--suite full`` too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+if TYPE_CHECKING:
+    from .arms import Arm
+    from .cases import Effort
+    from .report import Results
+
+# a call of 9 minutes leaves the last case a minute past it
+BUDGET_S = 420.0
+# of the copied gigabyte, half of which alone dwarfs any L2
+COPY_BYTES = {"cuda": 2**30, "cpu": 2**20}
+_INTERRUPTED = 130
+
+
+class Item(NamedTuple):
+    """A workload in one storage."""
+
+    workload: str
+    dtype: str
+
+
+# the cases that the targets name come first: a budget that runs out costs the others
+QUICK = [
+    Item("gpt2-124m", "fp32"),
+    Item("resnet50", "fp32"),
+    Item("vit-b16", "fp32"),
+    Item("many-1000x1000", "fp32"),
+    Item("llama3-8b-shard", "bf16"),
+    Item("gpt2-1.5b", "bf16"),
+    Item("gpt2-1.5b", "bf16-fp32m"),
+    Item("gpt2-1.5b", "bf16-split"),
+    Item("moe-10k", "fp32"),
+    Item("groups-465", "fp32"),
+    Item("one-2.2e9", "fp32"),
+]
+FULL = {
+    1: [
+        *(Item(name, "fp32") for name in ("resnet50", "vit-b16", "gpt2-124m", "gpt2-1.5b")),
+        Item("many-1000x1000", "fp32"),
+    ],
+    2: [
+        Item(name, dtype)
+        for name in ("gpt2-124m", "gpt2-1.5b", "llama3-8b-shard")
+        for dtype in ("bf16", "bf16-fp32m", "bf16-split")
+    ],
+    3: [
+        *(Item(name, "fp32") for name in ("moe-10k", "groups-465", "one-2.2e9")),
+        Item("llama3-8b-shard", "fp32"),
+        *(Item("moe-10k", dtype) for dtype in ("bf16", "bf16-fp32m", "bf16-split")),
+        *(Item("resnet50", dtype) for dtype in ("bf16", "bf16-fp32m", "bf16-split")),
+    ],
+}
+DRY_RUN = [Item("dry-run", "fp32"), Item("dry-run", "bf16-fp32m"), Item("dry-run-groups", "fp32")]
+# cases in which the arm `compile` is measured: each costs a minute or more of compiling
+COMPILED = {
+    "quick": {Item("gpt2-124m", "fp32")},
+    "full": {
+        Item("gpt2-124m", "fp32"), Item("gpt2-124m", "bf16-fp32m"),
+    },
+}  # fmt: skip
+TRAINING_ARMS = ("bngd", "torch-sgd-fused", "torch-adamw-fused", "eager")
+COLD = (("bngd", "resnet50"), ("bngd-row", "resnet50"), ("torch-sgd-fused", "resnet50"))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a suite.
+
+    Returns:
+        0; 1 without a GPU; 2 for bad arguments; 130 after Ctrl-C, with what is done written.
+    """
+    args = _parser().parse_args(argv)
+    if args.device == "cpu":
+        # Triton decides when kernels are defined, so before anything imports them
+        os.environ.setdefault("TRITON_INTERPRET", "1")
+        # at these sizes threads only wait for each other
+        torch.set_num_threads(1)
+    elif not torch.cuda.is_available():
+        print("bench.gpu: error: no GPU found; --device cpu tries the code", file=sys.stderr)
+        return 1
+    from .arms import ARMS
+    from .report import Results, table
+
+    try:
+        items, arms = _selection(args, list(ARMS))
+    except ValueError as error:
+        print(f"bench.gpu: error: {error}", file=sys.stderr)
+        return 2
+    device = torch.device(args.device)
+    if args.device == "cuda":
+        device = torch.device("cuda", torch.cuda.current_device())
+    suite = f"{args.suite}-{args.part}" if args.suite == "full" else args.suite
+    results = Results(args.out, device, suite)
+    code = 0
+    try:
+        _run(args, items, [ARMS[name] for name in arms], device, results)
+        results.document["finished"] = True
+    except KeyboardInterrupt:
+        code = _INTERRUPTED
+    finally:
+        # also when an error ends the run: what is done stays
+        results.save()
+    print(table(results.document))
+    print(f"Wrote {results.path}")
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__)
+    parser.add_argument("--suite", choices=("quick", "full"), default="quick")
+    parser.add_argument("--part", type=int, choices=(1, 2, 3), default=1, help="of the full suite")
+    parser.add_argument(
+        "--only", default="",
+        help="comma-separated workloads, dtypes, arms, 'training' and 'cold' to keep",
+    )  # fmt: skip
+    parser.add_argument("--out", type=Path, default=Path("bench/results"), help="folder")
+    parser.add_argument("--budget", type=float, default=BUDGET_S, help="seconds before cases stop")
+    parser.add_argument(
+        "--device", default="cuda", choices=("cuda", "cpu"),
+        help="cpu tries the code on tiny workloads, kernels in Triton's interpreter",
+    )  # fmt: skip
+    return parser
+
+
+def _selection(args: argparse.Namespace, arms: list[str]) -> tuple[list[Item], list[str]]:
+    """The items and arms that --only leaves; ValueError for a word that names none."""
+    from .arms import STORAGES
+    from .models import DRY_RUN as TINY
+    from .models import WORKLOADS
+
+    words = {word.strip() for word in args.only.split(",") if word.strip()}
+    known = {*WORKLOADS, *TINY, *STORAGES, *arms, "training", "cold"}
+    if words - known:
+        raise ValueError(f"--only: unknown {sorted(words - known)}; known are {sorted(known)}")
+    items = QUICK if args.suite == "quick" else FULL[args.part]
+    if args.device == "cpu":
+        items = DRY_RUN
+    workloads, dtypes = words & {*WORKLOADS, *TINY}, words & set(STORAGES)
+    items = [i for i in items if not workloads or i.workload in workloads]
+    items = [i for i in items if not dtypes or i.dtype in dtypes]
+    if words and not (workloads or dtypes or words & set(arms)):
+        items = []
+    return items, [arm for arm in arms if not words & set(arms) or arm in words]
+
+
+def _effort(args: argparse.Namespace) -> Effort:
+    from .cases import Effort
+
+    if args.device == "cpu":
+        return Effort(repetitions=2, most_s=0.0, host_calls=1, variants=("combo", "foreach"))
+    if args.suite == "quick":
+        return Effort(repetitions=25, most_s=1.0, host_calls=30, variants=("combo",))
+    # with three parts, each arm of each case may take twice as long
+    return Effort(60, most_s=2.0, host_calls=60, variants=("combo", "cooperative", "foreach"))
+
+
+def _run(
+    args: argparse.Namespace, items: Sequence[Item], arms: Sequence[Arm], device: torch.device,
+    results: Results,
+) -> None:  # fmt: skip
+    from . import cases
+    from .arms import STORAGES
+    from .measure import clock_for, copy_bandwidth
+    from .models import DRY_RUN as TINY
+    from .models import WORKLOADS
+
+    end = time.monotonic() + args.budget
+    document = results.document
+    clock = clock_for(device)
+    effort = _effort(args)
+    document["copy_gbps"] = copy_bandwidth(clock, COPY_BYTES[device.type])
+    compiling = COMPILED[args.suite] | set(DRY_RUN)
+    # without a GPU there is no L2 to flush; one set would not exercise the rotation
+    l2 = document["environment"].get("l2_bytes", 2048)
+    for item in items:
+        if time.monotonic() > end:
+            document["not_run"].append(f"{item.workload} {item.dtype}: the budget was spent")
+            continue
+        chosen = [arm for arm in arms if arm.name != "compile" or item in compiling]
+        if len(chosen) < len(arms):
+            document["unavailable"].append(
+                {
+                    "workload": item.workload, "dtype": item.dtype, "arm": "compile",
+                    "reason": "not compiled for this case, which would take minutes",
+                }
+            )  # fmt: skip
+        print(f"{item.workload} {item.dtype} ...", file=sys.stderr, flush=True)
+        free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
+        case = cases.Case(
+            (WORKLOADS | TINY)[item.workload], STORAGES[item.dtype], chosen, clock, effort,
+            document["copy_gbps"], l2, free, lambda: time.monotonic() < end,
+        )  # fmt: skip
+        outcome = cases.run(case)
+        document["rows"] += outcome.rows
+        document["unavailable"] += outcome.unavailable
+        results.save()
+    _run_rest(args, arms, end, results, device)
+
+
+def _run_rest(
+    args: argparse.Namespace, arms: Sequence[Arm], end: float, results: Results,
+    device: torch.device,
+) -> None:  # fmt: skip
+    """Training steps and cold starts; with --only, where it names them."""
+    from . import cold, training
+    from .measure import clock_for
+
+    dry = device.type == "cpu"
+    # the first of three parts has them
+    asked = "" if args.suite == "full" and args.part > 1 else args.only or "training,cold"
+    models = list(training.MODELS) if "training" in asked.split(",") else []
+    for name in models:
+        if time.monotonic() > end:
+            results.document["not_run"].append(f"training {name}: the budget was spent")
+            continue
+        size = training.DRY_RUN if dry else training.Size()
+        chosen = [arm for arm in arms if arm.name in TRAINING_ARMS]
+        rows, missing = training.run(name, chosen, clock_for(device), size, 1 if dry else 10)
+        results.document["training"] += rows
+        results.document["unavailable"] += missing
+        results.save()
+    for arm, workload in COLD if "cold" in asked.split(",") else ():
+        if time.monotonic() > end:
+            results.document["not_run"].append(f"cold start of {arm}: the budget was spent")
+            continue
+        found = cold.measure(arm, "dry-run" if dry else workload, device.type)
+        results.document["cold_start"].append(found)
+        results.save()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
