@@ -19,6 +19,7 @@ from .plan import Batch, Plan, Tuning, gpu_tuning
 FULL_RATE_FP64 = {(6, 0), (7, 0), (8, 0), (9, 0), (10, 0)}
 FUSED_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 COLUMNS = 16
+FORMS = ("two-launch", "single-launch")
 
 
 @functools.cache
@@ -113,15 +114,36 @@ def write_rates(table: Tensor, row: int, options: Options) -> None:
         table[row, 1] = (1 - lr * options.weight_decay).float()
 
 
-def launch(plan: Plan, options: Tensor, skipped: Tensor) -> None:
-    """Run a step: one launch per batch for the statistics, then one for the updates.
+def form_for(plan: Plan, form: str | None = None) -> str:
+    """Which form a step takes: "two-launch" or "single-launch".
+
+    A global group that spans batches takes two launches, since all its statistics come before any
+    update. Else `form` decides, then `Tuning.form`, then the default.
+
+    Raises:
+        ValueError: no such form.
+    """
+    # two launches until a measurement on a GPU says where one is faster
+    form = form or plan.tuning.form or FORMS[0]
+    if form not in FORMS:
+        raise ValueError(f"form must be one of {', '.join(FORMS)}, got {form!r}")
+    return FORMS[0] if plan.spanning else form
+
+
+def launch(plan: Plan, options: Tensor, skipped: Tensor, form: str | None = None) -> None:
+    """Run a step: for each batch a launch for the statistics, then one for the updates; or one.
 
     Args:
         plan: the work, pointed at this step's gradients.
         options: float64 [rows, 16] on the plan's device, rows as `encode` makes them.
         skipped: int64 [1] on the plan's device; slices left as they were are added.
+        form: see `form_for`.
     """
     with on_device(plan.device):
+        if form_for(plan, form) == "single-launch":
+            for batch in plan.batches:
+                single(plan, batch, options, skipped)
+            return
         for batch in plan.batches:
             statistics(plan, batch, options, skipped)
         for batch in plan.batches:
@@ -135,33 +157,42 @@ def statistics(plan: Plan, batch: Batch, options: Tensor, skipped: Tensor) -> No
     programs = batch.n_slices + batch.n_tiles
     if programs == 0:
         return
-    tuning = plan.tuning
     _statistics_kernel[(programs,)](
         slices_ptr=batch.slices,
         n_slices=batch.n_slices,
         tiles_ptr=batch.tiles,
-        rows_ptr=batch.rows,
-        segments_ptr=plan.segments,
-        partials_ptr=plan.partials,
-        n_partials=plan.partials.shape[1],
-        arrived_ptr=plan.arrived,
-        moments_ptr=plan.moments,
-        folds_ptr=plan.folds,
-        options_ptr=options,
-        skipped_ptr=skipped,
-        grad_ptrs=batch.grad_ptrs,
-        param_ptrs=batch.param_ptrs,
-        momentum_ptrs=batch.momentum_ptrs,
-        **_dtypes(batch),
-        WIDE=tuning.wide,
-        TILES=batch.n_tiles > 0,
-        BLOCK=tuning.block,
-        UNROLL=tuning.unroll,
-        MERGE=tuning.merge,
-        TILE=tuning.tile,
-        num_warps=tuning.warps,
+        **_statistics_arguments(plan, batch, options, skipped),
+        num_warps=plan.tuning.warps,
         enable_fp_fusion=False,
     )
+
+
+def _statistics_arguments(
+    plan: Plan, batch: Batch, options: Tensor, skipped: Tensor
+) -> dict[str, Any]:
+    """What slices and tiles need in either form."""
+    tuning = plan.tuning
+    return {
+        "rows_ptr": batch.rows,
+        "segments_ptr": plan.segments,
+        "partials_ptr": plan.partials,
+        "n_partials": plan.partials.shape[1],
+        "arrived_ptr": plan.arrived,
+        "moments_ptr": plan.moments,
+        "folds_ptr": plan.folds,
+        "options_ptr": options,
+        "skipped_ptr": skipped,
+        "grad_ptrs": batch.grad_ptrs,
+        "param_ptrs": batch.param_ptrs,
+        "momentum_ptrs": batch.momentum_ptrs,
+        **_dtypes(batch),
+        "WIDE": tuning.wide,
+        "TILES": batch.n_tiles > 0,
+        "BLOCK": tuning.block,
+        "UNROLL": tuning.unroll,
+        "MERGE": tuning.merge,
+        "TILE": tuning.tile,
+    }
 
 
 def update(plan: Plan, batch: Batch, options: Tensor) -> None:
@@ -183,6 +214,44 @@ def update(plan: Plan, batch: Batch, options: Tensor) -> None:
         num_warps=plan.tuning.update_warps,
         enable_fp_fusion=False,
     )
+
+
+def single(plan: Plan, batch: Batch, options: Tensor, skipped: Tensor) -> None:
+    """The whole step of a batch in one launch."""
+    from .single import _single_kernel
+
+    tuning = plan.tuning
+    work = batch.work(tuning)
+    if len(work.items) == 0:
+        return
+    _single_kernel[(min(len(work.items), programs(plan.device, tuning)),)](
+        items_ptr=work.items,
+        n_items=len(work.items),
+        counters_ptr=work.counters,
+        first_segment=work.first_segment,
+        n_segments=len(work.counters) - 1,
+        **_statistics_arguments(plan, batch, options, skipped),
+        UPDATE_BLOCK=tuning.update_block,
+        # those of the first launch: the order of its sums depends on them, the update's bits do not
+        num_warps=tuning.warps,
+        enable_fp_fusion=False,
+    )
+
+
+def programs(device: torch.device, tuning: Tuning) -> int:
+    """Programs of a single launch over a long list."""
+    return tuning.programs_per_sm * _processors(device)
+
+
+@functools.cache
+def _processors(device: torch.device) -> int:
+    if device.type == "cpu":
+        # the interpreter runs one program after the other
+        return 1
+    properties = torch.get_device_module(device).get_device_properties(device)
+    if device.type == "xpu":
+        return int(properties.gpu_subslice_count)
+    return int(properties.multi_processor_count)
 
 
 def standardize_columns(x: Tensor) -> Tensor:

@@ -7,7 +7,8 @@ moves; a *tile* is a set of rows or of small tensors that one program finishes i
 
 Tensors that share storage dtypes and alignment form a *batch*: two launches serve it, whatever
 the number of tensors, groups and options. Statistics of all batches come before all updates, so
-that a global group may span batches.
+that a global group may span batches. A single launch can serve a batch instead (`work.py`), unless
+such a group spans batches.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from .work import Work, lay_out
 
 # what the kernels' tables have to a row
 SLICE, TILE, SEGMENT, CHUNK = 5, 5, 4, 4
@@ -44,6 +47,12 @@ class Tuning:
             longer than this are segments.
         warps: per program of the first launch.
         update_warps: per program of the second launch.
+        form: "two-launch" or "single-launch"; None leaves it to `launch.form_for`.
+        wave: bytes of gradient in a wave of the single launch. Two or three waves are live at a
+            time; beyond 25 MB they would not stay in the 60 MB of an H200's L2, which may hold
+            data from its far half twice. Programs wait where a wave has fewer slices than there
+            are programs: 4 MiB are 512 slices of 2048 float32, and an H200 runs 528 programs.
+        programs_per_sm: of the single launch; 4 fit the registers of an SM, 3 with tiles.
     """
 
     wide: bool = True
@@ -57,6 +66,9 @@ class Tuning:
     tile: int = 2048
     warps: int = 4
     update_warps: int = 4
+    form: str | None = None
+    wave: int = 4 << 20
+    programs_per_sm: int = 4
 
     @property
     def tile_columns(self) -> tuple[int, ...]:
@@ -115,6 +127,14 @@ class Batch:
     param_ptrs: Tensor
     momentum_ptrs: Tensor
     grad_ptrs: Tensor
+    _work: Work | None = None
+
+    def work(self, tuning: Tuning) -> Work:
+        """The work list of a single launch, laid out when first asked for."""
+        if self._work is None:
+            wave = max(1, tuning.wave // self.dtypes[1].itemsize)
+            self._work = lay_out(self.slices, self.tiles, self.chunks, wave)
+        return self._work
 
 
 @dataclass
@@ -131,6 +151,8 @@ class Plan:
     folds: Tensor
     # the segments of each entry; a tile has none
     first_segment: list[int]
+    # whether a segment has slices in several batches
+    spanning: bool
     # the batches' gradient addresses, one table, and what was uploaded to it last
     grad_ptrs: Tensor
     in_batch_order: Callable[[list[int]], tuple[int, ...]]
@@ -195,6 +217,8 @@ def build(entries: Sequence[Entry], tuning: Tuning, *, tiles: bool = True) -> Pl
             key=lambda i: _columns(entries[i], tuning) if tiled[i] and entries[i].rows == 1 else 0,
         )
         batches.append(_batch(entries, members, kind, tiled, spans, tuning, pointers))
+    homes = {(entries[i].shared, kind) for kind, members in kinds.items() for i in members}
+    groups = [shared for shared, _ in homes if shared is not None]
     n = len(segments)
     return Plan(
         device=device,
@@ -206,6 +230,7 @@ def build(entries: Sequence[Entry], tuning: Tuning, *, tiles: bool = True) -> Pl
         moments=torch.zeros(n, 2, dtype=torch.float64, device=device),
         folds=torch.zeros(n, 8, dtype=torch.float32, device=device),
         first_segment=[span.segment if span else -1 for span in spans],
+        spanning=len(groups) > len(set(groups)),
         grad_ptrs=grad_ptrs,
         in_batch_order=_picker([i for batch in batches for i in batch.order]),
     )

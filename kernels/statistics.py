@@ -109,7 +109,7 @@ def _slice(
     skipped, grad_ptrs, GRAD: tl.constexpr, ALIGNED: tl.constexpr, WIDE: tl.constexpr,
     BLOCK: tl.constexpr, UNROLL: tl.constexpr, MERGE: tl.constexpr,
 ):  # fmt: skip
-    """Statistics of one slice; the last one of a segment publishes it."""
+    """Statistics of one slice; the last one of a segment publishes it. Returns whether this did."""
     tensor = tl.load(row)
     start = tl.load(row + 1)
     length = tl.load(row + 2).to(tl.int32)
@@ -138,7 +138,8 @@ def _slice(
         # every lane's stores before the counter's release
         tl.debug_barrier()
         arrivals = tl.atomic_add(arrived_ptr + segment, 1, sem="acq_rel").to(tl.int64)
-    if arrivals == count - 1:
+    last = arrivals == count - 1
+    if last:
         if count > 1:
             tl.debug_barrier()
             n, mean, m2, least, most = _merge_partials(
@@ -153,6 +154,7 @@ def _slice(
             m2 = tl.where(uniform, 0.0, m2)
         coded = tl.load(segments_ptr + segment * 4 + 3)
         _publish(mean, m2, n, uniform, segment, coded, moments_ptr, folds_ptr, options_ptr, skipped)
+    return last
 
 
 @triton.jit
@@ -229,6 +231,22 @@ def _tile(
     tl.store(momentum, store_as(m, BUFFER, SOFT), mask=has, eviction_policy="evict_first")
 
 
+@triton.jit
+def _tile_of_any_shape(
+    row, rows_ptr, options_ptr, skipped, grad_ptrs, param_ptrs, momentum_ptrs,
+    GRAD: tl.constexpr, PARAM: tl.constexpr, BUFFER: tl.constexpr, ALIGNED: tl.constexpr,
+    SOFT: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """A tile by the code for its number of columns: `Tuning.tile_columns`."""
+    columns = tl.load(row + 4)
+    for shrink in tl.static_range(4):
+        if columns == TILE >> (2 * shrink):
+            _tile(
+                row, rows_ptr, options_ptr, skipped, grad_ptrs, param_ptrs, momentum_ptrs,
+                GRAD, PARAM, BUFFER, ALIGNED, SOFT, BLOCK, TILE >> (2 * shrink),
+            )  # fmt: skip
+
+
 @triton.jit(do_not_specialize=["n_slices", "n_partials"], do_not_specialize_on_alignment=TABLES)
 def _statistics_kernel(
     slices_ptr,  # int64 [n_slices, 5]: tensor, first element, elements, partial, segment
@@ -266,11 +284,8 @@ def _statistics_kernel(
             GRAD, ALIGNED, WIDE, BLOCK, UNROLL, MERGE,
         )  # fmt: skip
     elif TILES:
-        row = tiles_ptr + (program - n_slices) * 5
-        columns = tl.load(row + 4)
-        for shrink in tl.static_range(4):
-            if columns == TILE >> (2 * shrink):
-                _tile(
-                    row, rows_ptr, options_ptr, skipped_ptr, grad_ptrs, param_ptrs, momentum_ptrs,
-                    GRAD, PARAM, BUFFER, ALIGNED, SOFT, BLOCK, TILE >> (2 * shrink),
-                )  # fmt: skip
+        _tile_of_any_shape(
+            tiles_ptr + (program - n_slices) * 5, rows_ptr, options_ptr, skipped_ptr,
+            grad_ptrs, param_ptrs, momentum_ptrs,
+            GRAD, PARAM, BUFFER, ALIGNED, SOFT, BLOCK, TILE,
+        )  # fmt: skip

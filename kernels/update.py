@@ -89,29 +89,13 @@ def _update_block(
     )
 
 
-@triton.jit(
-    do_not_specialize_on_alignment=[
-        "chunks_ptr", "segments_ptr", "folds_ptr", "options_ptr",
-        "grad_ptrs", "param_ptrs", "momentum_ptrs",
-    ]
-)  # fmt: skip
-def _update_kernel(
-    chunks_ptr,  # int64 [programs, 4]: tensor, first element, elements, segment
-    segments_ptr,  # int64 [segments, 4]: first partial, partials, elements, option row
-    folds_ptr,  # float32 [segments, FOLD_COLUMNS]
-    options_ptr,  # float64 [groups, OPTION_COLUMNS]
-    grad_ptrs,  # int64 [tensors], likewise the next two
-    param_ptrs,
-    momentum_ptrs,
-    GRAD: tl.constexpr,
-    PARAM: tl.constexpr,
-    BUFFER: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    SOFT: tl.constexpr,
-    BLOCK: tl.constexpr,
+@triton.jit
+def _chunk(
+    row, segments_ptr, folds_ptr, options_ptr, grad_ptrs, param_ptrs, momentum_ptrs,
+    GRAD: tl.constexpr, PARAM: tl.constexpr, BUFFER: tl.constexpr, ALIGNED: tl.constexpr,
+    SOFT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    # backwards: the gradients that the statistics read last are still in L2
-    row = chunks_ptr + (tl.num_programs(0) - 1 - tl.program_id(0)).to(tl.int64) * 4
+    """Move one chunk by its segment's fold, which must have been published."""
     tensor = tl.load(row)
     start = tl.load(row + 1)
     n = tl.load(row + 2).to(tl.int32)
@@ -159,3 +143,32 @@ def _update_kernel(
                 grad + whole, param + whole, momentum + whole, rest, rest < n - whole, has,
                 mode, up, more, high, low, inverse, lr, decay, beta, fresh, nesterov, SOFT,
             )  # fmt: skip
+
+
+@triton.jit(
+    do_not_specialize_on_alignment=[
+        "chunks_ptr", "segments_ptr", "folds_ptr", "options_ptr",
+        "grad_ptrs", "param_ptrs", "momentum_ptrs",
+    ]
+)  # fmt: skip
+def _update_kernel(
+    chunks_ptr,  # int64 [programs, 4]: tensor, first element, elements, segment
+    segments_ptr,  # int64 [segments, 4]: first partial, partials, elements, option row
+    folds_ptr,  # float32 [segments, FOLD_COLUMNS]
+    options_ptr,  # float64 [groups, OPTION_COLUMNS]
+    grad_ptrs,  # int64 [tensors], likewise the next two
+    param_ptrs,
+    momentum_ptrs,
+    GRAD: tl.constexpr,
+    PARAM: tl.constexpr,
+    BUFFER: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    SOFT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    # backwards: the gradients that the statistics read last are still in L2
+    row = chunks_ptr + (tl.num_programs(0) - 1 - tl.program_id(0)).to(tl.int64) * 4
+    _chunk(
+        row, segments_ptr, folds_ptr, options_ptr, grad_ptrs, param_ptrs, momentum_ptrs,
+        GRAD, PARAM, BUFFER, ALIGNED, SOFT, BLOCK,
+    )  # fmt: skip

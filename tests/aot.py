@@ -4,7 +4,8 @@
 
 Every kernel must, for each target, dtype combination and variant: stream with accesses as wide as
 its block allows, keep spills out of the streaming loops, stay within a register budget, and keep
-the acquire and release around the counter that elects a segment's last program.
+the acquires and releases around the counter that elects a segment's last program and, in the
+single launch, on the flag that its updates wait for.
 """
 
 from __future__ import annotations
@@ -64,15 +65,41 @@ BUDGETS = {
     "lanes+tiles": (96, 144),
     "stream": (80, 88),
     "stream+tiles": (96, 144),
+    # the loop over tickets keeps values for every kind of item; 128 leave 4 programs, 168 leave 3
+    "single lanes": (120, 144),
+    "single lanes+tiles": (168, 216),
+    "single stream": (136, 168),
+    "single stream+tiles": (168, 232),
 }
 # ptxas trades a few bytes outside the loops for a register step; where depends on its version
-SPILL_BYTES = 16
+SPILL_BYTES = {"update": 16, "statistics": 16, "single": 56}
+# releases and acquires: around the counter that elects a segment's last program, and on its flag
+FENCES = {"update": 0, "statistics": 1, "single": 2}
 
 SIGNATURES = {
     "statistics": {
         "slices_ptr": "*i64",
         "n_slices": "i32",
         "tiles_ptr": "*i64",
+        "rows_ptr": "*i64",
+        "segments_ptr": "*i64",
+        "partials_ptr": "*fp64",
+        "n_partials": "i32",
+        "arrived_ptr": "*i32",
+        "moments_ptr": "*fp64",
+        "folds_ptr": "*fp32",
+        "options_ptr": "*fp64",
+        "skipped_ptr": "*i64",
+        "grad_ptrs": "*i64",
+        "param_ptrs": "*i64",
+        "momentum_ptrs": "*i64",
+    },
+    "single": {
+        "items_ptr": "*i64",
+        "n_items": "i32",
+        "counters_ptr": "*i32",
+        "first_segment": "i32",
+        "n_segments": "i32",
         "rows_ptr": "*i64",
         "segments_ptr": "*i64",
         "partials_ptr": "*fp64",
@@ -116,12 +143,13 @@ class Case:
         """The kernel and its form: a key of `BUDGETS`."""
         if self.kernel == "update":
             return "update"
-        return ("lanes" if self.wide else "stream") + ("+tiles" if self.tiles else "")
+        form = "single " if self.kernel == "single" else ""
+        return form + ("lanes" if self.wide else "stream") + ("+tiles" if self.tiles else "")
 
     def __str__(self) -> str:
         kind = "aligned" if self.aligned else "any"
         dtypes = ",".join((self.param, self.grad, self.buffer))
-        return f"{self.variant:12s} {dtypes:14s} {kind:7s} {self.target:6s}"
+        return f"{self.variant:19s} {dtypes:14s} {kind:7s} {self.target:6s}"
 
 
 @dataclasses.dataclass
@@ -162,7 +190,7 @@ class Report:
     def complaints(self, case: Case) -> list[str]:
         """What is wrong with it."""
         found = []
-        if self.loop_spills or self.spill > SPILL_BYTES:
+        if self.loop_spills or self.spill > SPILL_BYTES[case.kernel]:
             found.append(f"spills {self.spill} bytes, {self.loop_spills} accesses in loops")
         budget = BUDGETS[case.variant][0 if case.aligned else 1]
         if self.registers > budget:
@@ -177,8 +205,7 @@ class Report:
                     for width, count in wanted.items()
                     if seen[width] < count
                 ]
-        fenced = self.atomics and self.releases and self.acquires
-        if case.kernel == "statistics" and not fenced:
+        if min(self.atomics, self.releases, self.acquires) < FENCES[case.kernel]:
             found.append("an acquire, a release or the atomic between them is missing")
         return found
 
@@ -189,7 +216,7 @@ def load_kernels(folder: Path) -> dict[str, Any]:
     package = types.ModuleType("aot_kernels")
     package.__path__ = [str(folder)]
     sys.modules[package.__name__] = package
-    parts = ("statistics", "update", "plan")
+    parts = ("statistics", "update", "single", "plan")
     return {part: importlib.import_module(f"{package.__name__}.{part}") for part in parts}
 
 
@@ -209,6 +236,8 @@ def build(case: Case, tuning: Any, modules: dict[str, Any]) -> Any:
     else:
         constants |= {"WIDE": case.wide, "TILES": case.tiles, "BLOCK": tuning.block}
         constants |= {"UNROLL": tuning.unroll, "MERGE": tuning.merge, "TILE": tuning.tile}
+        if case.kernel == "single":
+            constants |= {"UPDATE_BLOCK": tuning.update_block}
         warps = tuning.warps
     typed = SIGNATURES[case.kernel]
     assert set(fn.arg_names) == set(typed) | set(constants), "launch arguments changed"
@@ -356,8 +385,11 @@ def cases(quick: bool, only: list[str]) -> Iterator[Case]:
     targets = ("sm_90", "gfx942") if quick else tuple(TARGETS)
     combinations = COMBINATIONS[:2] if quick else COMBINATIONS
     unaligned = () if quick else ("sm_90", "gfx942")
+    # the longest to compile, and together of nothing but what the others check by themselves
+    skipped = ("stream+tiles", "single stream", "single lanes+tiles", "single stream+tiles")
     variants: list[dict[str, Any]] = [
-        {"kernel": "statistics", "wide": wide, "tiles": tiles}
+        {"kernel": kernel, "wide": wide, "tiles": tiles}
+        for kernel in ("single", "statistics")
         for tiles in (True, False)
         for wide in (True, False)
     ]
@@ -365,8 +397,9 @@ def cases(quick: bool, only: list[str]) -> Iterator[Case]:
         for target, dtypes in itertools.product(targets, combinations):
             named = dict(zip(("param", "grad", "buffer"), dtypes))
             case = Case(target=target, **named, **variant)
-            # the tiles of both are the same code, and take the longest to compile
-            if case.variant not in only or (quick and case.variant == "stream+tiles"):
+            if case.variant not in only or (quick and case.variant in skipped):
+                continue
+            if case.kernel == "single" and dtypes not in COMBINATIONS[:2]:
                 continue
             yield case
             if target in unaligned and set(dtypes) == {"fp32"}:

@@ -212,8 +212,10 @@ def test_order_of_arrival_does_not_change_a_bit(
             batch.chunks = batch.chunks[torch.randperm(batch.n_chunks)]
         for _ in range(2):
             prepared.run(members, [options], {device: new_counter(device)})
-        assert not prepared._devices[0].plan.arrived.any(), "counters are left at zero"
-        found.append(torch.cat(params))
+        done = prepared._devices[0].plan
+        assert not done.arrived.any(), "counters are left at zero"
+        # float64, in which a sum shows its order
+        found.append(torch.cat([*params, done.moments.flatten()]))
     assert torch.equal(found[0], found[1])
     assert torch.equal(found[0], found[2])
 
@@ -365,6 +367,23 @@ def test_several_steps_of_a_prepared_step(device: torch.device) -> None:
             bound = 1e-2 * 8 * GHAT + 2 * THETA * twin.cpu().abs()
             assert_close(f"step {step}", param, twin.cpu(), bound)
             twin.copy_(param)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_rates_written_on_a_device_are_those_of_a_float(
+    dtype: torch.dtype, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bit for bit, `lr` and its product with the decay, in the row of its group only."""
+    monkeypatch.setattr(launch, "on_a_device", lambda lr: isinstance(lr, Tensor))
+    rate = torch.tensor(0.1, dtype=dtype, device=device)
+    groups = [Options(0.7, weight_decay=0.3), Options(rate, weight_decay=0.3)]
+    rows = [launch.encode(options) for options in groups]
+    assert rows[1][0] == 0, "not read"
+    table = torch.tensor(rows, dtype=torch.float64, device=device)
+    for row, options in enumerate(groups):
+        launch.write_rates(table, row, options)
+    want = [rows[0], launch.encode(Options(float(rate), weight_decay=0.3))]
+    assert table.tolist() == want
 
 
 def test_autograd_notices_the_write(device: torch.device) -> None:

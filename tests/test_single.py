@@ -1,0 +1,426 @@
+"""The single-launch step against the two-launch step, bit for bit, and the order of its work."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import random
+import threading
+from typing import Any
+
+import pytest
+import torch
+from oracle import oracle_step
+from test_kernels import LANES, LR, OPTIONS, SMALL, TILES, assert_guards, make
+from tolerances import assert_close, step_bounds
+from torch import Tensor
+
+from bngd_triton.checks import Options
+from bngd_triton.kernels import Tuning, fused_step_, launch, single, statistics, update
+from bngd_triton.kernels.plan import Entry, Plan, build
+from bngd_triton.kernels.prepared import FusedStep, Member, new_counter
+from bngd_triton.kernels.work import CHUNK_ITEM, SLICE_ITEM, TILE_ITEM
+
+# a few segments to a wave, and segments longer than one
+WAVE = 1024
+SINGLE = {"form": "single-launch", "wave": WAVE}
+
+both_tunings = pytest.mark.parametrize("tuning", [LANES, TILES], ids=["lanes", "tiles"])
+
+
+class Twins:
+    """The same step prepared in both forms, on equal tensors that lie as the first ones do."""
+
+    def __init__(
+        self, tensors: list[tuple[Tensor, Tensor, Tensor]], options: Options, tuning: Tuning,
+        programs: int,
+    ) -> None:  # fmt: skip
+        self.options = options
+        self.device = tensors[0][0].device
+        self.steps: list[tuple[list[Member], FusedStep, Tensor]] = []
+        one = dataclasses.replace(tuning, programs_per_sm=programs, **SINGLE)
+        for form in (dataclasses.replace(tuning, form="two-launch"), one):
+            members = [
+                Member(like(p), like(g), like(m) if options.momentum else None, 0)
+                for p, g, m in tensors
+            ]
+            prepared = FusedStep(members, [options], form)
+            self.steps.append((members, prepared, new_counter(self.device)))
+
+    @property
+    def plan(self) -> Plan:
+        """The single launch's."""
+        (part,) = self.steps[1][1]._devices
+        return part.plan
+
+    def step(self) -> None:
+        """Take a step in both forms, and compare all bits."""
+        for members, prepared, skipped in self.steps:
+            prepared.run(members, [self.options], {self.device: skipped})
+        for two, one in zip(self.steps[0][0], self.steps[1][0]):
+            assert_same_bits(two.param, one.param)
+            if two.momentum is not None:
+                assert_same_bits(two.momentum, one.momentum)
+        assert torch.equal(self.steps[0][2], self.steps[1][2]), "slices skipped"
+        (part,) = self.steps[0][1]._devices
+        assert_same_bits(part.plan.moments, self.plan.moments)
+        assert_same_bits(part.plan.folds, self.plan.folds)
+        assert_zero(self.plan)
+
+    def new_gradients(self) -> None:
+        for two, one in zip(self.steps[0][0], self.steps[1][0]):
+            two.grad.normal_()
+            one.grad.copy_(two.grad)
+
+
+def like(tensor: Tensor) -> Tensor:
+    """A copy at an address with the same remainder modulo 16."""
+    offset = tensor.data_ptr() % 16 // tensor.element_size()
+    whole = torch.empty(tensor.numel() + 16, dtype=tensor.dtype, device=tensor.device)
+    copy = whole[offset : offset + tensor.numel()].view(tensor.shape).copy_(tensor)
+    assert copy.data_ptr() % 16 == tensor.data_ptr() % 16
+    return copy
+
+
+def assert_same_bits(one: Tensor, other: Tensor) -> None:
+    kind = {2: torch.int16, 4: torch.int32, 8: torch.int64}[one.element_size()]
+    assert torch.equal(one.view(kind), other.view(kind))
+
+
+def assert_zero(plan: Plan) -> None:
+    assert not plan.arrived.any()
+    for batch in plan.batches:
+        assert not batch.work(plan.tuning).counters.any()
+
+
+def random_tensors(
+    shapes: list[tuple[int, ...]], device: torch.device, dtype: torch.dtype = torch.float32
+) -> list[tuple[Tensor, Tensor, Tensor]]:
+    params, grads, buffers, _ = make(dtype, dtype, device, shapes)
+    return list(zip(params, grads, buffers))
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@both_tunings
+def test_same_bits_as_two_launches(
+    options: dict[str, Any], tuning: Tuning, device: torch.device
+) -> None:
+    shapes = [(1,), (17,), (500,), (), (5, 8), (2, 300)]
+    twins = Twins(random_tensors(shapes, device), Options(LR, **options), tuning, programs=5)
+    assert launch.form_for(twins.plan) == "single-launch" or twins.plan.spanning
+    twins.step()
+
+
+@pytest.mark.parametrize("programs", [1, 2, 5, 9])
+@pytest.mark.parametrize(
+    ("granularity", "dtype"),
+    [("tensor", torch.float32), ("row", torch.bfloat16), ("global", torch.float32)],
+)
+def test_several_steps_with_any_number_of_programs(
+    programs: int, granularity: str, dtype: torch.dtype, device: torch.device
+) -> None:
+    """Tiles, segments of one slice and of many; counters are left as the next step wants them."""
+    tensors = random_tensors([(901,), (5, 16), (2, 304), (40,)], device, dtype)
+    tensors += [(p[1:], g[1:], m[1:]) for p, g, m in random_tensors([(400,)], device, dtype)]
+    options = Options(LR, granularity=granularity, nesterov=True, weight_decay=0.1)
+    # in one batch, so that a global group does not take two launches
+    if granularity == "global":
+        tensors = tensors[:-1]
+    twins = Twins(tensors, options, LANES, programs)
+    assert launch.form_for(twins.plan) == "single-launch"
+    if granularity != "global":
+        assert [batch.aligned for batch in twins.plan.batches] == [True, False]
+    for _ in range(2):
+        twins.new_gradients()
+        twins.step()
+
+
+@pytest.mark.parametrize("nonfinite", ["skip", "propagate"])
+@both_tunings
+def test_nonfinite(nonfinite: str, tuning: Tuning, device: torch.device) -> None:
+    """A skipped segment raises its flag too; a tile, a long and a short segment are skipped."""
+    tensors = random_tensors([(1001,), (300,), (16,), (1200,)], device)
+    for _, grad, _ in tensors[:3]:
+        grad[7] = torch.nan
+    twins = Twins(tensors, Options(LR, nonfinite=nonfinite), tuning, programs=2)
+    twins.step()
+    assert int(twins.steps[1][2]) == (3 if nonfinite == "skip" else 0)
+
+
+@pytest.mark.parametrize(
+    ("shapes", "kinds"),
+    [
+        ([(16,), (32,), (8, 4)], {TILE_ITEM}),
+        ([(1500,), (901,)], {SLICE_ITEM, CHUNK_ITEM}),
+        ([(7,)], {SLICE_ITEM, CHUNK_ITEM}),
+    ],
+    ids=["tiles only", "segments only", "one item of each"],
+)
+def test_kinds_of_work(
+    shapes: list[tuple[int, ...]], kinds: set[int], device: torch.device
+) -> None:
+    twins = Twins(random_tensors(shapes, device), Options(LR), LANES, programs=5)
+    (batch,) = twins.plan.batches
+    assert set(batch.work(twins.plan.tuning).items[:, 0].tolist()) == kinds
+    twins.step()
+
+
+def test_empty_work(device: torch.device) -> None:
+    """Tables without rows give an empty list, which launches nothing."""
+    tensor = torch.randn(16, device=device)
+    plan = plan_of([tensor], LANES)
+    (batch,) = plan.batches
+    for name in ("slices", "tiles", "chunks"):
+        setattr(batch, name, getattr(batch, name)[:0])
+    work = batch.work(plan.tuning)
+    assert work.items.shape == (0, 6)
+    assert work.counters.tolist() == [0]
+    launch.single(plan, batch, torch.empty(1, 16), new_counter(device))
+    fused_step_([], [], [], lr=LR, tuning=Tuning(form="single-launch"))
+
+
+def plan_of(tensors: list[Tensor], tuning: Tuning) -> Plan:
+    return build([Entry(t, t, None, 0, 1, True, None) for t in tensors], tuning)
+
+
+def test_order_of_the_work(device: torch.device) -> None:
+    """Each item once; a segment's slices before its chunks; waves overlap by one."""
+    tuning = Tuning(**{**SMALL, "wave": WAVE})
+    long = 3 * WAVE // 4
+    sizes = (100, 200, long, 272, 17, 3, 1009, 300, 64)
+    tensors = [torch.randn(size, device=device) for size in sizes]
+    entries = [Entry(t, t, None, 0, 1, True, None) for t in tensors]
+    # rows are segments of their own, a global group is one of several tensors that are apart
+    rows = torch.randn(4, 280, device=device)
+    entries.insert(1, Entry(rows, rows, None, 0, 4, True, None))
+    for at in (0, 4, 8):
+        shared = torch.randn(200, device=device)
+        entries.insert(at, Entry(shared, shared, None, 0, 1, True, 0))
+    plan = build(entries, tuning)
+    (batch,) = plan.batches
+    work = batch.work(tuning)
+    assert batch.work(tuning) is work
+    items = work.items.tolist()
+
+    for kind, table in (
+        (SLICE_ITEM, batch.slices), (TILE_ITEM, batch.tiles), (CHUNK_ITEM, batch.chunks),
+    ):  # fmt: skip
+        listed = [item[1 : 1 + table.shape[1]] for item in items if item[0] == kind]
+        assert sorted(listed) == sorted(table.tolist())
+    assert len(items) == batch.n_slices + batch.n_tiles + batch.n_chunks
+
+    segments = {item[5] for item in items if item[0] == SLICE_ITEM}
+    assert work.first_segment == min(segments)
+    assert len(work.counters) == 1 + max(segments) - min(segments) + 1
+    last_slice = {item[5]: at for at, item in enumerate(items) if item[0] == SLICE_ITEM}
+    waited = [at - last_slice[item[4]] for at, item in enumerate(items) if item[0] == CHUNK_ITEM]
+    assert min(waited) > 0
+
+    # the waves, found from the tables alone
+    size, wave_of = 0, {}
+    for segment in sorted(segments):
+        wave_of[segment] = size // (WAVE // 4)
+        size += sum(item[3] for item in items if item[0] == SLICE_ITEM and item[5] == segment)
+    numbers = {wave: at for at, wave in enumerate(sorted(set(wave_of.values())))}
+    assert len(numbers) >= 4
+
+    def turn(item: list[int]) -> int:
+        if item[0] == SLICE_ITEM:
+            return 2 * numbers[wave_of[item[5]]]
+        return 2 * numbers[wave_of[item[4]]] + 3 if item[0] == CHUNK_ITEM else 1
+
+    turns = [turn(item) for item in items]
+    assert turns == sorted(turns)
+    for segment in segments:
+        starts = [(i[1], i[2]) for i in items if i[0] == CHUNK_ITEM and i[4] == segment]
+        assert starts == sorted(starts, reverse=True), "newest first"
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the kernels launched."""
+    names: list[str] = []
+
+    class Noting:
+        def __init__(self, name: str, kernel: Any) -> None:
+            self.name, self.kernel = name, kernel
+
+        def __getitem__(self, grid: Any) -> Any:
+            names.append(self.name)
+            return self.kernel[grid]
+
+    for module in (single, statistics, update):
+        name = "_" + module.__name__.rpartition(".")[2] + "_kernel"
+        monkeypatch.setattr(module, name, Noting(name, getattr(module, name)))
+    return names
+
+
+def test_which_form_runs(device: torch.device, launched: list[str]) -> None:
+    grads = [torch.randn(500, device=device), torch.randn(500, device=device).bfloat16()]
+    params = [grad.clone() for grad in grads]
+
+    def names(tuning: Tuning, form: str | None = None) -> list[str]:
+        plan = plan_of(params, tuning)
+        options = Options(LR, momentum=0.0)
+        table = torch.tensor([launch.encode(options)], dtype=torch.float64, device=device)
+        plan.point_at([grad.data_ptr() for grad in grads])
+        launched.clear()
+        launch.launch(plan, table, new_counter(device), form)
+        return launched.copy()
+
+    two = ["_statistics_kernel"] * 2 + ["_update_kernel"] * 2
+    one = ["_single_kernel"] * 2
+    single_tuning = dataclasses.replace(LANES, form="single-launch")
+    assert names(LANES) == two, "the default"
+    assert names(single_tuning) == one
+    assert names(LANES, "single-launch") == one
+    assert names(single_tuning, "two-launch") == two
+    with pytest.raises(ValueError, match="must be one of two-launch, single-launch, got 'three'"):
+        names(LANES, "three")
+
+
+def test_a_global_group_across_dtypes_takes_two_launches(
+    device: torch.device, launched: list[str]
+) -> None:
+    params = [torch.randn(700, device=device), torch.randn(900, device=device).bfloat16()]
+    grads = [torch.randn_like(param) * 3 + 1 for param in params]
+    buffers = [torch.zeros(param.shape, device=device) for param in params]
+    before = [param.double().cpu() for param in params]
+    want, want_buffers = oracle_step(params, grads, buffers, lr=LR, granularity="global")
+    tuning = dataclasses.replace(LANES, **SINGLE)
+    fused_step_(params, grads, buffers, lr=LR, granularity="global", tuning=tuning)
+    assert launched == ["_statistics_kernel"] * 2 + ["_update_kernel"] * 2
+    for i, param in enumerate(params):
+        theta, momentum = step_bounds(before[i], want[i], want_buffers[i], param.dtype, LR, False)
+        assert_close("momentum", buffers[i], want_buffers[i], momentum)
+        assert_close("parameter", param, want[i], theta)
+
+
+def test_nothing_outside_is_touched(device: torch.device) -> None:
+    shapes = [(1,), (271,), (272,), (1009,), (70, 16), (3, 0)]
+    params, grads, buffers, guarded = make(torch.float32, torch.float32, device, shapes)
+    tuning = dataclasses.replace(LANES, **SINGLE)
+    fused_step_(params, grads, buffers, lr=LR, tuning=tuning)
+    assert_guards(guarded)
+
+
+class Shuffled:
+    """Runs the interpreter's programs as threads of which one runs at a time.
+
+    At every atomic another one, drawn by a seeded generator, may go on: arrivals out of order,
+    chunks that wait, programs that come late.
+    """
+
+    def __init__(self, seed: int, patience: int = 20000) -> None:
+        self.draw = random.Random(seed)
+        self.turn = threading.Condition()
+        self.alive: list[int] = []
+        self.running = -1
+        self.patience = patience
+        self.failed: BaseException | None = None
+
+    def switch(self) -> None:
+        """Let any program go on, and return when it is this one's turn again."""
+        me = int(threading.current_thread().name)
+        self.patience -= 1
+        if self.patience < 0:
+            raise TimeoutError("programs wait forever")
+        with self.turn:
+            self.pass_on()
+            self.turn.wait_for(lambda: self.running == me or self.failed)
+        if self.failed:
+            raise self.failed
+
+    def pass_on(self) -> None:
+        if self.alive:
+            # unfair: a slow program is overtaken by a whole wave, so that others wait for it
+            self.running = self.alive[int(len(self.alive) * self.draw.random() ** 4)]
+        self.turn.notify_all()
+
+    def run(self, program: Any, programs: int) -> None:
+        def one(me: int) -> None:
+            try:
+                with self.turn:
+                    self.turn.wait_for(lambda: self.running == me or self.failed)
+                if not self.failed:
+                    program()
+            except BaseException as error:
+                self.failed = self.failed or error
+            with self.turn:
+                self.alive.remove(me)
+                self.pass_on()
+
+        threads = [
+            threading.Thread(target=one, args=(i,), name=str(i), daemon=True)
+            for i in range(programs)
+        ]
+        self.alive = list(range(programs))
+        for thread in threads:
+            thread.start()
+        with self.turn:
+            self.pass_on()
+        for thread in threads:
+            thread.join()
+        if self.failed:
+            raise self.failed
+
+
+class AllAtOnce:
+    """A kernel whose first program runs all of them, for the interpreter's loop over programs."""
+
+    def __init__(self, kernel: Any, programs: int, scheduler: Shuffled) -> None:
+        self.kernel, self.programs, self.scheduler = kernel, programs, scheduler
+        self.started = False
+        # what the interpreter asks of a function
+        self.__name__ = kernel.__name__
+        self.__globals__ = kernel.__globals__
+        self.__signature__ = inspect.signature(kernel)
+
+    def __call__(self, **arguments: Any) -> None:
+        if not self.started:
+            self.started = True
+            self.scheduler.run(lambda: self.kernel(**arguments), self.programs)
+
+
+@pytest.fixture
+def schedulers(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> list[Shuffled]:
+    """Each single launch takes the first of these, while there are any."""
+    if device.type != "cpu":
+        pytest.skip("a GPU interleaves programs itself")
+    from triton.runtime import interpreter
+
+    waiting: list[Shuffled] = []
+    builder, executor = interpreter.interpreter_builder, interpreter.GridExecutor
+    atomic, run = builder.create_atomic_rmw, executor.__call__
+    current: list[Shuffled] = []
+
+    def interleaved(*args: Any) -> Any:
+        if threading.current_thread() is not threading.main_thread():
+            current[-1].switch()
+        return atomic(*args)
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> None:
+        if waiting and self.fn.__name__ == "_single_kernel":
+            current.append(waiting.pop(0))
+            self.fn = AllAtOnce(self.fn, self.grid[0], current[-1])
+        run(self, *args, **kwargs)
+
+    monkeypatch.setattr(builder, "create_atomic_rmw", interleaved)
+    monkeypatch.setattr(executor, "__call__", call)
+    return waiting
+
+
+@pytest.mark.parametrize("programs", [2, 5, 9])
+@both_tunings
+def test_interleaved_programs(
+    tuning: Tuning, programs: int, device: torch.device, schedulers: list[Shuffled]
+) -> None:
+    """Bits do not depend on who does what when; nobody waits forever; counters end at zero."""
+    tensors = random_tensors([(901,), (300,), (16,), (700,)], device)
+    twins = Twins(tensors, Options(LR, weight_decay=0.1), tuning, programs)
+    for seed in range(3):
+        schedulers.append(Shuffled(seed))
+        # the last step's folds must not do
+        twins.new_gradients()
+        twins.step()
+        assert not schedulers, "it was used"
