@@ -65,6 +65,8 @@ BUDGETS = {
     "lanes+tiles": (96, 144),
     "stream": (80, 88),
     "stream+tiles": (96, 144),
+    "column_moments": (56, 56),
+    "standardize": (80, 80),
     # the loop over tickets keeps values for every kind of item; 128 leave 4 programs, 168 leave 3
     "single lanes": (120, 144),
     "single lanes+tiles": (168, 216),
@@ -74,7 +76,7 @@ BUDGETS = {
 # ptxas trades a few bytes outside the loops for a register step; where depends on its version
 SPILL_BYTES = {"update": 16, "statistics": 16, "single": 56}
 # releases and acquires: around the counter that elects a segment's last program, and on its flag
-FENCES = {"update": 0, "statistics": 1, "single": 2}
+FENCES = {"statistics": 1, "single": 2}
 
 SIGNATURES = {
     "statistics": {
@@ -122,6 +124,26 @@ SIGNATURES = {
         "param_ptrs": "*i64",
         "momentum_ptrs": "*i64",
     },
+    # x and out have the storage type of the case
+    "column_moments": {
+        "x_ptr": "*x",
+        "partials_ptr": "*fp64",
+        "n_rows": "i32",
+        "n_columns": "i32",
+        "rows_per_split": "i32",
+    },
+    "standardize": {
+        "x_ptr": "*x",
+        "out_ptr": "*x",
+        "partials_ptr": "*fp64",
+        "splits": "i32",
+        "n_rows": "i32",
+        "n_columns": "i32",
+    },
+}
+COLUMN_KERNELS = {
+    "column_moments": ({"UNROLL": 8, "COLUMNS": 32}, 1),
+    "standardize": ({"SOFT": False, "ROWS": 64, "COLUMNS": 32}, 4),
 }
 
 
@@ -141,8 +163,8 @@ class Case:
     @property
     def variant(self) -> str:
         """The kernel and its form: a key of `BUDGETS`."""
-        if self.kernel == "update":
-            return "update"
+        if self.kernel == "update" or self.kernel in COLUMN_KERNELS:
+            return self.kernel
         form = "single " if self.kernel == "single" else ""
         return form + ("lanes" if self.wide else "stream") + ("+tiles" if self.tiles else "")
 
@@ -190,7 +212,7 @@ class Report:
     def complaints(self, case: Case) -> list[str]:
         """What is wrong with it."""
         found = []
-        if self.loop_spills or self.spill > SPILL_BYTES[case.kernel]:
+        if self.loop_spills or self.spill > SPILL_BYTES.get(case.kernel, 0):
             found.append(f"spills {self.spill} bytes, {self.loop_spills} accesses in loops")
         budget = BUDGETS[case.variant][0 if case.aligned else 1]
         if self.registers > budget:
@@ -205,7 +227,7 @@ class Report:
                     for width, count in wanted.items()
                     if seen[width] < count
                 ]
-        if min(self.atomics, self.releases, self.acquires) < FENCES[case.kernel]:
+        if min(self.atomics, self.releases, self.acquires) < FENCES.get(case.kernel, 0):
             found.append("an acquire, a release or the atomic between them is missing")
         return found
 
@@ -216,13 +238,14 @@ def load_kernels(folder: Path) -> dict[str, Any]:
     package = types.ModuleType("aot_kernels")
     package.__path__ = [str(folder)]
     sys.modules[package.__name__] = package
-    parts = ("statistics", "update", "single", "plan")
+    parts = ("statistics", "update", "single", "columns", "plan")
     return {part: importlib.import_module(f"{package.__name__}.{part}") for part in parts}
 
 
 def build(case: Case, tuning: Any, modules: dict[str, Any]) -> Any:
     """Compile one case as `launch` would; pointer arguments are not assumed to be aligned."""
-    fn = getattr(modules[case.kernel], f"_{case.kernel}_kernel")
+    module = "columns" if case.kernel in COLUMN_KERNELS else case.kernel
+    fn = getattr(modules[module], f"_{case.kernel}_kernel")
     constants: dict[str, Any] = {
         "GRAD": DTYPES[case.grad],
         "PARAM": DTYPES[case.param],
@@ -230,7 +253,9 @@ def build(case: Case, tuning: Any, modules: dict[str, Any]) -> Any:
         "ALIGNED": case.aligned,
         "SOFT": False,
     }
-    if case.kernel == "update":
+    if case.kernel in COLUMN_KERNELS:
+        constants, warps = COLUMN_KERNELS[case.kernel]
+    elif case.kernel == "update":
         constants |= {"BLOCK": tuning.update_block}
         warps = tuning.update_warps
     else:
@@ -239,8 +264,12 @@ def build(case: Case, tuning: Any, modules: dict[str, Any]) -> Any:
         if case.kernel == "single":
             constants |= {"UPDATE_BLOCK": tuning.update_block}
         warps = tuning.warps
-    typed = SIGNATURES[case.kernel]
+    storage = f"*{case.param}"
+    typed = {n: storage if t == "*x" else t for n, t in SIGNATURES[case.kernel].items()}
     assert set(fn.arg_names) == set(typed) | set(constants), "launch arguments changed"
+    # a size of 1 would become a constant, and every multiple of 16 a compilation of its own
+    loose = [p.name for p in fn.params if typed.get(p.name) == "i32" and not p.do_not_specialize]
+    assert not loose, f"specialised sizes: {loose}"
     signature = {name: typed.get(name, "constexpr") for name in fn.arg_names}
     source = ASTSource(fn=fn, signature=signature, constexprs=constants)
     options = {"num_warps": warps, "enable_fp_fusion": False}
@@ -393,16 +422,18 @@ def cases(quick: bool, only: list[str]) -> Iterator[Case]:
         for tiles in (True, False)
         for wide in (True, False)
     ]
-    for variant in (*variants, {"kernel": "update"}):
+    variants += [{"kernel": kernel} for kernel in ("update", *COLUMN_KERNELS)]
+    for variant in variants:
         for target, dtypes in itertools.product(targets, combinations):
             named = dict(zip(("param", "grad", "buffer"), dtypes))
             case = Case(target=target, **named, **variant)
             if case.variant not in only or (quick and case.variant in skipped):
                 continue
-            if case.kernel == "single" and dtypes not in COMBINATIONS[:2]:
+            if case.kernel in ("single", *COLUMN_KERNELS) and dtypes not in COMBINATIONS[:2]:
                 continue
             yield case
-            if target in unaligned and set(dtypes) == {"fp32"}:
+            narrow = target in unaligned and case.kernel not in COLUMN_KERNELS
+            if narrow and set(dtypes) == {"fp32"}:
                 yield dataclasses.replace(case, aligned=False)
 
 

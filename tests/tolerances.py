@@ -20,8 +20,13 @@ THETA = 4 * EPS
 STORE = {torch.float32: 0.0, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 # float16 and bfloat16 below their normal range, in absolute terms: half the least subnormal
 FLOOR = {torch.float32: 2.0**-150, torch.bfloat16: 2.0**-134, torch.float16: 2.0**-25}
-# log10 of the inverse relative error of sigma that the definition asks of every backend
+# log10 of the inverse relative error of sigma that the definition asks of every backend; float32
+# tiles reach 6.5 to 6.6 on a heavy tail, whose small squares a float32 sum drops
 LRE = 6.5
+# float64 statistics lose digits only to mean / sigma: at 2e8, one unit in a constant, 9.6 are left
+LRE_FLOAT64 = 9.0
+# error of the mean, in sigma: float32 tiles reach 0.9 EPS where the sum of their deviations rounds
+MEAN = 2 * EPS
 
 
 def assert_close(what: str, got: Tensor, want: Tensor, bound: Tensor) -> None:
