@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from bngd_triton import BNGD
-from bngd_triton.kernels import fused
+from bngd_triton.kernels import prepared
 from bngd_triton.kernels.plan import Tuning
 
 from . import compiled
@@ -82,13 +82,13 @@ class FormStepper(Stepper):
 
     def first(self) -> None:
         asked = []
-        usual = fused.tuning_for
+        usual = prepared.tuning_for
 
         def forced(device: torch.device) -> Tuning:
             asked.append(device)
             return replace(usual(device), form=self.form)  # type: ignore[call-arg]
 
-        with mock.patch.object(fused, "tuning_for", forced):
+        with mock.patch.object(prepared, "tuning_for", forced):
             self.step()
         if not asked:
             raise UnavailableError("the optimizer made its plan without asking tuning_for")
