@@ -239,7 +239,7 @@ class BNGD(Optimizer):
     @torch._disable_dynamo  # type: ignore[attr-defined]
     def _step(self) -> None:
         steady = self._steady
-        if steady is None or not steady.run(self.fused, self.param_groups, self._skipped):
+        if steady is None or not steady.run(self, self._skipped):
             self._steady = None
             self._lay_out_and_step()
 

@@ -58,6 +58,7 @@ class Steady:
         # an alias keeps the memory: while it lives, an equal address is the same parameter
         self.aliases = [member.param.detach() for member in members]
         self.addresses = list(map(Tensor.data_ptr, self.aliases))
+        self.entries = list(state.values())
         self.states = [state[m.param] for m in members if m.momentum is not None]
         self.buffers = [m.momentum for m in members if m.momentum is not None]
         # of the gradients of the last step
@@ -71,12 +72,7 @@ class Steady:
         """Whether a step by kernels alone is of the sort that can be recognised."""
         return prepared.in_place and all(one.nonfinite != "raise" for one in options)
 
-    def run(
-        self,
-        fused: bool | None,
-        groups: list[dict[str, Any]],
-        skipped: dict[torch.device, Tensor],
-    ) -> bool:
+    def run(self, optimizer: Any, skipped: dict[torch.device, Tensor]) -> bool:
         """Step if all is as it was but for options and gradients; else change nothing.
 
         Returns:
@@ -86,8 +82,11 @@ class Steady:
             ValueError: an option, changed since, is out of bounds.
             TypeError: likewise.
         """
+        groups, entries = optimizer.param_groups, list(optimizer.state.values())
         params = list(chain.from_iterable(map(_PARAMS, groups)))
-        if len(params) != self.total or fused is not self.fused:
+        if len(params) != self.total or optimizer.fused is not self.fused:
+            return False
+        if len(entries) != len(self.entries) or not all(map(is_, entries, self.entries)):
             return False
         # a graph would leave them out of every replay: the full check refuses them by name
         if self.idle and capturing(self.aliases[0].device):

@@ -81,6 +81,10 @@ def replace_momentum(params: list[Parameter], optimizer: BNGD) -> None:
     optimizer.state[params[1]]["momentum_buffer"] = torch.ones_like(params[1])
 
 
+def replace_entry(params: list[Parameter], optimizer: BNGD) -> None:
+    optimizer.state[params[1]] = {"momentum_buffer": torch.ones_like(params[1])}
+
+
 def replace_state(params: list[Parameter], optimizer: BNGD) -> None:
     optimizer.load_state_dict(optimizer.state_dict())
 
@@ -131,8 +135,8 @@ def raise_on_nonfinite(params: list[Parameter], optimizer: BNGD) -> None:
 
 
 CHANGES = [
-    swap_storage, replace_momentum, replace_state, drop_gradient, other_strides, unaligned,
-    no_momentum, by_row, centre_vectors, fewer_parameters, another_parameter, another_group,
+    swap_storage, replace_momentum, replace_entry, replace_state, drop_gradient, other_strides,
+    unaligned, no_momentum, by_row, centre_vectors, fewer_parameters, another_parameter, another_group,
     raise_on_nonfinite,
 ]  # fmt: skip
 
