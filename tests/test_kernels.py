@@ -10,6 +10,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from conftest import StepPath
 from oracle import oracle_step
 from tolerances import GHAT, THETA, assert_close, step_bounds
 from torch import Tensor
@@ -367,6 +368,24 @@ def test_several_steps_of_a_prepared_step(device: torch.device) -> None:
             bound = 1e-2 * 8 * GHAT + 2 * THETA * twin.cpu().abs()
             assert_close(f"step {step}", param, twin.cpu(), bound)
             twin.copy_(param)
+
+
+def test_a_parameter_moved_to_the_next_group_takes_its_options(path: StepPath) -> None:
+    """In the lists themselves, which leaves the parameters' order and addresses as they were."""
+    params = [torch.zeros(4, 4, device=path.device) for _ in range(3)]
+    groups = [{"params": params[:2], "lr": 1.0}, {"params": params[2:], "lr": 8.0}]
+    optimizer = BNGD(groups, momentum=0.0, eps=0.0, fused=path.fused)
+    moved = params[1]
+    for rate in (1.0, 1.0, 8.0):
+        if rate == 8.0:
+            first, second = (group["params"] for group in optimizer.param_groups)
+            second.insert(0, first.pop())
+        for param in params:
+            param.grad = torch.randn_like(param)
+        before = moved.clone()
+        optimizer.step()
+        rms = (moved - before).double().square().mean().sqrt()
+        assert float(rms) == pytest.approx(rate, rel=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 from conftest import StepPath
-from oracle import normalized
-from tolerances import EPS, GHAT, assert_close, ghat_bound
+from oracle import normalized, oracle_step
+from tolerances import EPS, GHAT, assert_close, ghat_bound, step_bounds
 from torch import Tensor
 
 from bngd_triton import BNGD, article_cdf, normalize_gradient
@@ -297,6 +297,34 @@ def test_blocks_of_the_eager_path_agree_with_the_whole() -> None:
         rows = grad.double().view(300 if granularity == "row" else 1, -1)
         want = (rows - rows.mean(1, True)) / (rows.std(1, correction=0, keepdim=True) + 1e-8)
         assert_close("ghat", ghat, want.view(300, 500), ghat_bound(want.view(300, 500)))
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "row"])
+def test_a_step_in_blocks_is_a_step_of_the_whole(granularity: str) -> None:
+    """Each block of a large parameter moves by its own gradient and its own momentum."""
+    param, grad, buffer = torch.randn(3, 300, 500).unbind()
+    options: dict[str, Any] = {"lr": 0.1, "granularity": granularity, "weight_decay": 0.1}
+    (want,), (want_buffer,) = oracle_step([param], [grad], [buffer], **options)
+    before = param.double()
+    step_([param], [grad], [buffer], **options)
+    theta, momentum = step_bounds(before, want, want_buffer, torch.float32, 0.1, False)
+    assert_close("momentum", buffer, want_buffer, momentum)
+    assert_close("parameter", param, want, theta)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_tensor_lr_gives_the_bits_of_a_float(dtype: torch.dtype) -> None:
+    """The decay is formed in float64 and rounded once, in both."""
+    found = []
+    rate = torch.tensor(0.7, dtype=dtype)
+    # 0-dim parameters: torch would promote their product with a 0-dim float64
+    shapes = [(1000,)] + [()] * 20
+    for lr in (rate, float(rate)):
+        torch.manual_seed(0)
+        params, grads = ([torch.randn(shape) for shape in shapes] for _ in range(2))
+        step_(params, grads, None, lr=lr, momentum=0.0, weight_decay=1.3)
+        found.append(torch.cat([param.flatten() for param in params]))
+    assert torch.equal(found[0], found[1])
 
 
 def test_article_cdf_is_no_optimizer() -> None:

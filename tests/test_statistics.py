@@ -134,7 +134,8 @@ def test_range(backend: str, scale: float, device: torch.device) -> None:
         ("sorted", lambda: torch.randn(3000).sort().values),
         ("heavy tail", lambda: torch.randn(3000) / torch.rand(3000).square()),
         ("one-hot", lambda: torch.eye(3000)[1234]),
-        ("one ulp in a constant", lambda: torch.where(torch.arange(3000) == 7, 1 + 2**-23, 1.0)),
+        ("one ulp above a constant", lambda: torch.where(torch.arange(3000) == 7, 1 + 2**-23, 1.0)),
+        ("one ulp below a constant", lambda: torch.where(torch.arange(3000) == 7, 1 - 2**-24, 1.0)),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

@@ -136,8 +136,8 @@ def raise_on_nonfinite(params: list[Parameter], optimizer: BNGD) -> None:
 
 CHANGES = [
     swap_storage, replace_momentum, replace_entry, replace_state, drop_gradient, other_strides,
-    unaligned, no_momentum, by_row, centre_vectors, fewer_parameters, another_parameter, another_group,
-    raise_on_nonfinite,
+    unaligned, no_momentum, by_row, centre_vectors, fewer_parameters, another_parameter,
+    another_group, raise_on_nonfinite,
 ]  # fmt: skip
 
 
