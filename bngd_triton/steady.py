@@ -48,7 +48,8 @@ class Steady:
         self.prepared = prepared
         self.fused = optimizer.fused
         params = list(chain.from_iterable(map(_PARAMS, groups)))
-        self.total = len(params)
+        # parameters of each group: one may move to its neighbour and stay where it was in the list
+        self.sizes = [len(group["params"]) for group in groups]
         self.values = list(chain.from_iterable(map(_OPTIONS, groups)))
         self.structure = [structure(one) for one in options]
         self.tensor_lr = any(isinstance(one.lr, Tensor) for one in options)
@@ -84,7 +85,8 @@ class Steady:
         """
         groups, entries = optimizer.param_groups, list(optimizer.state.values())
         params = list(chain.from_iterable(map(_PARAMS, groups)))
-        if len(params) != self.total or optimizer.fused is not self.fused:
+        sizes = list(map(len, map(_PARAMS, groups)))
+        if sizes != self.sizes or optimizer.fused is not self.fused:
             return False
         if len(entries) != len(self.entries) or not all(map(is_, entries, self.entries)):
             return False
@@ -93,7 +95,7 @@ class Steady:
             return False
         if any(params[i].grad is not None for i in self.idle):
             return False
-        if len(self.active) != self.total:
+        if len(self.active) != len(params):
             params = [params[i] for i in self.active]
         grads = list(map(_GRAD, params))
         try:

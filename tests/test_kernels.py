@@ -388,6 +388,33 @@ def test_a_parameter_moved_to_the_next_group_takes_its_options(path: StepPath) -
         assert float(rms) == pytest.approx(rate, rel=1e-5)
 
 
+def test_the_signature_of_a_step_tells_its_tensors_and_options_apart(device: torch.device) -> None:
+    """A gradient may move, by multiples of an access; whatever else changes is laid out anew."""
+    param, other, grad, momentum = torch.randn(4, 6, 6, device=device).unbind()
+    odd = torch.randn(37, device=device)[1:].view(6, 6)
+    groups = [Options(LR), Options(LR)]
+    sign = FusedStep.sign
+    base = sign([Member(param, grad, momentum, 0)], groups)
+    assert sign([Member(param, other, momentum, 0)], groups) == base
+    assert sign([Member(param, grad, momentum, 0)], [Options(1.0, eps=0.0), groups[1]]) == base
+    for desc, member in (
+        ("gradient off an access", Member(param, odd, momentum, 0)),
+        ("gradient's order", Member(param, grad.T, momentum, 0)),
+        ("gradient's dtype", Member(param, grad.half(), momentum, 0)),
+        ("parameter", Member(other, grad, momentum, 0)),
+        ("parameter's order", Member(param.T, grad, momentum, 0)),
+        ("momentum", Member(param, grad, other, 0)),
+        ("momentum's order", Member(param, grad, momentum.T, 0)),
+        ("no momentum", Member(param, grad, None, 0)),
+        ("group", Member(param, grad, momentum, 1)),
+    ):
+        assert sign([member], groups) != base, desc
+    for options in (
+        Options(LR, granularity="row"), Options(LR, center_1d=True), Options(LR, momentum=0.0)
+    ):  # fmt: skip
+        assert sign([Member(param, grad, momentum, 0)], [options, groups[1]]) != base, options
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_rates_written_on_a_device_are_those_of_a_float(
     dtype: torch.dtype, device: torch.device, monkeypatch: pytest.MonkeyPatch
