@@ -1,21 +1,25 @@
 """What a checkpoint holds, and how it is checked and put in place.
 
-State is one float tensor per parameter, ``momentum_buffer``, of the parameter's shape: a moving
-average of normalised gradients, not of gradients as in torch.optim.
+State is tensors of a parameter's shape: ``momentum_buffer``, a moving average of normalised
+gradients, not of gradients as in torch.optim; ``master_remainder`` (int16) or ``master`` (float32)
+for parameters narrower than float32; and ``window`` (uint8, one entry per slice) for micro-batches.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from .buffers import momentum_like
-from .checks import FLOAT_DTYPES, Options
-
-BUFFER = "momentum_buffer"
+from .checks import FLOAT_DTYPES
+from .members import NARROW, slices_of
+from .options import Options
+from .state import KEYS, MASTER, MOMENTUM, REMAINDER, WINDOW
 
 
 def parameter_names(group: dict[str, Any], index: int) -> list[str]:
@@ -44,36 +48,63 @@ def check_state_dict(optimizer: Optimizer, incoming: dict[str, Any]) -> None:
     sizes = [len(group["params"]) for group in groups]
     if sizes != [len(group["params"]) for group in optimizer.param_groups]:
         return
-    for key, param, name in _pair(optimizer, groups):
-        value = incoming["state"].get(key, {}).get(BUFFER)
+    for index, (old, new) in enumerate(zip(groups, optimizer.param_groups)):
+        options = Options.of({**{field.name: field.default for field in fields(Options)}, **old})
+        for key, param, name in _pair(old, new, index):
+            _check_entry(incoming["state"].get(key, {}), param, name, options)
+
+
+def _check_entry(entry: dict[str, Any], param: Tensor, name: str, options: Options) -> None:
+    """Refuse a parameter's state that is of another kind."""
+    slices = (slices_of(param.shape, options.granularity),)
+    expected: dict[str, tuple[Sequence[int], Sequence[torch.dtype]]] = {
+        MOMENTUM: (param.shape, FLOAT_DTYPES),
+        REMAINDER: (param.shape, (torch.int16,)),
+        MASTER: (param.shape, (torch.float32,)),
+        WINDOW: (slices, (torch.uint8,)),
+    }
+    for key, (shape, dtypes) in expected.items():
+        value = entry.get(key)
         if value is None:
             continue
-        if value.shape != param.shape:
+        if not isinstance(value, Tensor):
+            raise ValueError(f"{key} of {name} is a {type(value).__name__}, not a tensor")
+        if value.shape != torch.Size(shape):
             raise ValueError(
-                f"{BUFFER} of {name} has shape {tuple(value.shape)}, "
-                f"the parameter {tuple(param.shape)}"
+                f"{key} of {name} has shape {tuple(value.shape)}, expected {tuple(shape)}"
             )
-        if value.dtype not in FLOAT_DTYPES:
-            raise ValueError(f"{BUFFER} of {name} has dtype {value.dtype}, not a float")
+        if value.dtype not in dtypes:
+            allowed = ", ".join(map(str, dtypes))
+            raise ValueError(f"{key} of {name} has dtype {value.dtype}, expected {allowed}")
+    unlike = {REMAINDER: torch.bfloat16, MASTER: torch.float16}
+    for key, dtype in unlike.items():
+        if key in entry and param.dtype in NARROW and param.dtype is not dtype:
+            raise ValueError(
+                f"{name} is {param.dtype}, but the checkpoint holds a {key}, which belongs to "
+                f"{dtype} parameters; load it into a model of that dtype"
+            )
 
 
 def place_state(optimizer: Optimizer, saved: dict[str, Any]) -> None:
-    """Copy a checkpoint's momentum into buffers of its dtype beside the parameters."""
-    pairs = [
-        (param, saved["state"][key][BUFFER])
-        for key, param, _ in _pair(optimizer, saved["param_groups"])
-        if BUFFER in saved["state"].get(key, {})
+    """Copy a checkpoint's tensors, in their dtypes, beside the parameters."""
+    found = [
+        (key, param, saved["state"][number][key])
+        for index, (old, new) in enumerate(zip(saved["param_groups"], optimizer.param_groups))
+        for number, param, _ in _pair(old, new, index)
+        for key in KEYS
+        if saved["state"].get(number, {}).get(key) is not None
     ]
-    buffers = momentum_like([param for param, _ in pairs], [value.dtype for _, value in pairs])
-    for (param, value), buffer in zip(pairs, buffers):
-        buffer.copy_(value)
-        optimizer.state[param][BUFFER] = buffer
+    flat = [(key, param, value) for key, param, value in found if key != WINDOW]
+    made = momentum_like([param for _, param, _ in flat], [value.dtype for _, _, value in flat])
+    for (key, param, value), tensor in zip(flat, made):
+        optimizer.state[param][key] = tensor.copy_(value)
+    for key, param, value in found:
+        if key == WINDOW:
+            optimizer.state[param][key] = value.to(param.device, copy=True).contiguous()
 
 
-def _pair(optimizer: Optimizer, groups: list[dict[str, Any]]) -> list[tuple[Any, Tensor, str]]:
-    """The checkpoint's keys beside the parameters they stand for, and their names."""
-    return [
-        (key, param, name)
-        for index, (old, new) in enumerate(zip(groups, optimizer.param_groups))
-        for key, param, name in zip(old["params"], new["params"], parameter_names(new, index))
-    ]
+def _pair(
+    old: dict[str, Any], new: dict[str, Any], index: int
+) -> list[tuple[Any, Tensor, str]]:
+    """A group's keys in the checkpoint beside the parameters they stand for, and their names."""
+    return list(zip(old["params"], new["params"], parameter_names(new, index)))

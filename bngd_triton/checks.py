@@ -1,105 +1,16 @@
-"""What a step accepts: its options and its tensors, refused by name before anything changes."""
+"""Which tensors a step accepts; the rest is refused by name before anything changes."""
 
 from __future__ import annotations
 
-import math
-import numbers
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
-from typing import Any
 
 import torch
 from torch import Tensor
 
-GRANULARITIES = ("tensor", "row", "global")
-NORMALIZERS = ("zscore", "cdf")
-NONFINITE = ("skip", "propagate", "raise")
+from .members import slices_of
+from .options import Options
+
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
-
-@dataclass(frozen=True)
-class Options:
-    """The options of one step, as one parameter group holds them.
-
-    Every field but ``lr`` is a plain Python value; ``lr`` may be a 0-dim tensor, whose value is
-    checked only where reading it costs no synchronisation.
-    """
-
-    lr: float | Tensor = 1e-3
-    momentum: float = 0.9
-    nesterov: bool = False
-    weight_decay: float = 0.0
-    eps: float = 1e-8
-    granularity: str = "tensor"
-    normalizer: str = "zscore"
-    centering: float = 1.0
-    center_1d: bool = False
-    nonfinite: str = "skip"
-    maximize: bool = False
-
-    def __post_init__(self) -> None:
-        """Refuse what the definition does not cover."""
-        if isinstance(self.lr, Tensor):
-            if self.lr.numel() != 1 or self.lr.dim() != 0 or not self.lr.is_floating_point():
-                raise ValueError(
-                    "lr must be a number or a 0-dim floating point tensor, got a tensor of "
-                    f"shape {tuple(self.lr.shape)} and dtype {self.lr.dtype}"
-                )
-            if self.lr.device.type == "cpu":
-                _bounded("lr", float(self.lr), 0.0)
-        else:
-            self._set("lr", _bounded("lr", self.lr, 0.0))
-        self._set("momentum", _bounded("momentum", self.momentum, 0.0, 1.0, open_above=True))
-        self._set("weight_decay", _bounded("weight_decay", self.weight_decay, 0.0))
-        self._set("eps", _bounded("eps", self.eps, 0.0))
-        self._set("centering", _bounded("centering", self.centering, 0.0, 1.0))
-        for name in ("nesterov", "center_1d", "maximize"):
-            _flag(name, getattr(self, name))
-        _one_of("granularity", self.granularity, GRANULARITIES)
-        _one_of("normalizer", self.normalizer, NORMALIZERS)
-        _one_of("nonfinite", self.nonfinite, NONFINITE)
-        if self.nesterov and not self.momentum > 0:
-            raise ValueError(f"nesterov needs momentum > 0, got momentum={self.momentum}")
-
-    def _set(self, name: str, value: float) -> None:
-        object.__setattr__(self, name, value)
-
-    @classmethod
-    def of(cls, group: dict[str, Any]) -> Options:
-        """The options of a parameter group; keys that are not ours are left alone."""
-        return cls(**{f.name: group[f.name] for f in fields(cls)})
-
-    def centres(self, ndim: int) -> bool:
-        """Whether tensors of `ndim` dimensions are centred; vectors are not unless asked."""
-        return ndim >= 2 or self.center_1d or self.granularity == "global"
-
-
-def _bounded(
-    name: str, value: Any, low: float, high: float = math.inf, *, open_above: bool = False
-) -> float:
-    """`value` as a Python float: a NumPy scalar would do the products in its own precision."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{name} must be a number, got {value!r}")
-    number = float(value)
-    above = number >= high if open_above else number > high
-    if not math.isfinite(number) or number < low or above:
-        bound = f">= {low:g}"
-        if math.isfinite(high):
-            bound += f" and {'<' if open_above else '<='} {high:g}"
-        elif not math.isfinite(number):
-            bound += " and finite"
-        raise ValueError(f"{name} must be {bound}, got {value}")
-    return number
-
-
-def _flag(name: str, value: Any) -> None:
-    if not isinstance(value, (bool, numbers.Integral)) or value not in (0, 1):
-        raise TypeError(f"{name} must be True or False, got {value!r}")
-
-
-def _one_of(name: str, value: Any, allowed: Sequence[str]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
 
 
 def check_float(what: str, tensor: Tensor) -> None:
@@ -155,7 +66,7 @@ def check_tensors(
     grads: Sequence[Tensor],
     momentum_buffers: Sequence[Tensor] | None,
     *,
-    momentum: float,
+    buffered: bool,
     names: Sequence[str] | None = None,
 ) -> None:
     """Refuse lists that do not belong together.
@@ -163,8 +74,8 @@ def check_tensors(
     Args:
         params: n tensors, written in place.
         grads: n tensors of the same shapes and devices; the dtypes may differ.
-        momentum_buffers: n tensors of the same shapes, or None when `momentum` is 0.
-        momentum: the option of that name.
+        momentum_buffers: n tensors of the same shapes, or None when not `buffered`.
+        buffered: whether the options need momentum buffers.
         names: what to call the parameters in an error.
 
     Raises:
@@ -173,16 +84,16 @@ def check_tensors(
     """
     if len(params) != len(grads):
         raise ValueError(f"got {len(params)} params but {len(grads)} grads")
-    if momentum and momentum_buffers is None:
-        raise ValueError(f"momentum={momentum} needs momentum_buffers, got None")
-    if momentum and momentum_buffers is not None and len(momentum_buffers) != len(params):
+    if buffered and momentum_buffers is None:
+        raise ValueError("momentum or accumulation_steps needs momentum_buffers, got None")
+    if buffered and momentum_buffers is not None and len(momentum_buffers) != len(params):
         raise ValueError(f"got {len(params)} params but {len(momentum_buffers)} momentum_buffers")
     for i, (param, grad) in enumerate(zip(params, grads)):
         name = names[i] if names else f"params[{i}]"
         check_parameter(name, param)
         check_float(f"the gradient of {name}", grad)
         others = [("gradient", grad)]
-        if momentum and momentum_buffers is not None:
+        if buffered and momentum_buffers is not None:
             check_float(f"the momentum buffer of {name}", momentum_buffers[i])
             others.append(("momentum buffer", momentum_buffers[i]))
         for kind, other in others:
@@ -197,13 +108,48 @@ def check_tensors(
                 )
 
 
-def buffers_of(
-    momentum_buffers: Sequence[Tensor] | None, params: Sequence[Tensor], options: Options
-) -> Sequence[Tensor | None]:
-    """The buffers that a step uses: one for each parameter, None without momentum."""
-    if not options.momentum or momentum_buffers is None:
-        return [None] * len(params)
-    return momentum_buffers
+def check_masters(
+    params: Sequence[Tensor],
+    masters: Sequence[Tensor | None] | None,
+    windows: Sequence[Tensor] | None,
+    options: Options,
+) -> None:
+    """Refuse masters and windows that do not belong to the parameters.
+
+    Raises:
+        ValueError: lengths, shapes, dtypes or devices are wrong, windows are missing, or a
+            parameter has both a master and stochastic rounding.
+    """
+    if options.accumulation_steps > 1 and windows is None:
+        raise ValueError(f"accumulation_steps={options.accumulation_steps} needs windows, got None")
+    for kind, tensors in (("masters", masters), ("windows", windows)):
+        if tensors is not None and len(tensors) != len(params):
+            raise ValueError(f"got {len(params)} params but {len(tensors)} {kind}")
+    for i, (param, master) in enumerate(zip(params, masters or ())):
+        if master is None:
+            continue
+        if options.master_weights == "stochastic":
+            raise ValueError(f"masters[{i}] and a rounding_key exclude each other; drop one")
+        allowed = {torch.bfloat16: (torch.int16, torch.float32), torch.float16: (torch.float32,)}
+        if master.dtype not in allowed.get(param.dtype, ()):
+            raise ValueError(
+                f"masters[{i}] has dtype {master.dtype}, params[{i}] {param.dtype}: bfloat16 takes "
+                "int16 or float32, float16 takes float32, others have no master (None)"
+            )
+        if master.shape != param.shape or master.device != param.device:
+            raise ValueError(
+                f"masters[{i}] has shape {tuple(master.shape)} on {master.device}, "
+                f"params[{i}] {tuple(param.shape)} on {param.device}"
+            )
+    for i, (param, window) in enumerate(zip(params, windows or ())):
+        slices = slices_of(param.shape, options.granularity)
+        if window.shape != (slices,) or window.dtype is not torch.uint8:
+            raise ValueError(
+                f"windows[{i}] must be uint8 of shape ({slices},), "
+                f"got {window.dtype} of shape {tuple(window.shape)}"
+            )
+        if not window.is_contiguous() or window.device != param.device:
+            raise ValueError(f"windows[{i}] must be contiguous and on {param.device}")
 
 
 def overlaps(tensor: Tensor) -> bool:
@@ -227,8 +173,16 @@ def check_step(
     options: Options,
     *,
     names: Sequence[str] | None = None,
+    finite: bool = True,
 ) -> None:
     """Refuse what only this combination of options and tensors rules out.
+
+    Args:
+        params: of one group.
+        grads: of the parameters.
+        options: the group's.
+        names: what to call the parameters in an error.
+        finite: whether to look for non-finite gradients under ``nonfinite="raise"``.
 
     Raises:
         ValueError: ``granularity="global"`` with parameters on several devices.
@@ -242,9 +196,9 @@ def check_step(
                 "granularity='global' needs all parameters of a group on one device, "
                 f"got {', '.join(devices)}: make one group per device"
             )
-    if options.nonfinite == "raise":
-        finite = [torch.isfinite(grad).all() for grad in grads]
-        for i, flag in enumerate(finite):
+    if options.nonfinite == "raise" and finite:
+        flags = [torch.isfinite(grad).all() for grad in grads]
+        for i, flag in enumerate(flags):
             if not flag:
                 name = names[i] if names else f"params[{i}]"
                 raise FloatingPointError(

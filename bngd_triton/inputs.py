@@ -9,9 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .checks import Options, check_float
+from .checks import check_float
 from .kernels.launch import standardize_columns, why_not
 from .moments import fold_moments, moments
+from .options import Options
 from .reference import normalize
 
 

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .checks import Options
+from .members import MEAN, SKIPPED, STD, Member, Pass
+from .options import Options
 
 # sigma below this multiple of |mean| is rounding, not spread: float64 statistics of equal values
 # are off by a few units of 2**-53, and the least real spread of 2**31 float32 values is 2**-40
@@ -50,6 +51,10 @@ class Fold(NamedTuple):
     inverse: Tensor
     uniform: Tensor
     finite: Tensor
+    # whether ghat enters momentum; the weight of momentum's past; whether the slice moves
+    valid: Tensor
+    beta: Tensor | float
+    moves: Tensor
 
     def of_block(self, block: slice | EllipsisType) -> Fold:
         """The factors of the slices in one of the gradient's `blocks`."""
@@ -130,15 +135,24 @@ def global_moments(grads: Sequence[Tensor]) -> Moments | None:
     return _merge([part.n for part in parts], means, m2, exponent)
 
 
-def fold_moments(found: Moments, options: Options, centering: float, dtype: torch.dtype) -> Fold:
+def fold_moments(
+    found: Moments,
+    options: Options,
+    centering: float,
+    dtype: torch.dtype,
+    grad_scale: Tensor | None = None,
+) -> Fold:
     """Statistics to the factors that `reference.normalize` applies, rounded once to `dtype`."""
     mean, variance = found.mean, found.m2 / found.n
     uniform = variance.sqrt() <= UNIFORM * mean.abs()
     removed = torch.full_like(mean, centering).masked_fill(uniform, 0.0)
     kept = (1 - removed) * mean
     eps: float | Tensor = options.eps
+    if grad_scale is not None:
+        # the gradient is as many times too large: the quotient is that of the unscaled one
+        eps = eps * grad_scale.to(mean.device).double().reshape(())
     if isinstance(found.exponent, Tensor):
-        eps = options.eps * power_of_two(found.exponent)
+        eps = eps * power_of_two(found.exponent)
     divisor = (variance + kept.square()).sqrt() + eps
     zero = divisor == 0
     # divisor * 2**exponent is in [1, 2): products neither overflow nor lose bits to underflow
@@ -152,6 +166,7 @@ def fold_moments(found: Moments, options: Options, centering: float, dtype: torc
     high = center.to(dtype)
     sign = -1.0 if options.maximize else 1.0
     inverse = torch.where(zero, 0.0, sign / (divisor * scale))
+    finite = torch.isfinite(mean) & torch.isfinite(found.m2)
     return Fold(
         up=power_of_two(up).to(dtype),
         more=power_of_two(more).to(dtype),
@@ -159,8 +174,57 @@ def fold_moments(found: Moments, options: Options, centering: float, dtype: torc
         low=(center - high.double()).to(dtype),
         inverse=inverse.to(dtype),
         uniform=uniform,
-        finite=torch.isfinite(mean) & torch.isfinite(found.m2),
+        finite=finite,
+        valid=finite,
+        beta=options.momentum,
+        moves=finite,
     )
+
+
+def admit(fold: Fold, member: Member, options: Options, this: Pass) -> Fold:
+    """Which slices take part: the finite ones, and those that moved before in their window."""
+    valid = fold.finite
+    if options.nonfinite == "propagate":
+        valid = torch.ones_like(valid)
+    if this.found_inf is not None:
+        # a sum over devices, so anything but 0
+        valid = valid & (this.found_inf.to(valid.device).reshape(()) == 0)
+    if member.window is None:
+        return fold._replace(valid=valid, moves=valid)
+    seen = member.window.view(valid.shape) != 0
+    beta = torch.where(valid & ~seen, options.momentum, 1.0).to(fold.inverse.dtype)
+    seen = seen | valid
+    member.window.copy_((seen & (not this.closing[member.group])).view(-1))
+    return fold._replace(valid=valid, beta=beta, moves=seen)
+
+
+def closing_fold(member: Member) -> Fold:
+    """For the end of a window without one more gradient: move by what momentum holds."""
+    assert member.window is not None, "a member without gradient is there to close its window"
+    wide = torch.promote_types(member.param.dtype, torch.float32)
+    ones = [1] * (member.param.dim() - 1)
+    seen = member.window.view(-1, *ones) != 0 if member.window.numel() > 1 else member.window[0] != 0
+    zero = torch.zeros((), dtype=wide, device=member.param.device)
+    none = torch.zeros_like(seen)
+    member.window.zero_()
+    return Fold(zero, zero, zero, zero, zero, none, none, none, 1.0, seen)
+
+
+def record_moments(
+    record: Tensor, found: Moments, fold: Fold, options: Options, grad_scale: Tensor | None
+) -> None:
+    """Note the statistics of the unscaled gradient, and which slices an inf or a NaN left out."""
+    mean, std = found.mean, (found.m2 / found.n).sqrt()
+    if isinstance(found.exponent, Tensor):
+        down = power_of_two(-found.exponent)
+        mean, std = mean * down, std * down
+    if grad_scale is not None:
+        scale = grad_scale.to(mean.device).double().reshape(())
+        mean, std = mean / scale, std / scale
+    record[:, MEAN] = mean.reshape(-1)
+    record[:, STD] = std.reshape(-1)
+    if options.nonfinite != "propagate":
+        record[:, SKIPPED] += (~fold.finite).reshape(-1)
 
 
 def power_of_two(exponent: Tensor) -> Tensor:

@@ -4,31 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import fields
-from typing import Any, NamedTuple, overload
+from typing import Any, overload
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from . import reference
-from .buffers import flatten_, momentum_like, why_not_flat
-from .checkpoint import BUFFER, check_state_dict, parameter_names, place_state
-from .checks import Options, check_parameter, check_step, check_tensors
-from .kernels.launch import why_not
-from .kernels.plan import capturing
-from .kernels.prepared import FusedStep, Member, new_counter
-from .steady import Steady
-
-
-class _Work(NamedTuple):
-    """What one group asks of a step: its parameters that have a gradient."""
-
-    options: Options
-    params: list[Tensor]
-    grads: list[Tensor]
-    names: list[str]
-    # for each parameter, whether the kernels serve it
-    fused: list[bool]
+from .buffers import flatten_, why_not_flat
+from .checkpoint import check_state_dict, parameter_names, place_state
+from .checks import check_parameter, check_step
+from .members import Pass
+from .options import Options
+from .state import KEYS, GradStats, Records, grad_stats
+from .stepper import Stepper, closing_of, serve
 
 
 class BNGD(Optimizer):
@@ -68,6 +56,17 @@ class BNGD(Optimizer):
             ``"raise"`` names the parameter before anything changes (reads every gradient once
             more, and synchronises).
         maximize: ascend.
+        master_weights: what keeps the bits that a step of a bfloat16 or float16 parameter would
+            lose. ``"split"``: a float32 master, for bfloat16 as an int16 remainder beside the
+            parameter. ``"stochastic"``: nothing is kept, steps are rounded stochastically. None:
+            rounded to nearest, so that small steps vanish. Without effect on wider parameters.
+        momentum_dtype: of the momentum buffer: None for float32 (float64 for float64 parameters)
+            or `torch.bfloat16`, half the memory.
+        accumulation_steps: K micro-batches to a step. Call `step` after each of them: its gradient
+            is normalised by itself and enters momentum with weight ``(1 - momentum) / K``, and
+            every K-th call moves the parameters. A window that an epoch's end leaves unfinished
+            goes on with the next epoch's first micro-batches.
+        seed: of stochastic rounding.
         flatten: move the parameters that the kernels serve into flat buffers: None where it is
             safe, False nowhere, True everywhere or an error. Views made earlier with ``p.data``,
             and CUDA graphs captured earlier, would keep the old memory: make the optimizer first.
@@ -95,8 +94,8 @@ class BNGD(Optimizer):
 
     fused: bool | None
     flatten: bool | None
-    _prepared: FusedStep | None
-    _steady: Steady | None
+    # torch.amp.GradScaler leaves its scale and what it found to `step`, which does not wait for it
+    _step_supports_amp_scaling = True
 
     def __init__(
         self,
@@ -113,12 +112,17 @@ class BNGD(Optimizer):
         center_1d: bool = False,
         nonfinite: str = "skip",
         maximize: bool = False,
+        master_weights: str | None = "split",
+        momentum_dtype: torch.dtype | None = None,
+        accumulation_steps: int = 1,
+        seed: int = 0,
         flatten: bool | None = None,
         fused: bool | None = None,
     ) -> None:
         options = Options(
             lr, momentum, nesterov, weight_decay, eps, granularity, normalizer, centering,
-            center_1d, nonfinite, maximize,
+            center_1d, nonfinite, maximize, master_weights, momentum_dtype, accumulation_steps,
+            seed,
         )  # fmt: skip
         for name, value in (("flatten", flatten), ("fused", fused)):
             if value not in (None, True, False):
@@ -126,7 +130,7 @@ class BNGD(Optimizer):
         self.fused = fused
         self.flatten = flatten
         self._forget()
-        self._skipped: dict[torch.device, Tensor] = {}
+        self._records = Records()
         defaults = {field.name: getattr(options, field.name) for field in fields(options)}
         self._constructed = False
         super().__init__(params, defaults)
@@ -160,7 +164,7 @@ class BNGD(Optimizer):
             for name, param in zip(names, group["params"]):
                 check_parameter(name, param)
             check_step(group["params"], [], options)
-            self._served(group["params"], names, options)
+            serve(self.fused, group["params"], names, options)
             if self._constructed:
                 self._flatten([(index, group)])
         except Exception:
@@ -174,7 +178,7 @@ class BNGD(Optimizer):
         moving = []
         for index, group in groups:
             names, params = parameter_names(group, index), group["params"]
-            served = self._served(params, names, Options.of(group))
+            served = serve(self.fused, params, names, Options.of(group))
             moving.append([param for param, fused in zip(params, served) if fused])
             for name, param, fused in zip(names, params, served):
                 if not self.flatten:
@@ -187,24 +191,6 @@ class BNGD(Optimizer):
                     )
         for params in moving:
             flatten_(params)
-
-    def _served(self, params: list[Tensor], names: list[str], options: Options) -> list[bool]:
-        """Which parameters go to the kernels; an error where ``fused=True`` cannot be kept."""
-        if self.fused is False:
-            return [False] * len(params)
-        reasons = [why_not(param) for param in params]
-        for name, reason in zip(names, reasons):
-            if self.fused and reason:
-                raise RuntimeError(f"fused=True cannot serve {name}: {reason}")
-        if self.fused is None:
-            # in the interpreter kernels are for tests: they are slower than the reference
-            reasons = [
-                reason or (None if param.device.type != "cpu" else "cpu")
-                for param, reason in zip(params, reasons)
-            ]
-        if options.granularity == "global" and any(reasons):
-            return [False] * len(params)
-        return [reason is None for reason in reasons]
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -238,106 +224,47 @@ class BNGD(Optimizer):
     # depends on an option's value
     @torch._disable_dynamo  # type: ignore[attr-defined]
     def _step(self) -> None:
-        steady = self._steady
-        if steady is None or not steady.run(self, self._skipped):
-            self._steady = None
-            self._lay_out_and_step()
+        self._stepper.step(self)
+        if self._stepper.windowed:
+            self._count_micro_batch()
+        if self._stepper.rounding:
+            for clock in self._clocks.values():
+                clock.add_(1)
 
-    @torch.no_grad()
-    def _lay_out_and_step(self) -> None:
-        self._refuse_capture()
-        work = [self._gather(group, index) for index, group in enumerate(self.param_groups)]
-        self._make_momentum(work)
-        members: list[Member] = []
-        for index, (options, params, grads, _, fused) in enumerate(work):
-            buffers = [self.state[p][BUFFER] if options.momentum else None for p in params]
-            rows = list(zip(params, grads, buffers, fused))
-            members += [Member(p, g, m, index) for p, g, m, on in rows if on and p.numel()]
-            eager = [(p, g, m) for p, g, m, on in rows if not on]
-            if eager:
-                eager_params, eager_grads, eager_buffers = zip(*eager)
-                count = reference.apply_(eager_params, eager_grads, eager_buffers, options)
-                self._counter(count.device).add_(count)
-        if members:
-            groups = [part.options for part in work]
-            prepared = self._prepared
-            if prepared is None or prepared.signature != FusedStep.sign(members, groups):
-                self._prepared = prepared = FusedStep(members, groups)
-            for member in members:
-                self._counter(member.param.device)
-            prepared.run(members, groups, self._skipped)
-            alone = all(all(part.fused) for part in work)
-            if alone and Steady.serves(prepared, groups):
-                self._steady = Steady(self, prepared, members, groups)
+    def _pass(self, closing: list[bool]) -> Pass:
+        """What this step brings, with what a GradScaler has left here."""
+        scale, found = self.__dict__.get("grad_scale"), self.__dict__.get("found_inf")
+        return Pass(
+            closing,
+            self._clocks,
+            scale if isinstance(scale, Tensor) else None,
+            # a sum over no devices at all is the number 0
+            found if isinstance(found, Tensor) else None,
+        )
 
-    def _refuse_capture(self) -> None:
-        """A CUDA graph can hold only a step that repeats the one before it."""
-        captured = [
-            (name, param)
-            for index, group in enumerate(self.param_groups)
-            for name, param in zip(parameter_names(group, index), group["params"])
-            if capturing(param.device)
-        ]
-        for name, param in captured:
-            if param.grad is None:
-                raise RuntimeError(
-                    f"{name} has no gradient while a CUDA graph is being captured, and would not "
-                    "move in any replay; give it one, or leave it out of the optimizer"
-                )
-        if captured:
-            raise RuntimeError(
-                "a step captured in a CUDA graph must repeat the one before it (same tensors, "
-                "layouts and granularity, kernels only); run one whole iteration on the same "
-                "stream first, and keep its gradients (zero_grad(set_to_none=False))"
-            )
-
-    def _gather(self, group: dict[str, Any], index: int) -> _Work:
-        """What a group asks of this step, checked in full before anything changes."""
-        options = Options.of(group)
-        names = parameter_names(group, index)
-        found = [(p, p.grad, n) for p, n in zip(group["params"], names) if p.grad is not None]
-        params = [param for param, _, _ in found]
-        grads = [grad for _, grad, _ in found]
-        names = [name for _, _, name in found]
-        buffers = [self.state[p].get(BUFFER, p) if p in self.state else p for p in params]
-        check_tensors(params, grads, buffers, momentum=options.momentum, names=names)
-        check_step(params, grads, options, names=names)
-        fused = self._served(params, names, options)
-        # a float32 parameter may have a float64 gradient, or momentum from a float64 checkpoint
-        others = [(g, b) if options.momentum else (g,) for g, b in zip(grads, buffers)]
-        for on, more, name in zip(fused, others, names):
-            reason = next(filter(None, map(why_not, more)), None) if on and self.fused else None
-            if reason:
-                raise RuntimeError(
-                    f"fused=True cannot serve {name} with the gradient or momentum it has: {reason}"
-                )
-        fused = [on and not any(map(why_not, more)) for on, more in zip(fused, others)]
-        if options.granularity == "global":
-            fused = [all(fused)] * len(fused)
-        return _Work(options, params, grads, names, fused)
-
-    def _make_momentum(self, work: list[_Work]) -> None:
-        """Zeros for the parameters that got their first gradient."""
-        new = [
-            param
-            for part in work
-            if part.options.momentum
-            for param in part.params
-            if BUFFER not in self.state[param]
-        ]
-        dtypes = [torch.promote_types(param.dtype, torch.float32) for param in new]
-        for param, buffer in zip(new, momentum_like(new, dtypes)):
-            self.state[param][BUFFER] = buffer
-
-    def _counter(self, device: torch.device) -> Tensor:
-        if device not in self._skipped:
-            self._skipped[device] = new_counter(device)
-        return self._skipped[device]
+    def _count_micro_batch(self) -> None:
+        closing = closing_of(self.param_groups)
+        for group, closed in zip(self.param_groups, closing):
+            if group["accumulation_steps"] > 1:
+                group["micro_step"] = 0 if closed else group.get("micro_step", 0) + 1
 
     @property
     def skipped(self) -> int:
         """Slices left as they were because of an inf or NaN, so far. Reading it synchronises."""
-        return sum(int(count) for count in self._skipped.values())
+        return self._records.skipped()
+
+    def grad_stats(self) -> dict[str, GradStats]:
+        """Mean, spread and skips of every parameter's last gradient, by parameter name.
+
+        They come from the step itself: no gradient is read again, and nothing waits for the
+        device until a value is read. Parameters that have not had a gradient are left out.
+        """
+        return {
+            name: grad_stats(record, scalar=group["granularity"] != "row" or param.dim() < 2)
+            for index, group in enumerate(self.param_groups)
+            for name, param in zip(parameter_names(group, index), group["params"])
+            if (record := self._records.get(param)) is not None
+        }
 
     def sync_hyperparameters(self) -> None:
         """Write every group's options to the tables that the kernels read.
@@ -348,8 +275,9 @@ class BNGD(Optimizer):
         Raises:
             ValueError: an option is out of bounds.
         """
-        if self._prepared is not None:
-            self._prepared.write([Options.of(group) for group in self.param_groups])
+        if self._stepper.prepared is not None:
+            options = [Options.of(group) for group in self.param_groups]
+            self._stepper.prepared.write(options, closing_of(self.param_groups))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a checkpoint of `state_dict`; options come with it, `fused` and `flatten` do not.
@@ -370,7 +298,7 @@ class BNGD(Optimizer):
             check_state_dict(self, incoming)
             saved.update(incoming)
             rest = {
-                key: {name: value for name, value in entry.items() if name != BUFFER}
+                key: {name: value for name, value in entry.items() if name not in KEYS}
                 for key, entry in incoming["state"].items()
             }
             return {**incoming, "state": {key: entry for key, entry in rest.items() if entry}}
@@ -388,12 +316,38 @@ class BNGD(Optimizer):
             for handle in handles:
                 handle.remove()
 
+    def state_dict(self) -> dict[str, Any]:
+        """The checkpoint; groups that round stochastically note how often they have done so."""
+        self._note_clocks()
+        return super().state_dict()
+
+    def _note_clocks(self) -> None:
+        """Read how often each group has rounded: a CUDA graph's replays count on the device."""
+        for index, group in enumerate(self.param_groups):
+            counts = [int(c[index]) & 0xFFFFFFFF for c in self._clocks.values() if index < len(c)]
+            if group["master_weights"] == "stochastic" and counts:
+                group["rounding_steps"] = max(counts)
+
+    def _wind_clocks(self, devices: set[torch.device]) -> None:
+        """Make the seeds of stochastic rounding: a group's seed, then how often it has rounded."""
+        groups = self.param_groups
+        seeds = [group["seed"] for group in groups]
+        if seeds != self._seeds:
+            self._note_clocks()
+            self._clocks.clear()
+            self._seeds = seeds
+        for device in devices - set(self._clocks):
+            values = [(g["seed"] << 32) + g.get("rounding_steps", 0) for g in groups]
+            self._clocks[device] = torch.tensor(values, device=device)
+
     def _forget(self) -> None:
         """Drop what can be made again; it holds addresses and must not be copied or saved."""
-        self._prepared = None
-        self._steady = None
+        self._stepper = Stepper()
+        self._clocks: dict[torch.device, Tensor] = {}
+        self._seeds: list[int] = []
 
     def __getstate__(self) -> dict[str, Any]:
+        self._note_clocks()
         state: dict[str, Any] = super().__getstate__()
         return {**state, "fused": self.fused, "flatten": self.flatten}
 
@@ -402,7 +356,7 @@ class BNGD(Optimizer):
         self._forget()
         self.__dict__.setdefault("fused", None)
         self.__dict__.setdefault("flatten", None)
-        self.__dict__.setdefault("_skipped", {})
+        self.__dict__.setdefault("_records", Records())
         self._constructed = True
         for group in self.param_groups:
             for field in fields(Options):

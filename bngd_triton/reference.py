@@ -22,12 +22,33 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from types import EllipsisType
 
 import torch
 from torch import Tensor
 
-from .checks import Options, buffers_of, check_float, check_step, check_tensors
-from .moments import Fold, blocks, fold_moments, global_moments, moments, slice_dims
+from .checks import check_float, check_masters, check_step, check_tensors
+from .members import (
+    Member,
+    Pass,
+    functional_members,
+    functional_pass,
+    rounds_stochastically,
+    skipped_slices,
+)
+from .moments import (
+    Fold,
+    admit,
+    blocks,
+    closing_fold,
+    fold_moments,
+    global_moments,
+    moments,
+    record_moments,
+    slice_dims,
+)
+from .options import Options
+from .precision import hash_positions, positions_of, store_, widen
 
 
 @torch.no_grad()
@@ -47,14 +68,21 @@ def step_(
     center_1d: bool = False,
     nonfinite: str = "skip",
     maximize: bool = False,
+    masters: Sequence[Tensor | None] | None = None,
+    rounding_key: int | None = None,
+    accumulation_steps: int = 1,
+    windows: Sequence[Tensor] | None = None,
+    closing: bool = True,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
 ) -> Tensor:
     """One step of BNGD, in place; the eager twin of `bngd_triton.kernels.fused_step_`.
 
     Args:
         params: n dense tensors of float16, bfloat16, float32 or float64, written in place.
         grads: n tensors of the same shapes; read only, of any supported dtype and layout.
-        momentum_buffers: n tensors of the same shapes, float32 (float64 for float64 parameters),
-            written in place; zeros before the first step. None when `momentum` is 0.
+        momentum_buffers: n float tensors of the same shapes, written in place; zeros before the
+            first step. None when `momentum` is 0 and `accumulation_steps` is 1.
         lr: in units of the parameters; bounds the RMS of a step under ``"zscore"`` without decay.
             A float or a 0-dim tensor.
         momentum: weight of the past in the moving average of ``ghat``, in [0, 1).
@@ -69,6 +97,18 @@ def step_(
         nonfinite: what an inf or NaN does to its slice: ``"skip"`` leaves parameters and momentum
             as they are, ``"propagate"`` gives NaN, ``"raise"`` raises before anything changes.
         maximize: ascend.
+        masters: what each parameter lacks of its float32 master, written in place: int16 of the
+            same shape (bfloat16 parameters; zeros at first), float32 of the same shape (float16 or
+            bfloat16; the parameter's values at first), or None for rounding to nearest.
+        rounding_key: rounds float16 and bfloat16 parameters stochastically, by a hash of this key,
+            the tensor's place in the list and the element. Give another one in every step.
+        accumulation_steps: K; ``ghat`` enters momentum with weight ``(1 - momentum) / K``, which
+            decays once in a window of K calls, at a slice's first valid gradient.
+        windows: n uint8 tensors, one entry per slice, zeros before the first call; written. Needed
+            when `accumulation_steps` is above 1.
+        closing: whether this call is the last of its window; the others move no parameter.
+        grad_scale: a float32 tensor of one element; the gradients are this many times too large.
+        found_inf: a float32 tensor of one element; anything but 0 makes the gradients invalid.
 
     Returns:
         The number of slices skipped, a 0-dim int64 tensor on the first parameter's device.
@@ -80,50 +120,53 @@ def step_(
     """
     options = Options(
         lr, momentum, nesterov, weight_decay, eps, granularity, normalizer, centering, center_1d,
-        nonfinite, maximize,
+        nonfinite, maximize, None if rounding_key is None else "stochastic", None,
+        accumulation_steps,
     )  # fmt: skip
-    check_tensors(params, grads, momentum_buffers, momentum=momentum)
+    check_tensors(params, grads, momentum_buffers, buffered=options.buffered)
+    check_masters(params, masters, windows, options)
     check_step(params, grads, options)
-    return apply_(params, grads, buffers_of(momentum_buffers, params, options), options)
+    members = functional_members(params, grads, momentum_buffers, masters, windows, options)
+    apply_(members, options, functional_pass(params, closing, rounding_key, grad_scale, found_inf))
+    return skipped_slices(members)
 
 
-def apply_(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    momentum_buffers: Sequence[Tensor | None],
-    options: Options,
-) -> Tensor:
-    """`step_` on what was checked before, under `torch.no_grad`."""
-    skipped = torch.zeros((), dtype=torch.int64, device=params[0].device if params else None)
-    counted = False
-    for index, fold in enumerate(folds(params, grads, options)):
+def apply_(members: Sequence[Member], options: Options, this: Pass) -> None:
+    """`step_` on what was checked before, under `torch.no_grad`; members of one group."""
+    for member, fold in zip(members, folds(members, options, this)):
         if fold is None:
             continue
-        param, grad, buffer = params[index], grads[index], momentum_buffers[index]
-        for block in blocks(param):
-            here = None if buffer is None else buffer[block]
-            _update_(param[block], grad[block], here, fold.of_block(block), options)
-        if options.nonfinite != "propagate" and not (options.granularity == "global" and counted):
-            skipped += (~fold.finite).sum().to(skipped.device)
-            counted = True
-    return skipped
+        for block in blocks(member.param):
+            _update_(member, block, fold.of_block(block), options, this)
 
 
 def _update_(
-    param: Tensor, grad: Tensor, buffer: Tensor | None, fold: Fold, options: Options
+    member: Member, block: slice | EllipsisType, fold: Fold, options: Options, this: Pass
 ) -> None:
-    """Normalise and move one parameter: the last three lines of the definition."""
+    """Normalise and move a block of a parameter: the last three lines of the definition."""
     dtype = fold.inverse.dtype
     lr = options.lr
-    ghat = normalize(grad, fold, options)
+    param = member.param[block]
+    master = None if member.master is None else member.master[block]
+    if member.grad is None:
+        ghat = torch.zeros_like(param, dtype=dtype)
+    else:
+        ghat = normalize(member.grad[block], fold, options)
+        if member.window is not None:
+            ghat = torch.where(fold.valid, ghat, 0.0)
     update = ghat
-    moved = None
-    if buffer is not None:
-        fresh = ghat * (1 - options.momentum)
-        moved = buffer.to(dtype) * options.momentum
+    if member.momentum is not None:
+        buffer = member.momentum[block]
+        fresh = ghat * options.fresh
+        moved = buffer.to(dtype) * fold.beta
         moved += fresh
         update = moved * options.momentum + fresh if options.nesterov else moved
-    target = param.to(dtype)
+        stored = fold.moves if this.closing[member.group] else fold.valid
+        buffer.copy_(_keep(stored, moved, buffer))
+    if not this.closing[member.group]:
+        return
+    old = widen(param, master)
+    target = old.to(dtype)
     if isinstance(lr, Tensor):
         # rounded to the arithmetic dtype here: two 0-dim tensors would be promoted to the wider
         target = target * (1 - lr.double() * options.weight_decay).to(dtype)
@@ -131,21 +174,19 @@ def _update_(
     elif options.weight_decay:
         target = target * (1 - lr * options.weight_decay)
     target = target - update * lr
-    if options.nonfinite != "propagate":
-        param.copy_(_keep(fold.finite, target, param))
-        if buffer is not None and moved is not None:
-            buffer.copy_(_keep(fold.finite, moved, buffer))
-    else:
-        param.copy_(target)
-        if buffer is not None and moved is not None:
-            buffer.copy_(moved)
+    hashed = None
+    if rounds_stochastically(param, options):
+        clock = this.clocks[param.device][member.group]
+        positions = positions_of(member.param, block, by_row=options.granularity == "row")
+        hashed = hash_positions(clock, member.key, positions)
+    store_(param, master, _keep(fold.moves, target, old), hashed)
 
 
-def _keep(finite: Tensor, new: Tensor, old: Tensor) -> Tensor:
-    """`new` where the slice was finite, `old` elsewhere; without a synchronisation on a GPU."""
-    if finite.device.type == "cpu" and bool(finite.all()):
+def _keep(flags: Tensor, new: Tensor, old: Tensor) -> Tensor:
+    """`new` in the slices that are flagged, `old` elsewhere; no synchronisation on a GPU."""
+    if flags.device.type == "cpu" and bool(flags.all()):
         return new
-    return torch.where(finite, new, old.to(new.dtype))
+    return torch.where(flags, new, old.to(new.dtype))
 
 
 def normalize(grad: Tensor, fold: Fold, options: Options) -> Tensor:
@@ -162,19 +203,37 @@ def normalize(grad: Tensor, fold: Fold, options: Options) -> Tensor:
     return ghat
 
 
-def folds(
-    params: Sequence[Tensor], grads: Sequence[Tensor], options: Options
-) -> Iterator[Fold | None]:
-    """The `Fold` of each gradient in turn; None for a tensor without entries."""
-    shared = global_moments(grads) if options.granularity == "global" else None
-    for param, grad in zip(params, grads):
-        if grad.numel() == 0:
+def folds(members: Sequence[Member], options: Options, this: Pass) -> Iterator[Fold | None]:
+    """The `Fold` of each gradient in turn; None for a tensor without entries.
+
+    Records statistics and windows on the way.
+    """
+    shared = None
+    if options.granularity == "global":
+        shared = global_moments([member.grad for member in members if member.grad is not None])
+    # a global slice is admitted and recorded once, with the first of its tensors
+    leader: Fold | None = None
+    for member in members:
+        if member.param.numel() == 0:
             yield None
             continue
-        found = shared or moments(grad, slice_dims(grad.dim(), options.granularity))
-        wide = torch.promote_types(torch.promote_types(param.dtype, grad.dtype), torch.float32)
-        centering = options.centering if options.centres(grad.dim()) else 0.0
-        yield fold_moments(found, options, centering, wide)
+        if member.grad is None:
+            yield closing_fold(member)
+            continue
+        dim = member.grad.dim()
+        found = shared or moments(member.grad, slice_dims(dim, options.granularity))
+        wide = torch.promote_types(
+            torch.promote_types(member.param.dtype, member.grad.dtype), torch.float32
+        )
+        centering = options.centering if options.centres(dim) else 0.0
+        fold = fold_moments(found, options, centering, wide, this.grad_scale)
+        if leader is None:
+            admitted = admit(fold, member, options, this)
+            record_moments(member.record, found, fold, options, this.grad_scale)
+            leader = admitted if shared else None
+        else:
+            admitted = fold._replace(valid=leader.valid, beta=leader.beta, moves=leader.moves)
+        yield admitted
 
 
 @torch.no_grad()
@@ -214,15 +273,16 @@ def normalize_gradient(
     """
     options = Options(
         eps=eps, granularity=granularity, normalizer=normalizer, centering=centering,
-        center_1d=center_1d, nonfinite=nonfinite, maximize=maximize,
+        center_1d=center_1d, nonfinite=nonfinite, maximize=maximize, momentum=0.0,
     )  # fmt: skip
     check_float("grad", grad)
     check_step([grad], [grad], options, names=["grad"])
     out = torch.empty_like(grad)
-    (fold,) = folds([grad], [grad], options)
+    members = functional_members([grad], [grad], None, None, None, options)
+    (fold,) = folds(members, options, functional_pass([grad], True, None, None, None))
     if fold is not None:
         ghat = normalize(grad, fold, options)
-        out.copy_(ghat if nonfinite != "skip" else torch.where(fold.finite, ghat, 0.0))
+        out.copy_(ghat if nonfinite != "skip" else torch.where(fold.valid, ghat, 0.0))
     return out
 
 

@@ -16,14 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checkpoint import BUFFER
-from .checks import Options
 from .kernels.plan import ALIGNMENT, capturing
-from .kernels.prepared import FusedStep, Member, structure
+from .kernels.prepared import FusedStep, structure
+from .members import Member, Pass
+from .options import Options
+from .state import KEYS
 
 _PARAMS = itemgetter("params")
 _OPTIONS = itemgetter(*(field.name for field in fields(Options)))
-_BUFFER = itemgetter(BUFFER)
 _GRAD = attrgetter("grad")
 
 
@@ -35,6 +35,7 @@ class Steady:
         prepared: the step; all its tensors in place.
         members: what it was last run with.
         options: of each group.
+        closing: what was written to the tables with the options.
     """
 
     def __init__(
@@ -43,6 +44,7 @@ class Steady:
         prepared: FusedStep,
         members: Sequence[Member],
         options: list[Options],
+        closing: Sequence[bool],
     ) -> None:
         groups, state = optimizer.param_groups, optimizer.state
         self.prepared = prepared
@@ -60,8 +62,14 @@ class Steady:
         self.aliases = [member.param.detach() for member in members]
         self.addresses = list(map(Tensor.data_ptr, self.aliases))
         self.entries = list(state.values())
-        self.states = [state[m.param] for m in members if m.momentum is not None]
-        self.buffers = [m.momentum for m in members if m.momentum is not None]
+        self.closing = closing
+        # state tensors by key, each beside the entry that must still hold it
+        self.held = []
+        for key in KEYS:
+            having = [state[m.param] for m in members if key in state[m.param]]
+            if having:
+                get = itemgetter(key)
+                self.held.append((get, having, list(map(get, having))))
         # of the gradients of the last step
         self.found: list[int] = []
         # parameters too: `p.data = p.data.T` changes neither the address nor, if square, the shape
@@ -73,8 +81,12 @@ class Steady:
         """Whether a step by kernels alone is of the sort that can be recognised."""
         return prepared.in_place and all(one.nonfinite != "raise" for one in options)
 
-    def run(self, optimizer: Any, skipped: dict[torch.device, Tensor]) -> bool:
+    def run(self, optimizer: Any, this: Pass) -> bool:
         """Step if all is as it was but for options and gradients; else change nothing.
+
+        Args:
+            optimizer: the one this was made for.
+            this: what is new in this step.
 
         Returns:
             Whether the step was made.
@@ -106,29 +118,30 @@ class Steady:
         as_before = (
             self.same_kind(*grads, *params)
             and list(map(Tensor.data_ptr, params)) == self.addresses
-            and all(map(is_, map(_BUFFER, self.states), self.buffers))
+            and all(all(map(is_, map(get, having), held)) for get, having, held in self.held)
             and (found == self.found or not reduce(or_, found) % ALIGNMENT)
         )
-        if not as_before or not self._follow(groups):
+        if not as_before or not self._follow(groups, this):
             return False
         self.found = found
-        self.prepared.run_at(found, skipped)
+        self.prepared.run_at(found, this)
         return True
 
-    def _follow(self, groups: list[dict[str, Any]]) -> bool:
+    def _follow(self, groups: list[dict[str, Any]], this: Pass) -> bool:
         """Bring the option tables up to date; False where the layout of the work would change."""
         values = list(chain.from_iterable(map(_OPTIONS, groups)))
         # the same objects: True equals 1.0, but is refused
         same = len(values) == len(self.values) and all(map(is_, values, self.values))
-        if same and not self.tensor_lr:
+        if same and not self.tensor_lr and this.closing == self.closing:
             return True
         options = [Options.of(group) for group in groups]
         if [structure(one) for one in options] != self.structure:
             return False
         if any(one.nonfinite == "raise" for one in options):
             return False
-        self.prepared.write(options)
+        self.prepared.write(options, this.closing)
         self.values = values
+        self.closing = this.closing
         self.tensor_lr = any(isinstance(one.lr, Tensor) for one in options)
         return True
 

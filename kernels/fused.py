@@ -8,11 +8,21 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..checks import Options, buffers_of, check_float, check_step, check_tensors
-from .launch import encode, on_device, statistics, tuning_for, why_not
+from ..checks import check_float, check_masters, check_step, check_tensors
+from ..members import (
+    MEAN,
+    STD,
+    functional_members,
+    functional_pass,
+    new_record,
+    skipped_slices,
+    slices_of,
+)
+from ..options import Options
+from .launch import Inputs, encode, on_device, statistics, tuning_for, why_not
 from .layout import walk
 from .plan import Entry, Tuning, build
-from .prepared import FusedStep, Member, new_counter
+from .prepared import FusedStep
 
 
 @torch.no_grad()
@@ -32,6 +42,13 @@ def fused_step_(
     center_1d: bool = False,
     nonfinite: str = "skip",
     maximize: bool = False,
+    masters: Sequence[Tensor | None] | None = None,
+    rounding_key: int | None = None,
+    accumulation_steps: int = 1,
+    windows: Sequence[Tensor] | None = None,
+    closing: bool = True,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
     tuning: Tuning | None = None,
 ) -> Tensor:
     """One step of BNGD by the kernels, in place; the twin of `bngd_triton.reference.step_`.
@@ -42,7 +59,7 @@ def fused_step_(
         params: n dense tensors of float16, bfloat16 or float32 on devices that Triton serves (on
             the CPU with TRITON_INTERPRET=1), written in place.
         grads: n tensors of the same shapes, of any of these dtypes and any layout.
-        momentum_buffers: n tensors of the same shapes, written; None when `momentum` is 0.
+        momentum_buffers: n tensors of the same shapes, written; None where there is no momentum.
         lr: as in `reference.step_`, like all that follow but the last.
         momentum: see there.
         nesterov: see there.
@@ -54,6 +71,13 @@ def fused_step_(
         center_1d: see there.
         nonfinite: see there.
         maximize: see there.
+        masters: see there.
+        rounding_key: see there.
+        accumulation_steps: see there.
+        windows: see there.
+        closing: see there.
+        grad_scale: see there.
+        found_inf: see there.
         tuning: sizes of the work items; None takes those of the device.
 
     Returns:
@@ -67,23 +91,19 @@ def fused_step_(
     """
     options = Options(
         lr, momentum, nesterov, weight_decay, eps, granularity, normalizer, centering, center_1d,
-        nonfinite, maximize,
+        nonfinite, maximize, None if rounding_key is None else "stochastic", None,
+        accumulation_steps,
     )  # fmt: skip
-    check_tensors(params, grads, momentum_buffers, momentum=momentum)
-    buffers = buffers_of(momentum_buffers, params, options)
-    check_served([*params, *grads, *(buffer for buffer in buffers if buffer is not None)])
+    check_tensors(params, grads, momentum_buffers, buffered=options.buffered)
+    check_masters(params, masters, windows, options)
+    members = functional_members(params, grads, momentum_buffers, masters, windows, options)
+    check_served([*params, *grads, *(m.momentum for m in members if m.momentum is not None)])
     check_step(params, grads, options)
-    members = [
-        Member(param, grad, buffer, 0)
-        for param, grad, buffer in zip(params, grads, buffers)
-        if param.numel()
-    ]
-    skipped = {param.device: new_counter(param.device) for param in params}
-    if members:
-        FusedStep(members, [options], tuning).run(members, [options], skipped)
-    if not skipped:
-        return torch.zeros((), dtype=torch.int64)
-    return torch.stack([count[0].to(params[0].device) for count in skipped.values()]).sum()
+    this = functional_pass(params, closing, rounding_key, grad_scale, found_inf)
+    filled = [member for member in members if member.param.numel()]
+    if filled:
+        FusedStep(filled, [options], tuning).run(filled, [options], this)
+    return skipped_slices(members)
 
 
 def check_served(tensors: Iterable[Tensor]) -> None:
@@ -180,15 +200,22 @@ def segment_statistics(
     (device,) = devices
     entries = []
     for tensor in tensors:
-        path = walk(tensor, None, by_row=granularity == "row")
+        rows = slices_of(tensor.shape, granularity)
+        path = walk(tensor, None, None, rows)
         values = path.gradient(tensor)
         shared = 0 if granularity == "global" else None
-        entries.append(Entry(values, values, None, 0, path.rows, False, shared))
+        record = new_record(rows, device)
+        entries.append(
+            Entry(values, values, None, None, None, record, None, 0, rows, False, shared)
+        )
     plan = build(entries, tuning or tuning_for(device), tiles=False)
     plan.point_at([entry.grad.data_ptr() for entry in entries])
     table = torch.tensor([encode(options)], dtype=torch.float64).to(device)
+    none = torch.zeros(1, dtype=torch.int64, device=device)
+    inputs = Inputs(table, none, torch.ones(1, device=device), torch.zeros(1, device=device))
     with on_device(device):
         for batch in plan.batches:
-            statistics(plan, batch, table, new_counter(device))
-    n = plan.segments[:, 2].double()
-    return SegmentStatistics(n, plan.moments[:, 0], (plan.moments[:, 1] / n).sqrt())
+            statistics(plan, batch, inputs)
+    records = [entry.record for entry in entries]
+    found = torch.cat(records[:1] if granularity == "global" else records)
+    return SegmentStatistics(plan.segments[:, 2].double(), found[:, MEAN], found[:, STD])

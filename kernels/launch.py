@@ -7,12 +7,12 @@ import functools
 import importlib.util
 import os
 import struct
-from typing import Any, TypeGuard
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor
 
-from ..checks import Options
+from ..options import Options
 from .plan import Batch, Plan, Tuning, gpu_tuning
 
 # NVIDIA compute capabilities whose float64 runs at half the float32 rate; elsewhere 1/32 or less
@@ -84,16 +84,17 @@ def _full_rate_fp64(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) in FULL_RATE_FP64
 
 
-def encode(options: Options) -> list[float]:
+def encode(options: Options, closing: bool = True) -> list[float]:
     """An option table's row; products and differences are rounded to float32 once, here.
 
     An `lr` on a device is left to `write_rates`, so that its value need not be read.
     """
     lr = 0.0 if on_a_device(options.lr) else float(options.lr)
-    rounded = (lr, 1 - lr * options.weight_decay, options.momentum, 1 - options.momentum)
+    rounded = (lr, 1 - lr * options.weight_decay, options.momentum, options.fresh)
     row = [_float32(value) for value in rounded]
     row += [options.eps, options.centering, -1.0 if options.maximize else 1.0]
     row += [options.nesterov, options.normalizer == "cdf", options.nonfinite == "propagate"]
+    row += [options.buffered, closing]
     return [float(value) for value in row] + [0.0] * (COLUMNS - len(row))
 
 
@@ -130,27 +131,42 @@ def form_for(plan: Plan, form: str | None = None) -> str:
     return FORMS[0] if plan.spanning else form
 
 
-def launch(plan: Plan, options: Tensor, skipped: Tensor, form: str | None = None) -> None:
+class Inputs(NamedTuple):
+    """What a step reads besides its plan; all on the plan's device.
+
+    Attributes:
+        options: float64 [groups, 16], rows as `encode` makes them.
+        clocks: int64 [groups], the seeds of stochastic rounding.
+        grad_scale: float32 [1].
+        found_inf: float32 [1].
+    """
+
+    options: Tensor
+    clocks: Tensor
+    grad_scale: Tensor
+    found_inf: Tensor
+
+
+def launch(plan: Plan, inputs: Inputs, form: str | None = None) -> None:
     """Run a step: for each batch a launch for the statistics, then one for the updates; or one.
 
     Args:
         plan: the work, pointed at this step's gradients.
-        options: float64 [rows, 16] on the plan's device, rows as `encode` makes them.
-        skipped: int64 [1] on the plan's device; slices left as they were are added.
+        inputs: options and seeds.
         form: see `form_for`.
     """
     with on_device(plan.device):
         if form_for(plan, form) == "single-launch":
             for batch in plan.batches:
-                single(plan, batch, options, skipped)
+                single(plan, batch, inputs)
             return
         for batch in plan.batches:
-            statistics(plan, batch, options, skipped)
+            statistics(plan, batch, inputs)
         for batch in plan.batches:
-            update(plan, batch, options)
+            update(plan, batch, inputs)
 
 
-def statistics(plan: Plan, batch: Batch, options: Tensor, skipped: Tensor) -> None:
+def statistics(plan: Plan, batch: Batch, inputs: Inputs) -> None:
     """First launch: statistics and folds of the segments; tiles from start to end."""
     from .statistics import _statistics_kernel
 
@@ -161,15 +177,13 @@ def statistics(plan: Plan, batch: Batch, options: Tensor, skipped: Tensor) -> No
         slices_ptr=batch.slices,
         n_slices=batch.n_slices,
         tiles_ptr=batch.tiles,
-        **_statistics_arguments(plan, batch, options, skipped),
+        **_statistics_arguments(plan, batch, inputs),
         num_warps=plan.tuning.warps,
         enable_fp_fusion=False,
     )
 
 
-def _statistics_arguments(
-    plan: Plan, batch: Batch, options: Tensor, skipped: Tensor
-) -> dict[str, Any]:
+def _statistics_arguments(plan: Plan, batch: Batch, inputs: Inputs) -> dict[str, Any]:
     """What slices and tiles need in either form."""
     tuning = plan.tuning
     return {
@@ -178,15 +192,14 @@ def _statistics_arguments(
         "partials_ptr": plan.partials,
         "n_partials": plan.partials.shape[1],
         "arrived_ptr": plan.arrived,
-        "moments_ptr": plan.moments,
         "folds_ptr": plan.folds,
-        "options_ptr": options,
-        "skipped_ptr": skipped,
-        "grad_ptrs": batch.grad_ptrs,
-        "param_ptrs": batch.param_ptrs,
-        "momentum_ptrs": batch.momentum_ptrs,
-        **_dtypes(batch),
+        "options_ptr": inputs.options,
+        "clocks_ptr": inputs.clocks,
+        "scale_ptr": inputs.grad_scale,
+        "found_ptr": inputs.found_inf,
+        **_tensors(batch),
         "WIDE": tuning.wide,
+        "WINDOWS": plan.windows,
         "TILES": batch.n_tiles > 0,
         "BLOCK": tuning.block,
         "UNROLL": tuning.unroll,
@@ -195,7 +208,7 @@ def _statistics_arguments(
     }
 
 
-def update(plan: Plan, batch: Batch, options: Tensor) -> None:
+def update(plan: Plan, batch: Batch, inputs: Inputs) -> None:
     """Second launch: normalise and move the segments."""
     from .update import _update_kernel
 
@@ -205,18 +218,16 @@ def update(plan: Plan, batch: Batch, options: Tensor) -> None:
         chunks_ptr=batch.chunks,
         segments_ptr=plan.segments,
         folds_ptr=plan.folds,
-        options_ptr=options,
-        grad_ptrs=batch.grad_ptrs,
-        param_ptrs=batch.param_ptrs,
-        momentum_ptrs=batch.momentum_ptrs,
-        **_dtypes(batch),
+        options_ptr=inputs.options,
+        clocks_ptr=inputs.clocks,
+        **_tensors(batch),
         BLOCK=plan.tuning.update_block,
         num_warps=plan.tuning.update_warps,
         enable_fp_fusion=False,
     )
 
 
-def single(plan: Plan, batch: Batch, options: Tensor, skipped: Tensor) -> None:
+def single(plan: Plan, batch: Batch, inputs: Inputs) -> None:
     """The whole step of a batch in one launch."""
     from .single import _single_kernel
 
@@ -230,7 +241,7 @@ def single(plan: Plan, batch: Batch, options: Tensor, skipped: Tensor) -> None:
         counters_ptr=work.counters,
         first_segment=work.first_segment,
         n_segments=len(work.counters) - 1,
-        **_statistics_arguments(plan, batch, options, skipped),
+        **_statistics_arguments(plan, batch, inputs),
         UPDATE_BLOCK=tuning.update_block,
         # those of the first launch: the order of its sums depends on them, the update's bits do not
         num_warps=tuning.warps,
@@ -300,7 +311,8 @@ def standardize_columns(x: Tensor) -> Tensor:
     return out
 
 
-def _dtypes(batch: Batch) -> dict[str, Any]:
+def _tensors(batch: Batch) -> dict[str, Any]:
+    """Where the tensors of a batch are, and of what kind."""
     import triton.language as tl
 
     names = {
@@ -308,11 +320,18 @@ def _dtypes(batch: Batch) -> dict[str, Any]:
         torch.bfloat16: tl.bfloat16,
         torch.float32: tl.float32,
     }
-    param, grad, buffer = (names[dtype] for dtype in batch.dtypes)
-    soft = interpreting()
     return {
-        "GRAD": grad, "PARAM": param, "BUFFER": buffer, "ALIGNED": batch.aligned, "SOFT": soft,
-    }  # fmt: skip
+        "grad_ptrs": batch.grad_ptrs,
+        "param_ptrs": batch.param_ptrs,
+        "momentum_ptrs": batch.momentum_ptrs,
+        "master_ptrs": batch.master_ptrs,
+        "GRAD": names[batch.kind.grad],
+        "PARAM": names[batch.kind.param],
+        "BUFFER": names[batch.kind.momentum],
+        "KIND": batch.kind.master,
+        "ALIGNED": batch.kind.aligned,
+        "SOFT": interpreting(),
+    }
 
 
 def on_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:

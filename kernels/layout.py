@@ -13,12 +13,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..memory import same_order, walked_in_place
+
 
 class Walk(NamedTuple):
     """The tensors to walk, in one common memory order; `rows` contiguous runs each."""
 
     param: Tensor
     momentum: Tensor | None
+    master: Tensor | None
     rows: int
 
     def gradient(self, grad: Tensor) -> Tensor:
@@ -29,36 +32,16 @@ class Walk(NamedTuple):
         return torch.empty_like(self.param, dtype=grad.dtype).copy_(grad)
 
 
-def walk(param: Tensor, momentum: Tensor | None, *, by_row: bool) -> Walk:
+def walk(param: Tensor, momentum: Tensor | None, master: Tensor | None, rows: int) -> Walk:
     """What to walk for a parameter; tensors other than its own are copies to be kept in step."""
-    rows = param.shape[0] if by_row and param.dim() >= 2 else 1
-    runs = rows == 1 or param.stride(0) * rows == param.numel()
-    here = param if is_dense(param) and runs else _row_major(param)
-    if momentum is not None and not same_order(momentum, here):
-        momentum = torch.empty_like(here, dtype=momentum.dtype)
-    return Walk(here, momentum, rows)
-
-
-def is_dense(tensor: Tensor) -> bool:
-    """Whether the entries fill one run of memory, each in a place of its own."""
-    if tensor.is_contiguous():
-        return True
-    filled = 1
-    for stride, size in sorted(zip(tensor.stride(), tensor.shape)):
-        if size == 1:
-            continue
-        if stride != filled:
-            return False
-        filled *= size
-    return True
-
-
-def same_order(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors of one shape are dense and lie in memory in the same order."""
-    if a.stride() == b.stride():
-        return is_dense(a)
-    pairs = zip(a.shape, a.stride(), b.stride())
-    return all(size == 1 or s == t for size, s, t in pairs) and is_dense(a)
+    here = param if walked_in_place(param, rows) else _row_major(param)
+    state = [
+        torch.empty_like(here, dtype=one.dtype)
+        if one is not None and not same_order(one, here)
+        else one
+        for one in (momentum, master)
+    ]
+    return Walk(here, *state, rows)
 
 
 def _row_major(tensor: Tensor) -> Tensor:

@@ -208,10 +208,3 @@ def fold(mean, m2, n, uniform, centering, eps, sign):
         inverse,
     )
 
-
-@triton.jit
-def mode_of(mean, m2, uniform, cdf, propagate):
-    """0: leave the slice as it is; 1: use the quotient; 2: map it through the normal CDF."""
-    finite = (mean - mean == 0) & (m2 - m2 == 0)
-    used = tl.where((cdf != 0) & (uniform == 0), 2.0, 1.0)
-    return tl.where(finite | (propagate != 0), used, 0.0)

@@ -25,9 +25,13 @@ from torch import Tensor
 from .work import Work, lay_out
 
 # what the kernels' tables have to a row
-SLICE, TILE, SEGMENT, CHUNK = 5, 5, 4, 4
+SLICE, TILE, SEGMENT, CHUNK, ROW = 5, 5, 6, 4, 4
+# bytes to a slice in a record: three float64
+RECORD = 24
 # bytes of the widest access
 ALIGNMENT = 16
+# `Kind.master`, as in precision.py, which imports Triton
+PLAIN, REMAINDER, MASTER_COPY, STOCHASTIC = range(4)
 
 
 @dataclass(frozen=True)
@@ -95,6 +99,10 @@ class Entry(NamedTuple):
         param: written in place.
         grad: read only.
         momentum: written in place; None without momentum.
+        master: int16 or float32, written in place; None without a master.
+        window: uint8 [rows], written; None without accumulation.
+        record: float64 [rows, 3], written.
+        key: seeds stochastic rounding; None where the parameter is rounded to nearest.
         option: the tensor's row of the option table.
         rows: slices along dimension 0; 1 when the tensor is one slice.
         centred: whether the mean is removed.
@@ -104,10 +112,25 @@ class Entry(NamedTuple):
     param: Tensor
     grad: Tensor
     momentum: Tensor | None
+    master: Tensor | None
+    window: Tensor | None
+    record: Tensor
+    key: int | None
     option: int
     rows: int
     centred: bool
     shared: int | None
+
+
+class Kind(NamedTuple):
+    """What tensors must share to share launches."""
+
+    param: torch.dtype
+    grad: torch.dtype
+    momentum: torch.dtype
+    # see `precision.PLAIN` and what follows there
+    master: int
+    aligned: bool
 
 
 @dataclass
@@ -115,8 +138,7 @@ class Batch:
     """The tables of one class of tensors; int64 on the device."""
 
     order: list[int]
-    dtypes: tuple[torch.dtype, torch.dtype, torch.dtype]
-    aligned: bool
+    kind: Kind
     n_slices: int
     n_tiles: int
     n_chunks: int
@@ -126,13 +148,14 @@ class Batch:
     rows: Tensor
     param_ptrs: Tensor
     momentum_ptrs: Tensor
+    master_ptrs: Tensor
     grad_ptrs: Tensor
     _work: Work | None = None
 
     def work(self, tuning: Tuning) -> Work:
         """The work list of a single launch, laid out when first asked for."""
         if self._work is None:
-            wave = max(1, tuning.wave // self.dtypes[1].itemsize)
+            wave = max(1, tuning.wave // self.kind.grad.itemsize)
             self._work = lay_out(self.slices, self.tiles, self.chunks, wave)
         return self._work
 
@@ -147,10 +170,11 @@ class Plan:
     segments: Tensor
     partials: Tensor
     arrived: Tensor
-    moments: Tensor
     folds: Tensor
     # the segments of each entry; a tile has none
     first_segment: list[int]
+    # whether some entry accumulates micro-batches
+    windows: bool
     # whether a segment has slices in several batches
     spanning: bool
     # the batches' gradient addresses, one table, and what was uploaded to it last
@@ -198,10 +222,10 @@ def build(entries: Sequence[Entry], tuning: Tuning, *, tiles: bool = True) -> Pl
     device = entries[0].param.device
     aligned = [_is_aligned(entry) for entry in entries]
     tiled = [tiles and _fits_tile(e, on, tuning) for e, on in zip(entries, aligned)]
-    kinds: dict[tuple[torch.dtype, torch.dtype, torch.dtype, bool], list[int]] = {}
+    kinds: dict[Kind, list[int]] = {}
     for i, entry in enumerate(entries):
         buffer = entry.momentum.dtype if entry.momentum is not None else torch.float32
-        kind = (entry.param.dtype, entry.grad.dtype, buffer, aligned[i])
+        kind = Kind(entry.param.dtype, entry.grad.dtype, buffer, master_kind(entry), aligned[i])
         kinds.setdefault(kind, []).append(i)
 
     segments, spans, n_partials = _segments(entries, tiled, tuning)
@@ -227,9 +251,9 @@ def build(entries: Sequence[Entry], tuning: Tuning, *, tiles: bool = True) -> Pl
         segments=segments.to(device),
         partials=torch.zeros(5, n_partials, dtype=torch.float64, device=device),
         arrived=torch.zeros(n, dtype=torch.int32, device=device),
-        moments=torch.zeros(n, 2, dtype=torch.float64, device=device),
         folds=torch.zeros(n, 8, dtype=torch.float32, device=device),
         first_segment=[span.segment if span else -1 for span in spans],
+        windows=any(entry.window is not None for entry in entries),
         spanning=len(groups) > len(set(groups)),
         grad_ptrs=grad_ptrs,
         in_batch_order=_picker([i for batch in batches for i in batch.order]),
@@ -282,6 +306,10 @@ def _segments(
         table[:, 1] = per_segment
         table[:, 2] = total
         table[:, 3] = _code(entry)
+        table[:, 4] = entry.record.data_ptr() + torch.arange(entry.rows) * RECORD
+        table[:, 5] = 0
+        if entry.window is not None:
+            table[:, 5] = entry.window.data_ptr() + torch.arange(entry.rows)
         tables.append(table)
         n_segments += entry.rows
     segments = torch.cat(tables) if tables else torch.empty(0, SEGMENT, dtype=torch.int64)
@@ -291,7 +319,7 @@ def _segments(
 def _batch(
     entries: Sequence[Entry],
     members: list[int],
-    kind: tuple[torch.dtype, torch.dtype, torch.dtype, bool],
+    kind: Kind,
     tiled: Sequence[bool],
     spans: Sequence[_Span | None],
     tuning: Tuning,
@@ -319,10 +347,11 @@ def _batch(
         if small:
             tiles.append(_tiles(small[0], len(small), tuning.tile_rows(columns), True, columns))
 
-    rows = torch.tensor([[_length(entries[i]), _code(entries[i])] for i in members])
+    rows = torch.tensor([_row(entries[i]) for i in members])
     params = torch.tensor([entries[i].param.data_ptr() for i in members])
     # without momentum the address is never used, but it must be one
     momenta = torch.tensor([_momentum(entries[i]).data_ptr() for i in members])
+    masters = torch.tensor([_master(entries[i]) for i in members])
     parts = [
         _stack(slices, SLICE),
         _stack(tiles, TILE),
@@ -330,6 +359,7 @@ def _batch(
         rows,
         params,
         momenta,
+        masters,
     ]
     flat = torch.cat([part.flatten() for part in parts]).to(grad_ptrs.device)
     views = [
@@ -338,8 +368,7 @@ def _batch(
     ]
     return Batch(
         order=members,
-        dtypes=kind[:3],
-        aligned=kind[3],
+        kind=kind,
         n_slices=len(parts[0]),
         n_tiles=len(parts[1]),
         n_chunks=len(parts[2]),
@@ -349,6 +378,7 @@ def _batch(
         rows=views[3],
         param_ptrs=views[4],
         momentum_ptrs=views[5],
+        master_ptrs=views[6],
         grad_ptrs=grad_ptrs,
     )
 
@@ -399,8 +429,26 @@ def _code(entry: Entry) -> int:
     return entry.option * 2 + entry.centred
 
 
+def _row(entry: Entry) -> list[int]:
+    """A tensor's row of the table for tiles."""
+    window = 0 if entry.window is None else entry.window.data_ptr()
+    return [_length(entry), _code(entry), entry.record.data_ptr(), window]
+
+
 def _momentum(entry: Entry) -> Tensor:
     return entry.param if entry.momentum is None else entry.momentum
+
+
+def _master(entry: Entry) -> int:
+    """The address of the master, or the key of stochastic rounding."""
+    return entry.key or 0 if entry.master is None else entry.master.data_ptr()
+
+
+def master_kind(entry: Entry) -> int:
+    """How the parameter keeps what its storage type would lose."""
+    if entry.master is not None:
+        return REMAINDER if entry.master.dtype is torch.int16 else MASTER_COPY
+    return PLAIN if entry.key is None else STOCHASTIC
 
 
 def _slice_step(length: int, tuning: Tuning) -> int:
@@ -413,7 +461,9 @@ def _is_aligned(entry: Entry) -> bool:
     """Whether every row of all three tensors starts at a multiple of 16 bytes."""
     if entry.rows > 1 and _length(entry) % _granule(entry):
         return False
-    tensors = (entry.param, entry.grad, _momentum(entry))
+    tensors = [entry.param, entry.grad, _momentum(entry)]
+    if entry.master is not None:
+        tensors.append(entry.master)
     return all(tensor.data_ptr() % ALIGNMENT == 0 for tensor in tensors)
 
 

@@ -3,31 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..checks import Options
-from .launch import encode, launch, on_a_device, tuning_for, write_rates
+from ..members import Member, Pass, rounds_stochastically, slices_of
+from ..options import Options
+from .launch import Inputs, encode, launch, on_a_device, tuning_for, write_rates
 from .layout import Walk, walk
 from .plan import ALIGNMENT, Entry, Plan, Tuning, build, capturing, upload
-
-
-class Member(NamedTuple):
-    """One tensor of a step: what `FusedStep` is made of.
-
-    Attributes:
-        param: non-empty, of a dtype and device that `launch.why_not` serves; written.
-        grad: of the parameter's shape; read.
-        momentum: of the parameter's shape; written. None when its group has no momentum.
-        group: index into the list of `Options`.
-    """
-
-    param: Tensor
-    grad: Tensor
-    momentum: Tensor | None
-    group: int
 
 
 class FusedStep:
@@ -57,11 +41,13 @@ class FusedStep:
             (
                 group,
                 param.data_ptr(), param.dtype, param.shape, param.stride(), param.device,
-                None if momentum is None else
-                (momentum.data_ptr(), momentum.dtype, momentum.stride()),
-                grad.dtype, grad.stride(), grad.data_ptr() % ALIGNMENT,
+                *(
+                    None if one is None else (one.data_ptr(), one.dtype, one.stride())
+                    for one in (momentum, master, window, record)
+                ),
+                grad.dtype, grad.stride(), grad.data_ptr() % ALIGNMENT, key,
             )
-            for param, grad, momentum, group in members
+            for param, grad, momentum, group, master, window, record, key in members
         ]  # fmt: skip
         return parts
 
@@ -70,53 +56,46 @@ class FusedStep:
         """Whether every tensor is walked where it is, at 16-byte addresses."""
         return all(device.in_place for device in self._devices)
 
-    def write(self, groups: Sequence[Options]) -> None:
+    def write(self, groups: Sequence[Options], closing: Sequence[bool]) -> None:
         """Bring the option tables up to date; an upload only where a value changed."""
         for device in self._devices:
-            device.write(groups)
+            device.write(groups, closing)
 
-    def run(
-        self,
-        members: Sequence[Member],
-        groups: Sequence[Options],
-        skipped: dict[torch.device, Tensor],
-    ) -> None:
+    def run(self, members: Sequence[Member], groups: Sequence[Options], this: Pass) -> None:
         """Move the parameters.
 
         Args:
             members: of the same signature as those this step was prepared for.
             groups: this step's options.
-            skipped: int64 [1] for each device, to which slices left as they were are added.
+            this: what else is new in this step.
         """
-        self.write(groups)
+        self.write(groups, this.closing)
         for device in self._devices:
-            device.run(members, skipped)
+            device.run(members, this)
         torch.autograd.graph.increment_version(self.params)
 
-    def run_at(self, addresses: list[int], skipped: dict[torch.device, Tensor]) -> None:
+    def run_at(self, addresses: list[int], this: Pass) -> None:
         """Move the parameters by gradients of the same kind elsewhere, when `in_place`.
 
         Args:
             addresses: of the gradients, multiples of 16, in the order of the members.
-            skipped: as for `run`.
+            this: as for `run`; options are those last written.
         """
         for device in self._devices:
             here = addresses
             if len(self._devices) > 1:
                 here = [addresses[i] for i in device.order]
             device.plan.point_at(here)
-            launch(device.plan, device.table, skipped[device.device])
+            launch(device.plan, device.inputs(this))
         torch.autograd.graph.increment_version(self.params)
 
 
 def structure(options: Options) -> tuple[object, ...]:
     """What of a group's options is in the layout of the work, not in the option table."""
-    return options.granularity, options.center_1d, options.momentum > 0
-
-
-def new_counter(device: torch.device) -> Tensor:
-    """A counter of skipped slices."""
-    return torch.zeros(1, dtype=torch.int64, device=device)
+    return (
+        options.granularity, options.center_1d, options.buffered,
+        options.accumulation_steps > 1, options.master_weights, options.seed,
+    )  # fmt: skip
 
 
 class _Device:
@@ -136,18 +115,23 @@ class _Device:
         entries: list[Entry] = []
         copied = False
         for i in order:
-            param, grad, momentum, group = members[i]
+            param, grad, momentum, group, master, window, record, key = members[i]
             options = groups[group]
-            path = walk(param, momentum, by_row=options.granularity == "row")
+            path = walk(param, momentum, master, slices_of(param.shape, options.granularity))
             self.walks.append(path)
             values = path.gradient(grad)
             copied |= path.param is not param or path.momentum is not momentum
+            copied |= path.master is not master
             copied |= values is not grad or grad.data_ptr() % ALIGNMENT != 0
             entries.append(
                 Entry(
                     param=path.param,
                     grad=values,
                     momentum=path.momentum,
+                    master=path.master,
+                    window=window,
+                    record=record,
+                    key=key if rounds_stochastically(param, options) else None,
                     option=group,
                     rows=path.rows,
                     centred=options.centres(param.dim()),
@@ -158,10 +142,15 @@ class _Device:
         self.plan: Plan = build(entries, tuning or tuning_for(device))
         self.rows: list[tuple[list[float], bool]] = []
         self.table = torch.empty(len(groups), 16, dtype=torch.float64, device=device)
+        self.unscaled = torch.ones(1, device=device)
+        self.finite = torch.zeros(1, device=device)
 
-    def write(self, groups: Sequence[Options]) -> None:
+    def write(self, groups: Sequence[Options], closing: Sequence[bool]) -> None:
         # a row of a device lr differs from that of the float it may be replaced by
-        rows = [(encode(options), on_a_device(options.lr)) for options in groups]
+        rows = [
+            (encode(options, last), on_a_device(options.lr))
+            for options, last in zip(groups, closing)
+        ]
         if rows != self.rows:
             if capturing(self.device):
                 raise RuntimeError(
@@ -173,19 +162,36 @@ class _Device:
         for row, options in enumerate(groups):
             write_rates(self.table, row, options)
 
-    def run(self, members: Sequence[Member], skipped: dict[torch.device, Tensor]) -> None:
+    def inputs(self, this: Pass) -> Inputs:
+        """What the kernels read besides the plan."""
+        return Inputs(
+            self.table,
+            this.clocks[self.device],
+            self._here(this.grad_scale, self.unscaled),
+            self._here(this.found_inf, self.finite),
+        )
+
+    def _here(self, given: Tensor | None, default: Tensor) -> Tensor:
+        """A GradScaler's tensor, where and as the kernels read it."""
+        return default if given is None else given.to(default)
+
+    def run(self, members: Sequence[Member], this: Pass) -> None:
         here = [members[i] for i in self.order]
         # copies live until the launches are queued; the allocator orders their reuse after them
         grads = [path.gradient(member.grad) for path, member in zip(self.walks, here)]
         copies = [
             (mine, theirs)
             for path, member in zip(self.walks, here)
-            for mine, theirs in ((path.param, member.param), (path.momentum, member.momentum))
+            for mine, theirs in (
+                (path.param, member.param),
+                (path.momentum, member.momentum),
+                (path.master, member.master),
+            )
             if mine is not None and theirs is not None and mine.data_ptr() != theirs.data_ptr()
         ]
         for mine, theirs in copies:
             mine.copy_(theirs)
         self.plan.point_at([grad.data_ptr() for grad in grads])
-        launch(self.plan, self.table, skipped[self.device])
+        launch(self.plan, self.inputs(this))
         for mine, theirs in copies:
             theirs.copy_(mine)

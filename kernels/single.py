@@ -61,18 +61,22 @@ def _single_kernel(
     partials_ptr,
     n_partials,
     arrived_ptr,
-    moments_ptr,
     folds_ptr,
     options_ptr,
-    skipped_ptr,
+    clocks_ptr,
+    scale_ptr,
+    found_ptr,
     grad_ptrs,
     param_ptrs,
     momentum_ptrs,
+    master_ptrs,
     GRAD: tl.constexpr,
     PARAM: tl.constexpr,
     BUFFER: tl.constexpr,
+    KIND: tl.constexpr,
     ALIGNED: tl.constexpr,
     WIDE: tl.constexpr,
+    WINDOWS: tl.constexpr,
     SOFT: tl.constexpr,
     TILES: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -89,9 +93,9 @@ def _single_kernel(
         kind = tl.load(item)
         if kind == IS_SLICE:
             published = _slice(
-                item + 1, segments_ptr, partials_ptr, n_partials, arrived_ptr, moments_ptr,
-                folds_ptr, options_ptr, skipped_ptr, grad_ptrs,
-                GRAD, ALIGNED, WIDE, BLOCK, UNROLL, MERGE,
+                item + 1, segments_ptr, partials_ptr, n_partials, arrived_ptr, folds_ptr,
+                options_ptr, scale_ptr, found_ptr, grad_ptrs,
+                GRAD, ALIGNED, WIDE, WINDOWS, BLOCK, UNROLL, MERGE,
             )  # fmt: skip
             if published:
                 # every thread's stores of the fold before the one thread's release
@@ -100,13 +104,14 @@ def _single_kernel(
         elif kind == IS_CHUNK:
             _await(flags + tl.load(item + 4))
             _chunk(
-                item + 1, segments_ptr, folds_ptr, options_ptr, grad_ptrs, param_ptrs,
-                momentum_ptrs, GRAD, PARAM, BUFFER, ALIGNED, SOFT, UPDATE_BLOCK,
+                item + 1, segments_ptr, folds_ptr, options_ptr, clocks_ptr, grad_ptrs, param_ptrs,
+                momentum_ptrs, master_ptrs, GRAD, PARAM, BUFFER, KIND, ALIGNED, SOFT, UPDATE_BLOCK,
             )  # fmt: skip
         elif TILES:
             _tile_of_any_shape(
-                item + 1, rows_ptr, options_ptr, skipped_ptr, grad_ptrs, param_ptrs,
-                momentum_ptrs, GRAD, PARAM, BUFFER, ALIGNED, SOFT, BLOCK, TILE,
+                item + 1, rows_ptr, options_ptr, clocks_ptr, scale_ptr, found_ptr, grad_ptrs,
+                param_ptrs, momentum_ptrs, master_ptrs, GRAD, PARAM, BUFFER, KIND, ALIGNED,
+                WINDOWS, SOFT, BLOCK, TILE,
             )  # fmt: skip
         ticket = tl.atomic_add(counters_ptr, 1, sem="relaxed")
     if ticket == n_items + tl.num_programs(0) - 1:

@@ -15,30 +15,55 @@ element in float32 with momentum, and is not touched by the second launch.
 import triton
 import triton.language as tl
 
-from .moments import UNIFORM, fold, lane_moments, mode_of, stream_tile_moments, tile_moments
+from .moments import UNIFORM, fold, lane_moments, stream_tile_moments, tile_moments
+from .precision import (
+    MASTER_COPY,
+    REMAINDER,
+    STOCHASTIC,
+    hash_positions,
+    narrow,
+    rounding_seeds,
+    store_as,
+    widen,
+)
 from .update import (
+    BUFFERED,
     CDF,
     CENTERING,
+    CLOSE_ONLY,
+    CLOSING,
     DECAY,
     EPS,
     FOLD_COLUMNS,
     FRESH,
+    LEAVE,
     LR,
     MOMENTUM,
     NESTEROV,
     OPTION_COLUMNS,
     PROPAGATE,
+    QUOTIENT,
+    SEGMENT_COLUMNS,
     SIGN,
+    THROUGH_CDF,
     bounded,
     move,
-    store_as,
 )
+
+# columns of a record, as in bngd_triton/members.py
+RECORD_COLUMNS = tl.constexpr(3)
+MEAN = tl.constexpr(0)
+STD = tl.constexpr(1)
+SKIPPED = tl.constexpr(2)
+# columns of the table of tiled tensors: elements of a row, option row * 2 + centred, addresses of
+# record and window
+ROW_COLUMNS = tl.constexpr(4)
 
 # parts of one upload: their alignment must not choose among compilations, nor their sizes
 TABLES = [
     "slices_ptr", "tiles_ptr", "rows_ptr", "segments_ptr", "partials_ptr", "arrived_ptr",
-    "moments_ptr", "folds_ptr", "options_ptr", "skipped_ptr", "grad_ptrs", "param_ptrs",
-    "momentum_ptrs",
+    "folds_ptr", "options_ptr", "clocks_ptr", "scale_ptr", "found_ptr", "grad_ptrs", "param_ptrs",
+    "momentum_ptrs", "master_ptrs",
 ]  # fmt: skip
 
 
@@ -82,14 +107,65 @@ def _merge_partials(partials, n_partials, first, count, WIDE: tl.constexpr, MERG
 
 
 @triton.jit
-def _publish(mean, m2, n, uniform, segment, coded, moments_ptr, folds_ptr, options_ptr, skipped):
-    """Store a segment's moments and fold; count it when it is to be skipped."""
+def _admit(
+    mean, m2, uniform, option, found_ptr, window, known, WINDOWS: tl.constexpr
+):  # fmt: skip
+    """What becomes of slices: mode, momentum's weight, whether each was finite or propagates.
+
+    ``option``, ``window`` and ``known`` (whether there is a window) have the shape of ``mean``.
+    """
+    finite = (mean - mean == 0) & (m2 - m2 == 0)
+    taken = finite | (tl.load(option + PROPAGATE) != 0)
+    # a sum over devices, so anything but 0; by a product, since the interpreter cannot combine
+    # the comparison of a scalar with that of a tensor
+    valid = (taken.to(tl.int32) * (tl.load(found_ptr) == 0).to(tl.int32)) != 0
+    cdf = tl.load(option + CDF)
+    mode = tl.where(valid, tl.where((cdf != 0) & (uniform == 0), THROUGH_CDF, QUOTIENT), LEAVE)
+    beta = tl.load(option + MOMENTUM)
+    if WINDOWS:
+        seen = tl.load(window, mask=known, other=0) != 0
+        closing = tl.load(option + CLOSING) != 0
+        beta = tl.where(known & (seen | (valid == 0)), 1.0, beta)
+        mode = tl.where(known & (valid == 0) & closing & seen, CLOSE_ONLY, mode)
+        seen = (seen | valid) & (closing == 0)
+        tl.store(window, seen.to(tl.uint8), mask=known)
+    return mode, beta.to(tl.float32), taken
+
+
+@triton.jit
+def _note(record, mean, std, taken, scale, live):
+    """Fill in records: statistics of the unscaled gradient, and one more slice left out."""
+    tl.store(record + MEAN, mean / scale, mask=live)
+    tl.store(record + STD, std / scale, mask=live)
+    left = live & (taken == 0)
+    count = tl.load(record + SKIPPED, mask=left, other=0.0)
+    tl.store(record + SKIPPED, count + 1.0, mask=left)
+
+
+@triton.jit
+def _publish(
+    mean, m2, n, uniform, segment, segments_ptr, folds_ptr, options_ptr, scale_ptr, found_ptr,
+    WINDOWS: tl.constexpr,
+):  # fmt: skip
+    """Store a segment's fold and record."""
+    here = segments_ptr + segment * SEGMENT_COLUMNS
+    coded = tl.load(here + 3)
     option = options_ptr + (coded >> 1) * OPTION_COLUMNS
     centering = tl.where((coded & 1) != 0, tl.load(option + CENTERING), 0.0)
+    scale = tl.load(scale_ptr).to(tl.float64)
     up, more, high, low, inverse = fold(
-        mean, m2, n, uniform, centering, tl.load(option + EPS), tl.load(option + SIGN)
+        mean, m2, n, uniform, centering, tl.load(option + EPS) * scale, tl.load(option + SIGN)
     )
-    mode = mode_of(mean, m2, uniform, tl.load(option + CDF), tl.load(option + PROPAGATE))
+    window = tl.load(here + 5)
+    known = window != 0
+    mode, beta, taken = _admit(
+        mean, m2, uniform, option, found_ptr, window.to(tl.pointer_type(tl.uint8)), known, WINDOWS
+    )
+    if mode == CLOSE_ONLY:
+        # a gradient of 0
+        high = 0.0
+        low = 0.0
+        inverse = 0.0
     row = folds_ptr + segment * FOLD_COLUMNS
     tl.store(row, up)
     tl.store(row + 1, more)
@@ -97,17 +173,17 @@ def _publish(mean, m2, n, uniform, segment, coded, moments_ptr, folds_ptr, optio
     tl.store(row + 3, low)
     tl.store(row + 4, inverse)
     tl.store(row + 5, mode.to(tl.float32))
-    tl.store(moments_ptr + segment * 2, mean)
-    tl.store(moments_ptr + segment * 2 + 1, m2)
-    if mode == 0.0:
-        tl.atomic_add(skipped, 1, sem="relaxed")
+    tl.store(row + 6, beta)
+    tl.store(row + 7, tl.load(option + FRESH).to(tl.float32))
+    record = tl.load(here + 4).to(tl.pointer_type(tl.float64))
+    _note(record, mean, tl.sqrt(m2 / n), taken, scale, n > 0)
 
 
 @triton.jit
 def _slice(
-    row, segments_ptr, partials_ptr, n_partials, arrived_ptr, moments_ptr, folds_ptr, options_ptr,
-    skipped, grad_ptrs, GRAD: tl.constexpr, ALIGNED: tl.constexpr, WIDE: tl.constexpr,
-    BLOCK: tl.constexpr, UNROLL: tl.constexpr, MERGE: tl.constexpr,
+    row, segments_ptr, partials_ptr, n_partials, arrived_ptr, folds_ptr, options_ptr, scale_ptr,
+    found_ptr, grad_ptrs, GRAD: tl.constexpr, ALIGNED: tl.constexpr, WIDE: tl.constexpr,
+    WINDOWS: tl.constexpr, BLOCK: tl.constexpr, UNROLL: tl.constexpr, MERGE: tl.constexpr,
 ):  # fmt: skip
     """Statistics of one slice; the last one of a segment publishes it. Returns whether this did."""
     tensor = tl.load(row)
@@ -124,8 +200,8 @@ def _slice(
         n, mean, m2, least, most = stream_tile_moments(grad, length, ALIGNED, BLOCK * UNROLL)
         least = least.to(tl.float64)
         most = most.to(tl.float64)
-    first = tl.load(segments_ptr + segment * 4)
-    count = tl.load(segments_ptr + segment * 4 + 1)
+    first = tl.load(segments_ptr + segment * SEGMENT_COLUMNS)
+    count = tl.load(segments_ptr + segment * SEGMENT_COLUMNS + 1)
     arrivals = count - 1
     if count > 1:
         here = partials_ptr + slot
@@ -152,16 +228,19 @@ def _slice(
             uniform = least == most
             mean = tl.where(uniform, least, mean)
             m2 = tl.where(uniform, 0.0, m2)
-        coded = tl.load(segments_ptr + segment * 4 + 3)
-        _publish(mean, m2, n, uniform, segment, coded, moments_ptr, folds_ptr, options_ptr, skipped)
+        _publish(
+            mean, m2, n, uniform, segment, segments_ptr, folds_ptr, options_ptr, scale_ptr,
+            found_ptr, WINDOWS,
+        )  # fmt: skip
     return last
 
 
 @triton.jit
 def _tile(
-    row, rows_ptr, options_ptr, skipped, grad_ptrs, param_ptrs, momentum_ptrs,
-    GRAD: tl.constexpr, PARAM: tl.constexpr, BUFFER: tl.constexpr, ALIGNED: tl.constexpr,
-    SOFT: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr,
+    row, rows_ptr, options_ptr, clocks_ptr, scale_ptr, found_ptr, grad_ptrs, param_ptrs,
+    momentum_ptrs, master_ptrs, GRAD: tl.constexpr, PARAM: tl.constexpr, BUFFER: tl.constexpr,
+    KIND: tl.constexpr, ALIGNED: tl.constexpr, WINDOWS: tl.constexpr, SOFT: tl.constexpr,
+    BLOCK: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Slices of at most COLUMNS entries each, from one gradient read to the stores."""
     # one row to a thread: eight rows of float64 statistics took 255 registers and spilled
@@ -172,9 +251,11 @@ def _tile(
     # listed: one row per tensor of the table; else consecutive rows of one tensor
     listed = tl.load(row + 3)
     tensor = tl.load(row) + r * listed
-    length = tl.load(rows_ptr + tensor * 2, mask=present, other=0).to(tl.int32)
-    coded = tl.load(rows_ptr + tensor * 2 + 1, mask=present, other=0)
-    start = (tl.load(row + 2) + r) * (1 - listed) * length
+    about = rows_ptr + tensor * ROW_COLUMNS
+    length = tl.load(about, mask=present, other=0).to(tl.int32)
+    coded = tl.load(about + 1, mask=present, other=0)
+    index = (tl.load(row + 2) + r) * (1 - listed)
+    start = index * length
     if ALIGNED:
         # plan._granule: a bound of so many elements does not cut a 16-byte access
         GRANULE: tl.constexpr = (
@@ -197,26 +278,32 @@ def _tile(
 
     option = options_ptr + (coded >> 1) * OPTION_COLUMNS
     centering = tl.where((coded & 1) != 0, tl.load(option + CENTERING), 0.0)
+    scale = tl.load(scale_ptr).to(tl.float64)
     up, more, high, low, inverse = fold(
-        mean, m2, n, uniform, centering, tl.load(option + EPS), tl.load(option + SIGN)
+        mean, m2, n, uniform, centering, tl.load(option + EPS) * scale, tl.load(option + SIGN)
     )
-    mode = mode_of(mean, m2, uniform, tl.load(option + CDF), tl.load(option + PROPAGATE)).to(
-        tl.float32
+    address = tl.load(about + 3, mask=present, other=0)
+    window = address.to(tl.pointer_type(tl.uint8)) + index
+    mode, beta, taken = _admit(
+        mean, m2, uniform, option, found_ptr, window, present & (address != 0), WINDOWS
     )
-    left_out = tl.sum(tl.where(present & (mode == 0.0), 1, 0))
-    if left_out > 0:
-        tl.atomic_add(skipped, left_out, sem="relaxed")
+    address = tl.load(about + 2, mask=present, other=0)
+    record = address.to(tl.pointer_type(tl.float64)) + index * RECORD_COLUMNS
+    _note(record, mean, tl.sqrt(m2 / n), taken, scale, present)
     lr = tl.load(option + LR).to(tl.float32)
     decay = tl.load(option + DECAY).to(tl.float32)
-    beta = tl.load(option + MOMENTUM).to(tl.float32)
     fresh = tl.load(option + FRESH).to(tl.float32)
     nesterov = tl.load(option + NESTEROV).to(tl.float32)
 
     ghat = (((x * up) * more - high) - low) * inverse
-    if tl.max(mode) == 2.0:
-        ghat = tl.where(mode == 2.0, bounded(ghat), ghat)
-    live = x_live & (mode != 0.0)
-    has = live & (beta != 0)
+    if tl.max(mode) == THROUGH_CDF:
+        ghat = tl.where(mode == THROUGH_CDF, bounded(ghat), ghat)
+    live = x_live & (mode != LEAVE)
+    held = live & (tl.load(option + BUFFERED) != 0)
+    moved = live
+    if WINDOWS:
+        ghat = tl.where(mode == CLOSE_ONLY, 0.0, ghat)
+        moved = live & (tl.load(option + CLOSING) != 0)
     base = tl.load(param_ptrs + tensor, mask=present, other=0).to(tl.pointer_type(PARAM))
     param = base + start + c
     base = tl.load(momentum_ptrs + tensor, mask=present, other=0).to(tl.pointer_type(BUFFER))
@@ -224,26 +311,45 @@ def _tile(
     if ALIGNED:
         param = tl.multiple_of(param, (16, 16))
         momentum = tl.multiple_of(momentum, (16, 16))
-    p = tl.load(param, mask=live, other=0.0, eviction_policy="evict_first").to(tl.float32)
-    m = tl.load(momentum, mask=has, other=0.0, eviction_policy="evict_first").to(tl.float32)
-    p, m = move(p, m, ghat, lr, decay, beta, fresh, nesterov)
-    tl.store(param, store_as(p, PARAM, SOFT), mask=live, eviction_policy="evict_first")
-    tl.store(momentum, store_as(m, BUFFER, SOFT), mask=has, eviction_policy="evict_first")
+    p = tl.load(param, mask=moved, other=0.0, eviction_policy="evict_first")
+    m = tl.load(momentum, mask=held, other=0.0, eviction_policy="evict_first").to(tl.float32)
+    rest = p
+    hashed = c
+    if KIND == STOCHASTIC:
+        key = tl.load(master_ptrs + tensor, mask=present, other=0)
+        tensor_seed, step_seed = rounding_seeds(tl.load(clocks_ptr + (coded >> 1)), key)
+        hashed = hash_positions(start + c, tensor_seed, step_seed)
+    if KIND == REMAINDER or KIND == MASTER_COPY:
+        STORAGE: tl.constexpr = tl.int16 if KIND == REMAINDER else tl.float32
+        base = tl.load(master_ptrs + tensor, mask=present, other=0).to(tl.pointer_type(STORAGE))
+        master = base + start + c
+        if ALIGNED:
+            master = tl.multiple_of(master, (16, 16))
+        rest = tl.load(master, mask=moved, other=0, eviction_policy="evict_first")
+    old = widen(p, rest, KIND, SOFT)
+    new, m = move(old, m, ghat, lr, decay, beta, fresh, nesterov)
+    p, rest = narrow(new, PARAM, hashed, KIND, SOFT)
+    tl.store(param, p, mask=moved, eviction_policy="evict_first")
+    if KIND == REMAINDER or KIND == MASTER_COPY:
+        tl.store(master, rest, mask=moved, eviction_policy="evict_first")
+    tl.store(momentum, store_as(m, BUFFER, SOFT), mask=held, eviction_policy="evict_first")
 
 
 @triton.jit
 def _tile_of_any_shape(
-    row, rows_ptr, options_ptr, skipped, grad_ptrs, param_ptrs, momentum_ptrs,
-    GRAD: tl.constexpr, PARAM: tl.constexpr, BUFFER: tl.constexpr, ALIGNED: tl.constexpr,
-    SOFT: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
+    row, rows_ptr, options_ptr, clocks_ptr, scale_ptr, found_ptr, grad_ptrs, param_ptrs,
+    momentum_ptrs, master_ptrs, GRAD: tl.constexpr, PARAM: tl.constexpr, BUFFER: tl.constexpr,
+    KIND: tl.constexpr, ALIGNED: tl.constexpr, WINDOWS: tl.constexpr, SOFT: tl.constexpr,
+    BLOCK: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """A tile by the code for its number of columns: `Tuning.tile_columns`."""
     columns = tl.load(row + 4)
     for shrink in tl.static_range(4):
         if columns == TILE >> (2 * shrink):
             _tile(
-                row, rows_ptr, options_ptr, skipped, grad_ptrs, param_ptrs, momentum_ptrs,
-                GRAD, PARAM, BUFFER, ALIGNED, SOFT, BLOCK, TILE >> (2 * shrink),
+                row, rows_ptr, options_ptr, clocks_ptr, scale_ptr, found_ptr, grad_ptrs,
+                param_ptrs, momentum_ptrs, master_ptrs, GRAD, PARAM, BUFFER, KIND, ALIGNED,
+                WINDOWS, SOFT, BLOCK, TILE >> (2 * shrink),
             )  # fmt: skip
 
 
@@ -252,23 +358,27 @@ def _statistics_kernel(
     slices_ptr,  # int64 [n_slices, 5]: tensor, first element, elements, partial, segment
     n_slices,
     tiles_ptr,  # int64 [tiles, 5]: first tensor, rows, first row, listed, columns
-    rows_ptr,  # int64 [tensors, 2]: elements of a row, option row * 2 + centred
-    segments_ptr,  # int64 [segments, 4]: first partial, partials, elements, the same code
+    rows_ptr,  # int64 [tensors, ROW_COLUMNS]
+    segments_ptr,  # int64 [segments, SEGMENT_COLUMNS]
     partials_ptr,  # float64 [5, n_partials]
     n_partials,
     arrived_ptr,  # int32 [segments], zero before and after
-    moments_ptr,  # float64 [segments, 2]: mean, M2
     folds_ptr,  # float32 [segments, FOLD_COLUMNS]
     options_ptr,  # float64 [groups, OPTION_COLUMNS]
-    skipped_ptr,  # int64 [1], counts slices left as they were
-    grad_ptrs,  # int64 [tensors], likewise the next two
+    clocks_ptr,  # int64 [groups]
+    scale_ptr,  # float32 [1], what gradients were multiplied by
+    found_ptr,  # float32 [1], anything but 0 makes gradients invalid
+    grad_ptrs,  # int64 [tensors], likewise the next three
     param_ptrs,
     momentum_ptrs,
+    master_ptrs,  # of the master, or the tensor's key for stochastic rounding
     GRAD: tl.constexpr,
     PARAM: tl.constexpr,
     BUFFER: tl.constexpr,
+    KIND: tl.constexpr,
     ALIGNED: tl.constexpr,
     WIDE: tl.constexpr,
+    WINDOWS: tl.constexpr,
     SOFT: tl.constexpr,
     TILES: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -280,12 +390,12 @@ def _statistics_kernel(
     if program < n_slices:
         _slice(
             slices_ptr + program * 5, segments_ptr, partials_ptr, n_partials, arrived_ptr,
-            moments_ptr, folds_ptr, options_ptr, skipped_ptr, grad_ptrs,
-            GRAD, ALIGNED, WIDE, BLOCK, UNROLL, MERGE,
+            folds_ptr, options_ptr, scale_ptr, found_ptr, grad_ptrs,
+            GRAD, ALIGNED, WIDE, WINDOWS, BLOCK, UNROLL, MERGE,
         )  # fmt: skip
     elif TILES:
         _tile_of_any_shape(
-            tiles_ptr + (program - n_slices) * 5, rows_ptr, options_ptr, skipped_ptr,
-            grad_ptrs, param_ptrs, momentum_ptrs,
-            GRAD, PARAM, BUFFER, ALIGNED, SOFT, BLOCK, TILE,
+            tiles_ptr + (program - n_slices) * 5, rows_ptr, options_ptr, clocks_ptr, scale_ptr,
+            found_ptr, grad_ptrs, param_ptrs, momentum_ptrs, master_ptrs,
+            GRAD, PARAM, BUFFER, KIND, ALIGNED, WINDOWS, SOFT, BLOCK, TILE,
         )  # fmt: skip

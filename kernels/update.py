@@ -14,6 +14,17 @@ Without momentum 12 bytes; bfloat16 parameters and gradients with float32 moment
 import triton
 import triton.language as tl
 
+from .precision import (
+    MASTER_COPY,
+    REMAINDER,
+    STOCHASTIC,
+    hash_positions,
+    narrow,
+    rounding_seeds,
+    store_as,
+    widen,
+)
+
 # columns of the option table, float64, OPTION_COLUMNS to a row; the first four hold values
 # already rounded to float32
 OPTION_COLUMNS = tl.constexpr(16)
@@ -27,24 +38,22 @@ SIGN = tl.constexpr(6)
 NESTEROV = tl.constexpr(7)
 CDF = tl.constexpr(8)
 PROPAGATE = tl.constexpr(9)
+BUFFERED = tl.constexpr(10)
+CLOSING = tl.constexpr(11)
 
-# columns of the fold table, float32
+# columns of the fold table, float32: up, more, high, low, inverse, mode, beta, fresh
 FOLD_COLUMNS = tl.constexpr(8)
 
+# columns of the segment table: first partial, partials, elements, option row * 2 + centred,
+# address of the record, address of the window or 0
+SEGMENT_COLUMNS = tl.constexpr(6)
 
-@triton.jit
-def store_as(x, like: tl.constexpr, SOFT: tl.constexpr):
-    """Round float32 to the storage type, to nearest even.
-
-    SOFT does it in integers for bfloat16: the interpreter's own cast truncates.
-    """
-    if SOFT and like == tl.bfloat16:
-        bits = x.to(tl.uint32, bitcast=True)
-        kept = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-        kept = tl.where(x != x, (bits >> 16) | 0x40, kept)
-        return kept.to(tl.uint16).to(tl.bfloat16, bitcast=True)
-    else:
-        return x.to(like)
+# what a step does with a slice
+LEAVE = tl.constexpr(0.0)
+QUOTIENT = tl.constexpr(1.0)
+THROUGH_CDF = tl.constexpr(2.0)
+# an invalid gradient ends a window in which others were valid: move by what momentum holds
+CLOSE_ONLY = tl.constexpr(3.0)
 
 
 @triton.jit
@@ -64,36 +73,45 @@ def move(param, momentum, ghat, lr, decay, beta, fresh, nesterov):
 
 @triton.jit
 def _update_block(
-    grad, param, momentum, offsets, live, has, mode, up, more, high, low, inverse,
-    lr, decay, beta, fresh, nesterov, SOFT: tl.constexpr,
+    grad, param, momentum, master, offsets, fed, held, moved, place, mode, up, more, high, low,
+    inverse, lr, decay, beta, fresh, nesterov, tensor_seed, step_seed,
+    KIND: tl.constexpr, SOFT: tl.constexpr,
 ):  # fmt: skip
-    """One block: load, move, store; ``has`` masks momentum. Nothing is read again: evict_first."""
-    g = tl.load(grad + offsets, mask=live, other=0.0, eviction_policy="evict_first")
-    p = tl.load(param + offsets, mask=live, other=0.0, eviction_policy="evict_first")
-    m = tl.load(momentum + offsets, mask=has, other=0.0, eviction_policy="evict_first")
+    """One block: load, move, store. Nothing is read again: evict_first.
+
+    ``fed``, ``held`` and ``moved`` mask the gradient, momentum and the parameter.
+    """
+    g = tl.load(grad + offsets, mask=fed, other=0.0, eviction_policy="evict_first")
+    p = tl.load(param + offsets, mask=moved, other=0.0, eviction_policy="evict_first")
+    m = tl.load(momentum + offsets, mask=held, other=0.0, eviction_policy="evict_first")
     ghat = (((g.to(tl.float32) * up) * more - high) - low) * inverse
-    if mode == 2.0:
+    if mode == THROUGH_CDF:
         ghat = bounded(ghat)
-    new, m = move(p.to(tl.float32), m.to(tl.float32), ghat, lr, decay, beta, fresh, nesterov)
-    tl.store(
-        param + offsets,
-        store_as(new, param.dtype.element_ty, SOFT),
-        mask=live,
-        eviction_policy="evict_first",
-    )
+    rest = p
+    hashed = offsets
+    if KIND == REMAINDER or KIND == MASTER_COPY:
+        rest = tl.load(master + offsets, mask=moved, other=0, eviction_policy="evict_first")
+    if KIND == STOCHASTIC:
+        hashed = hash_positions(place + offsets, tensor_seed, step_seed)
+    old = widen(p, rest, KIND, SOFT)
+    new, m = move(old, m.to(tl.float32), ghat, lr, decay, beta, fresh, nesterov)
+    p, rest = narrow(new, param.dtype.element_ty, hashed, KIND, SOFT)
+    tl.store(param + offsets, p, mask=moved, eviction_policy="evict_first")
+    if KIND == REMAINDER or KIND == MASTER_COPY:
+        tl.store(master + offsets, rest, mask=moved, eviction_policy="evict_first")
     tl.store(
         momentum + offsets,
         store_as(m, momentum.dtype.element_ty, SOFT),
-        mask=has,
+        mask=held,
         eviction_policy="evict_first",
     )
 
 
 @triton.jit
 def _chunk(
-    row, segments_ptr, folds_ptr, options_ptr, grad_ptrs, param_ptrs, momentum_ptrs,
-    GRAD: tl.constexpr, PARAM: tl.constexpr, BUFFER: tl.constexpr, ALIGNED: tl.constexpr,
-    SOFT: tl.constexpr, BLOCK: tl.constexpr,
+    row, segments_ptr, folds_ptr, options_ptr, clocks_ptr, grad_ptrs, param_ptrs, momentum_ptrs,
+    master_ptrs, GRAD: tl.constexpr, PARAM: tl.constexpr, BUFFER: tl.constexpr,
+    KIND: tl.constexpr, ALIGNED: tl.constexpr, SOFT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Move one chunk by its segment's fold, which must have been published."""
     tensor = tl.load(row)
@@ -102,66 +120,93 @@ def _chunk(
     segment = tl.load(row + 3)
     fold_row = folds_ptr + segment * FOLD_COLUMNS
     mode = tl.load(fold_row + 5)
-    if mode != 0.0:
+    if mode != LEAVE:
         up = tl.load(fold_row)
         more = tl.load(fold_row + 1)
         high = tl.load(fold_row + 2)
         low = tl.load(fold_row + 3)
         inverse = tl.load(fold_row + 4)
-        option = options_ptr + (tl.load(segments_ptr + segment * 4 + 3) >> 1) * OPTION_COLUMNS
+        beta = tl.load(fold_row + 6)
+        fresh = tl.load(fold_row + 7)
+        group = tl.load(segments_ptr + segment * SEGMENT_COLUMNS + 3) >> 1
+        option = options_ptr + group * OPTION_COLUMNS
         lr = tl.load(option + LR).to(tl.float32)
         decay = tl.load(option + DECAY).to(tl.float32)
-        beta = tl.load(option + MOMENTUM).to(tl.float32)
-        fresh = tl.load(option + FRESH).to(tl.float32)
         nesterov = tl.load(option + NESTEROV)
+        buffered = tl.load(option + BUFFERED)
+        closing = tl.load(option + CLOSING)
         grad = tl.load(grad_ptrs + tensor).to(tl.pointer_type(GRAD)) + start
         param = tl.load(param_ptrs + tensor).to(tl.pointer_type(PARAM)) + start
         momentum = tl.load(momentum_ptrs + tensor).to(tl.pointer_type(BUFFER)) + start
+        tensor_seed = tensor
+        step_seed = tensor
+        master = param
+        if KIND == STOCHASTIC:
+            # in the place of a master's address: the tensor's key
+            key = tl.load(master_ptrs + tensor)
+            tensor_seed, step_seed = rounding_seeds(tl.load(clocks_ptr + group), key)
+        elif KIND == REMAINDER:
+            master = tl.load(master_ptrs + tensor).to(tl.pointer_type(tl.int16)) + start
+        elif KIND == MASTER_COPY:
+            master = tl.load(master_ptrs + tensor).to(tl.pointer_type(tl.float32)) + start
         offsets = tl.arange(0, BLOCK)
         whole = n // 16 * 16
+        # how far each tensor is touched: bounds that are multiples of 16 keep accesses wide
+        fed_to = tl.where(mode != CLOSE_ONLY, whole, 0)
+        held_to = tl.where(buffered != 0, whole, 0)
+        moved_to = tl.where(closing != 0, whole, 0)
         i = n * 0
         while i < whole:
             g = grad + i
             p = param + i
             m = momentum + i
+            a = master + i
             if ALIGNED:
                 # divisibility does not survive the cast from a table's integer
                 g = tl.multiple_of(g, 16)
                 p = tl.multiple_of(p, 16)
                 m = tl.multiple_of(m, 16)
-            live = offsets < tl.multiple_of(whole - i, 16)
-            has = offsets < tl.multiple_of(tl.where(beta != 0, whole - i, 0), 16)
+                a = tl.multiple_of(a, 16)
+            fed = offsets < tl.multiple_of(fed_to - i, 16)
+            held = offsets < tl.multiple_of(held_to - i, 16)
+            moved = offsets < tl.multiple_of(moved_to - i, 16)
             _update_block(
-                g, p, m, offsets, live, has, mode, up, more, high, low, inverse,
-                lr, decay, beta, fresh, nesterov, SOFT,
+                g, p, m, a, offsets, fed, held, moved, start + i, mode, up, more, high, low,
+                inverse, lr, decay, beta, fresh, nesterov, tensor_seed, step_seed, KIND, SOFT,
             )  # fmt: skip
             i += BLOCK
         if whole < n:
             rest = tl.arange(0, 16)
-            has = rest < tl.where(beta != 0, n - whole, 0)
+            fed = rest < tl.where(mode != CLOSE_ONLY, n - whole, 0)
+            held = rest < tl.where(buffered != 0, n - whole, 0)
+            moved = rest < tl.where(closing != 0, n - whole, 0)
             _update_block(
-                grad + whole, param + whole, momentum + whole, rest, rest < n - whole, has,
-                mode, up, more, high, low, inverse, lr, decay, beta, fresh, nesterov, SOFT,
+                grad + whole, param + whole, momentum + whole, master + whole, rest, fed, held,
+                moved, start + whole, mode, up, more, high, low, inverse, lr, decay, beta, fresh,
+                nesterov, tensor_seed, step_seed, KIND, SOFT,
             )  # fmt: skip
 
 
 @triton.jit(
     do_not_specialize_on_alignment=[
-        "chunks_ptr", "segments_ptr", "folds_ptr", "options_ptr",
-        "grad_ptrs", "param_ptrs", "momentum_ptrs",
+        "chunks_ptr", "segments_ptr", "folds_ptr", "options_ptr", "clocks_ptr",
+        "grad_ptrs", "param_ptrs", "momentum_ptrs", "master_ptrs",
     ]
 )  # fmt: skip
 def _update_kernel(
     chunks_ptr,  # int64 [programs, 4]: tensor, first element, elements, segment
-    segments_ptr,  # int64 [segments, 4]: first partial, partials, elements, option row
+    segments_ptr,  # int64 [segments, SEGMENT_COLUMNS]
     folds_ptr,  # float32 [segments, FOLD_COLUMNS]
     options_ptr,  # float64 [groups, OPTION_COLUMNS]
-    grad_ptrs,  # int64 [tensors], likewise the next two
+    clocks_ptr,  # int64 [groups]
+    grad_ptrs,  # int64 [tensors], likewise the next three
     param_ptrs,
     momentum_ptrs,
+    master_ptrs,
     GRAD: tl.constexpr,
     PARAM: tl.constexpr,
     BUFFER: tl.constexpr,
+    KIND: tl.constexpr,
     ALIGNED: tl.constexpr,
     SOFT: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -169,6 +214,6 @@ def _update_kernel(
     # backwards: the gradients that the statistics read last are still in L2
     row = chunks_ptr + (tl.num_programs(0) - 1 - tl.program_id(0)).to(tl.int64) * 4
     _chunk(
-        row, segments_ptr, folds_ptr, options_ptr, grad_ptrs, param_ptrs, momentum_ptrs,
-        GRAD, PARAM, BUFFER, ALIGNED, SOFT, BLOCK,
+        row, segments_ptr, folds_ptr, options_ptr, clocks_ptr, grad_ptrs, param_ptrs,
+        momentum_ptrs, master_ptrs, GRAD, PARAM, BUFFER, KIND, ALIGNED, SOFT, BLOCK,
     )  # fmt: skip

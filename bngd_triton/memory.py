@@ -1,0 +1,33 @@
+"""How tensors lie in memory."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Whether the entries fill one run of memory, each in a place of its own."""
+    if tensor.is_contiguous():
+        return True
+    filled = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape)):
+        if size == 1:
+            continue
+        if stride != filled:
+            return False
+        filled *= size
+    return True
+
+
+def same_order(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors of one shape are dense and lie in memory in the same order."""
+    if a.stride() == b.stride():
+        return is_dense(a)
+    pairs = zip(a.shape, a.stride(), b.stride())
+    return all(size == 1 or s == t for size, s, t in pairs) and is_dense(a)
+
+
+def walked_in_place(tensor: Tensor, rows: int) -> bool:
+    """Whether a tensor is dense and each of its rows one run: else a row-major copy is walked."""
+    runs = rows == 1 or tensor.stride(0) * rows == tensor.numel()
+    return is_dense(tensor) and runs

@@ -1,0 +1,133 @@
+"""The options of a step, refused by name and bound where the definition does not cover them."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+GRANULARITIES = ("tensor", "row", "global")
+NORMALIZERS = ("zscore", "cdf")
+NONFINITE = ("skip", "propagate", "raise")
+MASTER_WEIGHTS = ("split", "stochastic", None)
+
+
+@dataclass(frozen=True)
+class Options:
+    """The options of one step, as one parameter group holds them.
+
+    Every field but ``lr`` is a plain Python value; ``lr`` may be a 0-dim tensor, whose value is
+    checked only where reading it costs no synchronisation.
+    """
+
+    lr: float | Tensor = 1e-3
+    momentum: float = 0.9
+    nesterov: bool = False
+    weight_decay: float = 0.0
+    eps: float = 1e-8
+    granularity: str = "tensor"
+    normalizer: str = "zscore"
+    centering: float = 1.0
+    center_1d: bool = False
+    nonfinite: str = "skip"
+    maximize: bool = False
+    master_weights: str | None = "split"
+    momentum_dtype: torch.dtype | None = None
+    accumulation_steps: int = 1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse what the definition does not cover."""
+        if isinstance(self.lr, Tensor):
+            if self.lr.numel() != 1 or self.lr.dim() != 0 or not self.lr.is_floating_point():
+                raise ValueError(
+                    "lr must be a number or a 0-dim floating point tensor, got a tensor of "
+                    f"shape {tuple(self.lr.shape)} and dtype {self.lr.dtype}"
+                )
+            if self.lr.device.type == "cpu":
+                _bounded("lr", float(self.lr), 0.0)
+        else:
+            self._set("lr", _bounded("lr", self.lr, 0.0))
+        self._set("momentum", _bounded("momentum", self.momentum, 0.0, 1.0, open_above=True))
+        self._set("weight_decay", _bounded("weight_decay", self.weight_decay, 0.0))
+        self._set("eps", _bounded("eps", self.eps, 0.0))
+        self._set("centering", _bounded("centering", self.centering, 0.0, 1.0))
+        for name in ("nesterov", "center_1d", "maximize"):
+            _flag(name, getattr(self, name))
+        _one_of("granularity", self.granularity, GRANULARITIES)
+        _one_of("normalizer", self.normalizer, NORMALIZERS)
+        _one_of("nonfinite", self.nonfinite, NONFINITE)
+        _one_of("master_weights", self.master_weights, MASTER_WEIGHTS)
+        _one_of("momentum_dtype", self.momentum_dtype, (None, torch.float32, torch.bfloat16))
+        self._set("accumulation_steps", _count("accumulation_steps", self.accumulation_steps, 1))
+        self._set("seed", _count("seed", self.seed, 0))
+        if self.nesterov and not self.momentum > 0:
+            raise ValueError(f"nesterov needs momentum > 0, got momentum={self.momentum}")
+        if self.nesterov and self.accumulation_steps > 1:
+            raise ValueError(
+                "nesterov needs accumulation_steps=1, since it looks ahead of a whole step; got "
+                f"accumulation_steps={self.accumulation_steps}"
+            )
+
+    def _set(self, name: str, value: float | int) -> None:
+        object.__setattr__(self, name, value)
+
+    @classmethod
+    def of(cls, group: dict[str, Any]) -> Options:
+        """The options of a parameter group; keys that are not ours are left alone."""
+        return cls(**{f.name: group[f.name] for f in fields(cls)})
+
+    def centres(self, ndim: int) -> bool:
+        """Whether tensors of `ndim` dimensions are centred; vectors are not unless asked."""
+        return ndim >= 2 or self.center_1d or self.granularity == "global"
+
+    @property
+    def buffered(self) -> bool:
+        """Whether parameters have a momentum buffer; micro-batches meet there."""
+        return self.momentum > 0 or self.accumulation_steps > 1
+
+    @property
+    def fresh(self) -> float:
+        """Weight of a new ``ghat`` in the momentum buffer."""
+        return (1 - self.momentum) / self.accumulation_steps
+
+
+def _bounded(
+    name: str, value: Any, low: float, high: float = math.inf, *, open_above: bool = False
+) -> float:
+    """`value` as a Python float: a NumPy scalar would do the products in its own precision."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    number = float(value)
+    above = number >= high if open_above else number > high
+    if not math.isfinite(number) or number < low or above:
+        bound = f">= {low:g}"
+        if math.isfinite(high):
+            bound += f" and {'<' if open_above else '<='} {high:g}"
+        elif not math.isfinite(number):
+            bound += " and finite"
+        raise ValueError(f"{name} must be {bound}, got {value}")
+    return number
+
+
+def _count(name: str, value: Any, least: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    if not least <= value < 2**31:
+        raise ValueError(f"{name} must be >= {least} and < 2**31, got {value}")
+    return int(value)
+
+
+def _flag(name: str, value: Any) -> None:
+    if not isinstance(value, (bool, numbers.Integral)) or value not in (0, 1):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+
+
+def _one_of(name: str, value: Any, allowed: Sequence[str]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")

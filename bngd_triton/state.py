@@ -1,0 +1,138 @@
+"""What an optimizer keeps for each parameter, made when it first has a gradient.
+
+In ``optimizer.state``, so in checkpoints: momentum, the master or its remainder, and which slices
+of an unfinished window have had a valid micro-batch. Beside it: records of statistics.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .buffers import momentum_like
+from .members import MEAN, SKIPPED, STD, new_record, slices_of
+from .options import Options
+from .precision import master_dtype, new_master
+
+MOMENTUM = "momentum_buffer"
+REMAINDER = "master_remainder"
+MASTER = "master"
+WINDOW = "window"
+KEYS = (MOMENTUM, REMAINDER, MASTER, WINDOW)
+
+
+class GradStats(NamedTuple):
+    """Statistics of a parameter's last gradient, in the units of the unscaled gradient.
+
+    Float64 tensors on the parameter's device, 0-dim, or [rows] with ``granularity="row"``. Under
+    ``"global"`` those of the whole group.
+
+    Attributes:
+        mean: mean.
+        std: population standard deviation.
+        rms: ``sqrt(mean**2 + std**2)``.
+        kappa: ``sqrt(1 + mean**2 / std**2)``, at least 1; the cosine of gradient and centred
+            gradient is ``1 / kappa``.
+        skipped: how often the slice was left as it was because of an inf or NaN.
+    """
+
+    mean: Tensor
+    std: Tensor
+    rms: Tensor
+    kappa: Tensor
+    skipped: Tensor
+
+
+def grad_stats(record: Tensor, *, scalar: bool) -> GradStats:
+    """The statistics that a record holds, as new tensors; nothing waits for the device."""
+    copy = record.clone()
+    mean, std, skipped = (copy[0] if scalar else copy).unbind(-1)
+    rms = torch.hypot(mean, std)
+    return GradStats(mean, std, rms, rms / std, skipped)
+
+
+def master_key(param: Tensor) -> str:
+    """Under which key a parameter's master is kept."""
+    return REMAINDER if param.dtype is torch.bfloat16 else MASTER
+
+
+def master_of(state: dict[str, Any], param: Tensor, options: Options) -> Tensor | None:
+    """A parameter's master where its options ask for one."""
+    if master_dtype(param, options.master_weights) is None:
+        return None
+    found: Tensor = state[master_key(param)]
+    return found
+
+
+def make_state(state: dict[Tensor, Any], params: Sequence[Tensor], options: Options) -> None:
+    """Complete the state of parameters that have a gradient; zeros, and masters of their values."""
+    wanted: list[tuple[str, Tensor, torch.dtype]] = []
+    for param in params:
+        entry = state[param]
+        if options.buffered and MOMENTUM not in entry:
+            dtype = options.momentum_dtype or torch.promote_types(param.dtype, torch.float32)
+            wanted.append((MOMENTUM, param, dtype))
+        dtype_of_master = master_dtype(param, options.master_weights)
+        if dtype_of_master is not None and master_key(param) not in entry:
+            wanted.append((master_key(param), param, dtype_of_master))
+        elif dtype_of_master is None:
+            # it would be stale when it is asked for again
+            entry.pop(REMAINDER, None)
+            entry.pop(MASTER, None)
+        slices = slices_of(param.shape, options.granularity)
+        if options.accumulation_steps > 1:
+            window = entry.get(WINDOW)
+            if window is None or window.numel() != slices:
+                entry[WINDOW] = torch.zeros(slices, dtype=torch.uint8, device=param.device)
+        else:
+            entry.pop(WINDOW, None)
+    made = momentum_like([param for _, param, _ in wanted], [dtype for _, _, dtype in wanted])
+    for (key, param, _), tensor in zip(wanted, made):
+        state[param][key] = tensor if key == MOMENTUM else new_master(param, tensor)
+
+
+class Records:
+    """The records of an optimizer's parameters; see `members.RECORD`."""
+
+    def __init__(self) -> None:
+        self._of: dict[Tensor, Tensor] = {}
+        self._retired: list[Tensor] = []
+
+    def make(self, params: Sequence[Tensor], options: Options) -> None:
+        """Give each parameter a record of its slices; those of a global group share one."""
+        shared: Tensor | None = None
+        new = []
+        for param in params:
+            slices = slices_of(param.shape, options.granularity)
+            old = self._of.get(param)
+            if old is not None and len(old) != slices:
+                self._retired.append(self._of.pop(param))
+                old = None
+            if options.granularity == "global":
+                if shared is None:
+                    shared = old if old is not None else new_record(1, param.device)
+                if old is not shared:
+                    self._of[param] = shared
+            elif old is None:
+                new.append((param, slices))
+        for device in {param.device for param, _ in new}:
+            here = [(param, slices) for param, slices in new if param.device == device]
+            flat = new_record(sum(slices for _, slices in here), device)
+            parts = flat.split([slices for _, slices in here])
+            self._of.update((param, part) for (param, _), part in zip(here, parts))
+
+    def __getitem__(self, param: Tensor) -> Tensor:
+        return self._of[param]
+
+    def get(self, param: Tensor) -> Tensor | None:
+        """The record of a parameter that has had a gradient."""
+        return self._of.get(param)
+
+    def skipped(self) -> int:
+        """Slices left as they were, so far; synchronises."""
+        distinct = {id(record): record for record in (*self._of.values(), *self._retired)}
+        counts = [record[:, SKIPPED].sum() for record in distinct.values()]
+        return sum(int(count) for count in counts)
