@@ -15,6 +15,7 @@ if not torch.cuda.is_available():
 from bngd_triton import BNGD
 from bngd_triton.kernels import fused_step_
 from bngd_triton.kernels.plan import Entry, build, gpu_tuning
+from bngd_triton.members import new_record, slices_of
 
 from .models import WORKLOADS
 
@@ -76,8 +77,9 @@ def test_plan(benchmark, name):
     # a plan asks for sizes and addresses only: these pages are never touched
     tensors = [torch.empty(shape) for shape in shapes]
     entries = [
-        Entry(t, t, t, 0, t.shape[0] if by_row and t.dim() > 1 else 1, t.dim() > 1, None)
+        Entry(t, t, t, new_record(rows, t.device), 0, rows, t.dim() > 1, None)
         for t in tensors
+        for rows in (slices_of(t.shape, "row" if by_row else "tensor"),)
     ]
     tuning = gpu_tuning(wide=True, wave=32)
     benchmark.pedantic(lambda: build(entries, tuning), rounds=3, warmup_rounds=1)

@@ -56,9 +56,11 @@ def measure(n: int, groups: int, *, keep: bool, repeats: int) -> dict[str, float
     optimizer = BNGD(parts, fused=True, flatten=False)
     renew(params)
     optimizer.step()
-    steady = optimizer._steady
+    steady = optimizer._stepper.steady
     assert steady is not None, "the step was not recognised as repeatable"
-    momenta = steady.buffers
+    (_, _, momenta) = steady.held[0]
+
+    this = optimizer._pass(steady.closing)
 
     def grads() -> list[Tensor]:
         return [param.grad for param in params]  # type: ignore[misc]
@@ -69,7 +71,7 @@ def measure(n: int, groups: int, *, keep: bool, repeats: int) -> dict[str, float
         "  gradients": grads,
         "  their addresses": lambda: list(map(Tensor.data_ptr, momenta)),
         "  kinds": lambda: steady.same_kind(*grads(), *params),
-        "  options": lambda: steady._follow(optimizer.param_groups),
+        "  options": lambda: steady._follow(optimizer.param_groups, this),
         "  autograd versions": lambda: torch.autograd.graph.increment_version(params),
     }
     times: dict[str, list[float]] = {name: [] for name in loops}

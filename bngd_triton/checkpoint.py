@@ -103,8 +103,6 @@ def place_state(optimizer: Optimizer, saved: dict[str, Any]) -> None:
             optimizer.state[param][key] = value.to(param.device, copy=True).contiguous()
 
 
-def _pair(
-    old: dict[str, Any], new: dict[str, Any], index: int
-) -> list[tuple[Any, Tensor, str]]:
+def _pair(old: dict[str, Any], new: dict[str, Any], index: int) -> list[tuple[Any, Tensor, str]]:
     """A group's keys in the checkpoint beside the parameters they stand for, and their names."""
     return list(zip(old["params"], new["params"], parameter_names(new, index)))

@@ -26,11 +26,11 @@ class Member(NamedTuple):
         grad: of the parameter's shape. None closes a window of micro-batches without one more.
         momentum: of the parameter's shape; None where the group has no buffer.
         group: index into the list of `Options`.
+        record: float64 [s, 3], see `RECORD`.
         master: what the parameter lacks of its float32 master: int16, see `precision`, or all of
             it: float32. None without a master.
         window: uint8 [s]; whether the slice has had a valid micro-batch in this window. None
             without accumulation.
-        record: float64 [s, 3], see `RECORD`.
         key: tells this tensor's stochastic rounding from the others'.
     """
 
@@ -38,10 +38,10 @@ class Member(NamedTuple):
     grad: Tensor | None
     momentum: Tensor | None
     group: int
-    master: Tensor | None
-    window: Tensor | None
     record: Tensor
-    key: int
+    master: Tensor | None = None
+    window: Tensor | None = None
+    key: int = 0
 
 
 class Pass(NamedTuple):

@@ -203,7 +203,9 @@ def closing_fold(member: Member) -> Fold:
     assert member.window is not None, "a member without gradient is there to close its window"
     wide = torch.promote_types(member.param.dtype, torch.float32)
     ones = [1] * (member.param.dim() - 1)
-    seen = member.window.view(-1, *ones) != 0 if member.window.numel() > 1 else member.window[0] != 0
+    seen = (
+        member.window.view(-1, *ones) != 0 if member.window.numel() > 1 else member.window[0] != 0
+    )
     zero = torch.zeros((), dtype=wide, device=member.param.device)
     none = torch.zeros_like(seen)
     member.window.zero_()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .buffers import momentum_like
-from .members import MEAN, SKIPPED, STD, new_record, slices_of
+from .members import SKIPPED, new_record, slices_of
 from .options import Options
 from .precision import master_dtype, new_master
 

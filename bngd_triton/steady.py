@@ -13,7 +13,6 @@ from itertools import chain
 from operator import attrgetter, is_, itemgetter, or_
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from .kernels.plan import ALIGNMENT, capturing

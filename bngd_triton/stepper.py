@@ -67,7 +67,8 @@ class Stepper:
         refuse_capture(optimizer)
         groups = optimizer.param_groups
         work = [
-            gather(optimizer, group, index, this, only, ending) for index, group in enumerate(groups)
+            gather(optimizer, group, index, this, only, ending)
+            for index, group in enumerate(groups)
         ]
         self.windowed = any(part.options.accumulation_steps > 1 for part in work)
         self.rounding = any(part.options.master_weights == "stochastic" for part in work)
@@ -95,9 +96,7 @@ class Stepper:
                 self.steady = Steady(optimizer, prepared, served, options, this.closing)
 
     @staticmethod
-    def _members(
-        optimizer: Any, part: _Work, index: int, keys: dict[int, int]
-    ) -> list[Member]:
+    def _members(optimizer: Any, part: _Work, index: int, keys: dict[int, int]) -> list[Member]:
         options, found = part.options, []
         for param, grad in zip(part.params, part.grads):
             entry = optimizer.state[param]
@@ -122,7 +121,7 @@ class Stepper:
         entry, record = optimizer.state[param], optimizer._records[param]
         master = master_of(entry, param, part.options)
         window, key = entry[WINDOW], keys[id(param)]
-        return Member(param, None, entry[MOMENTUM], index, master, window, record, key)
+        return Member(param, None, entry[MOMENTUM], index, record, master, window, key)
 
 
 def closing_of(groups: Sequence[dict[str, Any]]) -> list[bool]:

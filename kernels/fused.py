@@ -205,9 +205,7 @@ def segment_statistics(
         values = path.gradient(tensor)
         shared = 0 if granularity == "global" else None
         record = new_record(rows, device)
-        entries.append(
-            Entry(values, values, None, None, None, record, None, 0, rows, False, shared)
-        )
+        entries.append(Entry(values, values, None, record, 0, rows, False, shared))
     plan = build(entries, tuning or tuning_for(device), tiles=False)
     plan.point_at([entry.grad.data_ptr() for entry in entries])
     table = torch.tensor([encode(options)], dtype=torch.float64).to(device)

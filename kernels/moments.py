@@ -207,4 +207,3 @@ def fold(mean, m2, n, uniform, centering, eps, sign):
         low,
         inverse,
     )
-

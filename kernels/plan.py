@@ -99,27 +99,27 @@ class Entry(NamedTuple):
         param: written in place.
         grad: read only.
         momentum: written in place; None without momentum.
-        master: int16 or float32, written in place; None without a master.
-        window: uint8 [rows], written; None without accumulation.
         record: float64 [rows, 3], written.
-        key: seeds stochastic rounding; None where the parameter is rounded to nearest.
         option: the tensor's row of the option table.
         rows: slices along dimension 0; 1 when the tensor is one slice.
         centred: whether the mean is removed.
         shared: tensors with the same number here form one slice; None for a slice of its own.
+        master: int16 or float32, written in place; None without a master.
+        window: uint8 [rows], written; None without accumulation.
+        key: seeds stochastic rounding; None where the parameter is rounded to nearest.
     """
 
     param: Tensor
     grad: Tensor
     momentum: Tensor | None
-    master: Tensor | None
-    window: Tensor | None
     record: Tensor
-    key: int | None
     option: int
     rows: int
     centred: bool
     shared: int | None
+    master: Tensor | None = None
+    window: Tensor | None = None
+    key: int | None = None
 
 
 class Kind(NamedTuple):

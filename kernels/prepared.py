@@ -47,7 +47,7 @@ class FusedStep:
                 ),
                 grad.dtype, grad.stride(), grad.data_ptr() % ALIGNMENT, key,
             )
-            for param, grad, momentum, group, master, window, record, key in members
+            for param, grad, momentum, group, record, master, window, key in members
         ]  # fmt: skip
         return parts
 
@@ -115,7 +115,7 @@ class _Device:
         entries: list[Entry] = []
         copied = False
         for i in order:
-            param, grad, momentum, group, master, window, record, key = members[i]
+            param, grad, momentum, group, record, master, window, key = members[i]
             options = groups[group]
             path = walk(param, momentum, master, slices_of(param.shape, options.granularity))
             self.walks.append(path)

@@ -14,14 +14,16 @@ from conftest import StepPath
 from oracle import oracle_step
 from tolerances import GHAT, THETA, assert_close, step_bounds
 from torch import Tensor
+from work import entry, inputs, member, nothing_new
 
 from bngd_triton import BNGD, reference
-from bngd_triton.checks import Options
 from bngd_triton.kernels import Tuning, fused_step_, launch, plan, statistics, update
 from bngd_triton.kernels import prepared as prepared_module
-from bngd_triton.kernels.prepared import FusedStep, Member, new_counter
+from bngd_triton.kernels.prepared import FusedStep
 from bngd_triton.kernels.update import store_as
+from bngd_triton.members import Member, new_record
 from bngd_triton.moments import Fold, Moments, fold_moments
+from bngd_triton.options import Options
 
 # small work items, so that small tensors have several slices, chunks and merges;
 # rows up to 256 + 15 entries are tiles
@@ -159,30 +161,38 @@ def test_same_statistics_give_the_same_bits(
     options = Options(LR, nesterov=True, weight_decay=0.1, granularity=granularity, centering=0.7)
     shapes = [(1,), (2,), (17,), (129,), (1009,), (), (5, 7), (3, 272), (2, 3, 4, 5)]
     params, grads, buffers, _ = make(dtype, dtype, device, shapes)
-    members = [Member(p, g, m, 0) for p, g, m in zip(params, grads, buffers)]
-    eager = [(p.clone(), g, m.clone()) for p, g, m, _ in members]
+    members = [member(p, g, m) for p, g, m in zip(params, grads, buffers)]
+    eager = [
+        one._replace(param=one.param.clone(), momentum=one.momentum.clone()) for one in members
+    ]
     prepared = without_tiles(members, options, tuning)
     (device_part,) = prepared._devices
-    prepared.run(members, [options], {device: new_counter(device)})
+    prepared.run(members, [options], nothing_new(device))
     done = device_part.plan
-    for member, (param, grad, buffer), first, walk in zip(
-        members, eager, done.first_segment, device_part.walks
-    ):
+    for one, twin, first, walk in zip(members, eager, done.first_segment, device_part.walks):
+        param = twin.param
         shape = [walk.rows] + [1] * (param.dim() - 1) if param.dim() else []
         rows = slice(first, first + walk.rows)
-        mean, m2 = (done.moments[rows, k].view(shape) for k in (0, 1))
-        up, more, high, low, inverse, mode = (done.folds[rows, k].view(shape) for k in range(6))
+        # a global group's is that of its first tensor
+        record = members[0].record if granularity == "global" else one.record
         n = int(done.segments[first, 2])
+        mean, std = (record[: walk.rows, k].view(shape) for k in (0, 1))
+        m2 = std.square() * n
+        up, more, high, low, inverse, mode = (done.folds[rows, k].view(shape) for k in range(6))
         if tuning.wide:
             # float32 tiles find equal values by their least and greatest, not by sigma
             centering = options.centering if options.centres(param.dim()) else 0.0
             own = fold_moments(Moments(n, mean, m2, 0), options, centering, torch.float32)
             for field, value in zip(Fold._fields, (up, more, high, low, inverse)):
-                assert torch.equal(getattr(own, field).view(shape), value), field
-        fold = Fold(up, more, high, low, inverse, mode != 2, mode != 0)
-        reference._update_(param, grad, buffer, fold, options)
-        assert torch.equal(param, member.param)
-        assert torch.equal(buffer, member.momentum)
+                # through std and back, M2 is right to a rounding of float64
+                torch.testing.assert_close(
+                    getattr(own, field).view(shape), value, rtol=2.0**-23, atol=1e-12, msg=field
+                )
+        moves = mode != 0
+        fold = Fold(up, more, high, low, inverse, mode != 2, moves, moves, options.momentum, moves)
+        reference._update_(twin, ..., fold, options, nothing_new(device))
+        assert torch.equal(param, one.param)
+        assert torch.equal(twin.momentum, one.momentum)
 
 
 def without_tiles(members: list[Member], options: Options, tuning: Tuning) -> FusedStep:
@@ -204,7 +214,7 @@ def test_order_of_arrival_does_not_change_a_bit(
     found = []
     for seed in (None, 1, 2):
         params = [torch.zeros_like(grad) for grad in grads]
-        members = [Member(p, g, torch.zeros_like(p), 0) for p, g in zip(params, grads)]
+        members = [member(p, g, torch.zeros_like(p)) for p, g in zip(params, grads)]
         prepared = FusedStep(members, [options], tuning)
         (batch,) = prepared._devices[0].plan.batches
         if seed is not None:
@@ -212,7 +222,7 @@ def test_order_of_arrival_does_not_change_a_bit(
             batch.slices = batch.slices[torch.randperm(batch.n_slices)]
             batch.chunks = batch.chunks[torch.randperm(batch.n_chunks)]
         for _ in range(2):
-            prepared.run(members, [options], {device: new_counter(device)})
+            prepared.run(members, [options], nothing_new(device))
         done = prepared._devices[0].plan
         assert not done.arrived.any(), "counters are left at zero"
         # float64, in which a sum shows its order
@@ -394,25 +404,30 @@ def test_the_signature_of_a_step_tells_its_tensors_and_options_apart(device: tor
     odd = torch.randn(37, device=device)[1:].view(6, 6)
     groups = [Options(LR), Options(LR)]
     sign = FusedStep.sign
-    base = sign([Member(param, grad, momentum, 0)], groups)
-    assert sign([Member(param, other, momentum, 0)], groups) == base
-    assert sign([Member(param, grad, momentum, 0)], [Options(1.0, eps=0.0), groups[1]]) == base
+    record = new_record(6, device)
+
+    def made(param: Tensor, grad: Tensor, momentum: Tensor | None, group: int) -> Member:
+        return Member(param, grad, momentum, group, record)
+
+    base = sign([made(param, grad, momentum, 0)], groups)
+    assert sign([made(param, other, momentum, 0)], groups) == base
+    assert sign([made(param, grad, momentum, 0)], [Options(1.0, eps=0.0), groups[1]]) == base
     for desc, member in (
-        ("gradient off an access", Member(param, odd, momentum, 0)),
-        ("gradient's order", Member(param, grad.T, momentum, 0)),
-        ("gradient's dtype", Member(param, grad.half(), momentum, 0)),
-        ("parameter", Member(other, grad, momentum, 0)),
-        ("parameter's order", Member(param.T, grad, momentum, 0)),
-        ("momentum", Member(param, grad, other, 0)),
-        ("momentum's order", Member(param, grad, momentum.T, 0)),
-        ("no momentum", Member(param, grad, None, 0)),
-        ("group", Member(param, grad, momentum, 1)),
+        ("gradient off an access", made(param, odd, momentum, 0)),
+        ("gradient's order", made(param, grad.T, momentum, 0)),
+        ("gradient's dtype", made(param, grad.half(), momentum, 0)),
+        ("parameter", made(other, grad, momentum, 0)),
+        ("parameter's order", made(param.T, grad, momentum, 0)),
+        ("momentum", made(param, grad, other, 0)),
+        ("momentum's order", made(param, grad, momentum.T, 0)),
+        ("no momentum", made(param, grad, None, 0)),
+        ("group", made(param, grad, momentum, 1)),
     ):
         assert sign([member], groups) != base, desc
     for options in (
         Options(LR, granularity="row"), Options(LR, center_1d=True), Options(LR, momentum=0.0)
     ):  # fmt: skip
-        assert sign([Member(param, grad, momentum, 0)], [options, groups[1]]) != base, options
+        assert sign([made(param, grad, momentum, 0)], [options, groups[1]]) != base, options
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -450,8 +465,7 @@ def test_past_two_to_the_31(device: torch.device) -> None:
     grad = torch.empty(n, dtype=torch.float16, device=device)
     param = torch.empty(n, dtype=torch.float16, device=device)
     tuning = Tuning(wide=True, slice=65536, chunk=65536, update_block=4096, block=4096, unroll=1)
-    entry = plan.Entry(param, grad, None, 0, 1, True, None)
-    whole = plan.build([entry], tuning)
+    whole = plan.build([entry(param, grad)], tuning)
     (batch,) = whole.batches
     for table, size in ((batch.slices, batch.n_slices), (batch.chunks, batch.n_chunks)):
         assert len(table) == size
@@ -467,11 +481,10 @@ def test_past_two_to_the_31(device: torch.device) -> None:
     batch.slices = torch.tensor([[0, n - tail, tail, 0, 0]], device=device)
     batch.chunks = torch.tensor([[0, n - tail, tail, 0]], device=device)
     batch.n_slices = batch.n_chunks = 1
-    whole.segments[0] = torch.tensor([0, 1, tail, 1], device=device)
+    whole.segments[0, :4] = torch.tensor([0, 1, tail, 1], device=device)
     whole.point_at([grad.data_ptr()])
     options = Options(lr=1.0, momentum=0.0, maximize=True)
-    table = torch.tensor([launch.encode(options)], dtype=torch.float64, device=device)
-    launch.launch(whole, table, new_counter(device))
+    launch.launch(whole, inputs(device, options))
     want = reference.normalize_gradient(grad[-tail:], center_1d=True)
     assert torch.equal(param[-tail:], want)
 
@@ -484,7 +497,7 @@ def test_shape_of_a_plan(device: torch.device) -> None:
         for shape in shapes:
             tensor = torch.randn(shape, device=device)
             rows = shape[0] if granularity == "row" and len(shape) > 1 else 1
-            entries.append(plan.Entry(tensor, tensor, None, 0, rows, False, None))
+            entries.append(entry(tensor, tensor, None, rows, centred=False))
         found = plan.build(entries, LANES)
         for batch in found.batches:
             sizes = {at: entries[i].param.numel() for at, i in enumerate(batch.order)}
@@ -515,7 +528,7 @@ def test_aligned_batches_are_aligned(device: torch.device) -> None:
     shapes = [((6,), 1), ((8,), 1), ((20,), 1), ((1000,), 1), ((1001,), 1)]
     shapes += [((3, n), 3) for n in (4, 7, 8, 300, 304)]
     entries = [
-        plan.Entry(*map(tensor, [shape] * 3, dtypes, offset), 0, rows, False, None)
+        entry(*map(tensor, [shape] * 3, dtypes, offset), rows, centred=False)
         for dtypes in itertools.product((narrow, wide), repeat=3)
         for offset in offsets
         for shape, rows in shapes
@@ -524,16 +537,16 @@ def test_aligned_batches_are_aligned(device: torch.device) -> None:
     tuning = Tuning(**SMALL | {"slice": 100, "chunk": 104, "max_partials": 3})
     for batch in plan.build(entries, tuning).batches:
         mine = [entries[i] for i in batch.order]
-        for at, entry in enumerate(mine):
-            length = entry.param.numel() // entry.rows
-            starts = [row * length for row in range(entry.rows)]
-            assert batch.aligned == all(starts_access(entry, start) for start in starts)
-            if batch.aligned:
+        for at, one in enumerate(mine):
+            length = one.param.numel() // one.rows
+            starts = [row * length for row in range(one.rows)]
+            assert batch.kind.aligned == all(starts_access(one, start) for start in starts)
+            if batch.kind.aligned:
                 for table in (batch.slices, batch.chunks):
-                    assert all(starts_access(entry, k) for i, k, *_ in table.tolist() if i == at)
-        if batch.aligned:
+                    assert all(starts_access(one, k) for i, k, *_ in table.tolist() if i == at)
+        if batch.kind.aligned:
             # the kernel's GRANULE: a row's end cuts no access either
-            granule = 4 if set(batch.dtypes) == {wide} else 8
+            granule = 4 if set(batch.kind[:3]) == {wide} else 8
             for first, count, _, listed, _ in batch.tiles.tolist():
                 assert not (batch.rows[first : first + (count if listed else 1), 0] % granule).any()
 

@@ -14,12 +14,14 @@ from oracle import oracle_step
 from test_kernels import LANES, LR, OPTIONS, SMALL, TILES, assert_guards, make
 from tolerances import assert_close, step_bounds
 from torch import Tensor
+from work import entry, inputs, member, nothing_new
 
-from bngd_triton.checks import Options
 from bngd_triton.kernels import Tuning, fused_step_, launch, single, statistics, update
-from bngd_triton.kernels.plan import Entry, Plan, build
-from bngd_triton.kernels.prepared import FusedStep, Member, new_counter
+from bngd_triton.kernels.plan import Plan, build
+from bngd_triton.kernels.prepared import FusedStep
 from bngd_triton.kernels.work import CHUNK_ITEM, SLICE_ITEM, TILE_ITEM
+from bngd_triton.members import Member
+from bngd_triton.options import Options
 
 # a few segments to a wave, and segments longer than one
 WAVE = 1024
@@ -37,15 +39,15 @@ class Twins:
     ) -> None:  # fmt: skip
         self.options = options
         self.device = tensors[0][0].device
-        self.steps: list[tuple[list[Member], FusedStep, Tensor]] = []
+        self.steps: list[tuple[list[Member], FusedStep]] = []
         one = dataclasses.replace(tuning, programs_per_sm=programs, **SINGLE)
         for form in (dataclasses.replace(tuning, form="two-launch"), one):
             members = [
-                Member(like(p), like(g), like(m) if options.momentum else None, 0)
+                member(like(p), like(g), like(m) if options.momentum else None)
                 for p, g, m in tensors
             ]
             prepared = FusedStep(members, [options], form)
-            self.steps.append((members, prepared, new_counter(self.device)))
+            self.steps.append((members, prepared))
 
     @property
     def plan(self) -> Plan:
@@ -55,15 +57,14 @@ class Twins:
 
     def step(self) -> None:
         """Take a step in both forms, and compare all bits."""
-        for members, prepared, skipped in self.steps:
-            prepared.run(members, [self.options], {self.device: skipped})
+        for members, prepared in self.steps:
+            prepared.run(members, [self.options], nothing_new(self.device))
         for two, one in zip(self.steps[0][0], self.steps[1][0]):
             assert_same_bits(two.param, one.param)
             if two.momentum is not None:
                 assert_same_bits(two.momentum, one.momentum)
-        assert torch.equal(self.steps[0][2], self.steps[1][2]), "slices skipped"
+            assert_same_bits(two.record, one.record)
         (part,) = self.steps[0][1]._devices
-        assert_same_bits(part.plan.moments, self.plan.moments)
         assert_same_bits(part.plan.folds, self.plan.folds)
         assert_zero(self.plan)
 
@@ -175,12 +176,12 @@ def test_empty_work(device: torch.device) -> None:
     work = batch.work(plan.tuning)
     assert work.items.shape == (0, 6)
     assert work.counters.tolist() == [0]
-    launch.single(plan, batch, torch.empty(1, 16), new_counter(device))
+    launch.single(plan, batch, inputs(device, Options(LR)))
     fused_step_([], [], [], lr=LR, tuning=Tuning(form="single-launch"))
 
 
 def plan_of(tensors: list[Tensor], tuning: Tuning) -> Plan:
-    return build([Entry(t, t, None, 0, 1, True, None) for t in tensors], tuning)
+    return build([entry(t, t) for t in tensors], tuning)
 
 
 def test_order_of_the_work(device: torch.device) -> None:
@@ -189,13 +190,13 @@ def test_order_of_the_work(device: torch.device) -> None:
     long = 3 * WAVE // 4
     sizes = (100, 200, long, 272, 17, 3, 1009, 300, 64)
     tensors = [torch.randn(size, device=device) for size in sizes]
-    entries = [Entry(t, t, None, 0, 1, True, None) for t in tensors]
+    entries = [entry(t, t) for t in tensors]
     # rows are segments of their own, a global group is one of several tensors that are apart
     rows = torch.randn(4, 280, device=device)
-    entries.insert(1, Entry(rows, rows, None, 0, 4, True, None))
+    entries.insert(1, entry(rows, rows, None, 4))
     for at in (0, 4, 8):
         shared = torch.randn(200, device=device)
-        entries.insert(at, Entry(shared, shared, None, 0, 1, True, 0))
+        entries.insert(at, entry(shared, shared, shared=0))
     plan = build(entries, tuning)
     (batch,) = plan.batches
     work = batch.work(tuning)
@@ -262,10 +263,9 @@ def test_which_form_runs(device: torch.device, launched: list[str]) -> None:
     def names(tuning: Tuning, form: str | None = None) -> list[str]:
         plan = plan_of(params, tuning)
         options = Options(LR, momentum=0.0)
-        table = torch.tensor([launch.encode(options)], dtype=torch.float64, device=device)
         plan.point_at([grad.data_ptr() for grad in grads])
         launched.clear()
-        launch.launch(plan, table, new_counter(device), form)
+        launch.launch(plan, inputs(device, options), form)
         return launched.copy()
 
     two = ["_statistics_kernel"] * 2 + ["_update_kernel"] * 2

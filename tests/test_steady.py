@@ -10,23 +10,23 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from bngd_triton import BNGD, steady
-from bngd_triton import optimizer as optimizer_module
+from bngd_triton import BNGD, steady, stepper
 from bngd_triton.kernels import plan, prepared
+from bngd_triton.stepper import Stepper
 
 
 @pytest.fixture
 def layouts(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
     """Counts how often a step was laid out or checked in full since the last call."""
     count = 0
-    full = BNGD._lay_out_and_step
+    full = Stepper.lay_out_and_step
 
-    def counting(self: BNGD) -> None:
+    def counting(*args: Any) -> None:
         nonlocal count
         count += 1
-        full(self)
+        full(*args)
 
-    monkeypatch.setattr(BNGD, "_lay_out_and_step", counting)
+    monkeypatch.setattr(Stepper, "lay_out_and_step", counting)
 
     def since() -> int:
         nonlocal count
@@ -249,7 +249,7 @@ def test_capture_needs_a_step_before_and_every_gradient(
 
 def capture(monkeypatch: pytest.MonkeyPatch) -> None:
     """From here on, act as if a CUDA graph were being captured."""
-    for module in (plan, prepared, steady, optimizer_module):
+    for module in (plan, prepared, steady, stepper):
         monkeypatch.setattr(module, "capturing", lambda device: True)
 
 
@@ -259,13 +259,13 @@ def test_sync_hyperparameters_reaches_a_replay(device: torch.device) -> None:
     optimizer = BNGD([param], 1e-2, momentum=0.0, fused=True)
     param.grad = torch.randn_like(param)
     optimizer.step()
-    step = optimizer._prepared
+    step = optimizer._stepper.prepared
     assert step is not None
     for lr in (1e-1, 1e-3):
         optimizer.param_groups[0]["lr"] = lr
         optimizer.sync_hyperparameters()
         before = param.detach().clone()
-        step.run_at([param.grad.data_ptr()], optimizer._skipped)
+        step.run_at([param.grad.data_ptr()], optimizer._pass([True]))
         size = (param.detach() - before).square().mean().sqrt()
         assert float(size) == pytest.approx(lr, rel=1e-4)
 
