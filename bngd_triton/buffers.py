@@ -34,7 +34,8 @@ def flatten_(params: Sequence[Tensor]) -> list[Tensor]:
     left = [param for param in params if why_not_flat(param)]
     kept = {id(param) for param in left}
     moving = [param for param in params if id(param) not in kept]
-    for part in _partition(moving):
+    for places in _partition(moving):
+        part = [moving[i] for i in places]
         for param, view in zip(part, _views(part, part[0].dtype)):
             view.copy_(param.data)
             param.data = view
@@ -64,30 +65,31 @@ def why_not_flat(param: Tensor) -> str | None:
     return None
 
 
-def momentum_like(params: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> list[Tensor]:
+def zeros_like(params: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> list[Tensor]:
     """Zeros of the shapes and strides of `params`, as views of flat buffers; in order."""
     found: dict[int, Tensor] = {}
     for dtype in dict.fromkeys(dtypes):
-        same = [param for param, wanted in zip(params, dtypes) if wanted == dtype]
-        for part in _partition(same):
-            found |= {id(p): view for p, view in zip(part, _views(part, dtype))}
-    return [found[id(param)] for param in params]
+        places = [i for i, wanted in enumerate(dtypes) if wanted == dtype]
+        for part in _partition([params[i] for i in places]):
+            mine = [places[i] for i in part]
+            found |= dict(zip(mine, _views([params[i] for i in mine], dtype)))
+    return [found[i] for i in range(len(params))]
 
 
-def _partition(params: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Runs of one device and dtype, each of at most `MAX_BYTES` unless it is one tensor."""
-    kinds: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
-    for param in params:
-        kinds.setdefault((param.device, param.dtype), []).append(param)
+def _partition(params: Sequence[Tensor]) -> Iterator[list[int]]:
+    """Places of one device and dtype, together at most `MAX_BYTES` unless it is one tensor."""
+    kinds: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    for i, param in enumerate(params):
+        kinds.setdefault((param.device, param.dtype), []).append(i)
     for same in kinds.values():
-        part: list[Tensor] = []
+        part: list[int] = []
         size = 0
-        for param in same:
-            if part and size + _bytes(param) > MAX_BYTES:
+        for i in same:
+            if part and size + _bytes(params[i]) > MAX_BYTES:
                 yield part
                 part, size = [], 0
-            part.append(param)
-            size += _bytes(param)
+            part.append(i)
+            size += _bytes(params[i])
         yield part
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .buffers import momentum_like
+from .buffers import zeros_like
 from .checks import FLOAT_DTYPES
 from .members import NARROW, slices_of
 from .options import Options
@@ -70,8 +70,9 @@ def _check_entry(entry: dict[str, Any], param: Tensor, name: str, options: Optio
         if not isinstance(value, Tensor):
             raise ValueError(f"{key} of {name} is a {type(value).__name__}, not a tensor")
         if value.shape != torch.Size(shape):
+            whole = "the parameter" if key != WINDOW else "its slices"
             raise ValueError(
-                f"{key} of {name} has shape {tuple(value.shape)}, expected {tuple(shape)}"
+                f"{key} of {name} has shape {tuple(value.shape)}, {whole} {tuple(shape)}"
             )
         if value.dtype not in dtypes:
             allowed = ", ".join(map(str, dtypes))
@@ -95,7 +96,7 @@ def place_state(optimizer: Optimizer, saved: dict[str, Any]) -> None:
         if saved["state"].get(number, {}).get(key) is not None
     ]
     flat = [(key, param, value) for key, param, value in found if key != WINDOW]
-    made = momentum_like([param for _, param, _ in flat], [value.dtype for _, _, value in flat])
+    made = zeros_like([param for _, param, _ in flat], [value.dtype for _, _, value in flat])
     for (key, param, value), tensor in zip(flat, made):
         optimizer.state[param][key] = tensor.copy_(value)
     for key, param, value in found:

@@ -202,10 +202,8 @@ def closing_fold(member: Member) -> Fold:
     """For the end of a window without one more gradient: move by what momentum holds."""
     assert member.window is not None, "a member without gradient is there to close its window"
     wide = torch.promote_types(member.param.dtype, torch.float32)
-    ones = [1] * (member.param.dim() - 1)
-    seen = (
-        member.window.view(-1, *ones) != 0 if member.window.numel() > 1 else member.window[0] != 0
-    )
+    rows = member.window.numel()
+    seen = member.window.view([rows] + [1] * (member.param.dim() - 1) if rows > 1 else []) != 0
     zero = torch.zeros((), dtype=wide, device=member.param.device)
     none = torch.zeros_like(seen)
     member.window.zero_()

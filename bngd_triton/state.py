@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .buffers import momentum_like
+from .buffers import zeros_like
 from .members import SKIPPED, new_record, slices_of
 from .options import Options
 from .precision import master_dtype, new_master
@@ -71,7 +71,7 @@ def make_state(state: dict[Tensor, Any], params: Sequence[Tensor], options: Opti
     """Complete the state of parameters that have a gradient; zeros, and masters of their values."""
     wanted: list[tuple[str, Tensor, torch.dtype]] = []
     for param in params:
-        entry = state[param]
+        entry = state.get(param, {})
         if options.buffered and MOMENTUM not in entry:
             dtype = options.momentum_dtype or torch.promote_types(param.dtype, torch.float32)
             wanted.append((MOMENTUM, param, dtype))
@@ -86,10 +86,10 @@ def make_state(state: dict[Tensor, Any], params: Sequence[Tensor], options: Opti
         if options.accumulation_steps > 1:
             window = entry.get(WINDOW)
             if window is None or window.numel() != slices:
-                entry[WINDOW] = torch.zeros(slices, dtype=torch.uint8, device=param.device)
+                state[param][WINDOW] = torch.zeros(slices, dtype=torch.uint8, device=param.device)
         else:
             entry.pop(WINDOW, None)
-    made = momentum_like([param for _, param, _ in wanted], [dtype for _, _, dtype in wanted])
+    made = zeros_like([param for _, param, _ in wanted], [dtype for _, _, dtype in wanted])
     for (key, param, _), tensor in zip(wanted, made):
         state[param][key] = tensor if key == MOMENTUM else new_master(param, tensor)
 

@@ -65,7 +65,7 @@ class Steady:
         # state tensors by key, each beside the entry that must still hold it
         self.held = []
         for key in KEYS:
-            having = [state[m.param] for m in members if key in state[m.param]]
+            having = [state[m.param] for m in members if key in state.get(m.param, ())]
             if having:
                 get = itemgetter(key)
                 self.held.append((get, having, list(map(get, having))))

@@ -66,10 +66,7 @@ class Stepper:
         """
         refuse_capture(optimizer)
         groups = optimizer.param_groups
-        work = [
-            gather(optimizer, group, index, this, only, ending)
-            for index, group in enumerate(groups)
-        ]
+        work = [gather(optimizer, i, this, only, ending) for i in range(len(groups))]
         self.windowed = any(part.options.accumulation_steps > 1 for part in work)
         self.rounding = any(part.options.master_weights == "stochastic" for part in work)
         for part in work:
@@ -99,7 +96,7 @@ class Stepper:
     def _members(optimizer: Any, part: _Work, index: int, keys: dict[int, int]) -> list[Member]:
         options, found = part.options, []
         for param, grad in zip(part.params, part.grads):
-            entry = optimizer.state[param]
+            entry = optimizer.state.get(param, {})
             found.append(
                 Member(
                     param=param,
@@ -156,15 +153,9 @@ def refuse_capture(optimizer: Any) -> None:
         )
 
 
-def gather(
-    optimizer: Any,
-    group: dict[str, Any],
-    index: int,
-    this: Pass,
-    only: Tensor | None,
-    ending: bool,
-) -> _Work:
+def gather(optimizer: Any, index: int, this: Pass, only: Tensor | None, ending: bool) -> _Work:
     """What a group asks of this step, checked in full before anything changes."""
+    group = optimizer.param_groups[index]
     options = Options.of(group)
     every = parameter_names(group, index)
     state = optimizer.state

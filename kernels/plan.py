@@ -173,8 +173,9 @@ class Plan:
     folds: Tensor
     # the segments of each entry; a tile has none
     first_segment: list[int]
-    # whether some entry accumulates micro-batches
-    windows: bool
+    # written through addresses in the tables: they must live as long
+    records: list[Tensor]
+    windows: list[Tensor]
     # whether a segment has slices in several batches
     spanning: bool
     # the batches' gradient addresses, one table, and what was uploaded to it last
@@ -253,7 +254,8 @@ def build(entries: Sequence[Entry], tuning: Tuning, *, tiles: bool = True) -> Pl
         arrived=torch.zeros(n, dtype=torch.int32, device=device),
         folds=torch.zeros(n, 8, dtype=torch.float32, device=device),
         first_segment=[span.segment if span else -1 for span in spans],
-        windows=any(entry.window is not None for entry in entries),
+        records=[entry.record for entry in entries],
+        windows=[entry.window for entry in entries if entry.window is not None],
         spanning=len(groups) > len(set(groups)),
         grad_ptrs=grad_ptrs,
         in_batch_order=_picker([i for batch in batches for i in batch.order]),

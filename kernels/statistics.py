@@ -319,7 +319,7 @@ def _tile(
         key = tl.load(master_ptrs + tensor, mask=present, other=0)
         tensor_seed, step_seed = rounding_seeds(tl.load(clocks_ptr + (coded >> 1)), key)
         hashed = hash_positions(start + c, tensor_seed, step_seed)
-    if KIND == REMAINDER or KIND == MASTER_COPY:
+    if KIND == REMAINDER or KIND == MASTER_COPY:  # noqa: SIM109
         STORAGE: tl.constexpr = tl.int16 if KIND == REMAINDER else tl.float32
         base = tl.load(master_ptrs + tensor, mask=present, other=0).to(tl.pointer_type(STORAGE))
         master = base + start + c
@@ -330,7 +330,7 @@ def _tile(
     new, m = move(old, m, ghat, lr, decay, beta, fresh, nesterov)
     p, rest = narrow(new, PARAM, hashed, KIND, SOFT)
     tl.store(param, p, mask=moved, eviction_policy="evict_first")
-    if KIND == REMAINDER or KIND == MASTER_COPY:
+    if KIND == REMAINDER or KIND == MASTER_COPY:  # noqa: SIM109
         tl.store(master, rest, mask=moved, eviction_policy="evict_first")
     tl.store(momentum, store_as(m, BUFFER, SOFT), mask=held, eviction_policy="evict_first")
 

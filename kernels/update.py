@@ -89,7 +89,7 @@ def _update_block(
         ghat = bounded(ghat)
     rest = p
     hashed = offsets
-    if KIND == REMAINDER or KIND == MASTER_COPY:
+    if KIND == REMAINDER or KIND == MASTER_COPY:  # noqa: SIM109
         rest = tl.load(master + offsets, mask=moved, other=0, eviction_policy="evict_first")
     if KIND == STOCHASTIC:
         hashed = hash_positions(place + offsets, tensor_seed, step_seed)
@@ -97,7 +97,7 @@ def _update_block(
     new, m = move(old, m.to(tl.float32), ghat, lr, decay, beta, fresh, nesterov)
     p, rest = narrow(new, param.dtype.element_ty, hashed, KIND, SOFT)
     tl.store(param + offsets, p, mask=moved, eviction_policy="evict_first")
-    if KIND == REMAINDER or KIND == MASTER_COPY:
+    if KIND == REMAINDER or KIND == MASTER_COPY:  # noqa: SIM109
         tl.store(master + offsets, rest, mask=moved, eviction_policy="evict_first")
     tl.store(
         momentum + offsets,

@@ -185,10 +185,10 @@ def test_loaded_momentum_lies_in_one_buffer(path: StepPath) -> None:
     assert_own_storages(momenta)
 
 
-def test_momentum_like_starts_at_zero_with_the_dtypes_asked_for() -> None:
+def test_zeros_like_starts_at_zero_with_the_dtypes_asked_for() -> None:
     params = [torch.randn(3, 4), torch.randn(5).bfloat16(), torch.randn(0, 2), torch.randn(())]
     dtypes = [torch.float32, torch.float32, torch.float32, torch.float64]
-    found = buffers.momentum_like(params, dtypes)
+    found = buffers.zeros_like(params, dtypes)
     assert [buffer.dtype for buffer in found] == dtypes
     for param, buffer in zip(params, found):
         assert buffer.shape == param.shape
@@ -460,7 +460,7 @@ def test_flatten_leaves(case: Stays) -> None:
 @stays
 def test_the_optimizer_leaves(case: Stays, monkeypatch: pytest.MonkeyPatch) -> None:
     # beside a parameter that does move; the kernels are not run here
-    monkeypatch.setattr("bngd_triton.optimizer.why_not", lambda _: None)
+    monkeypatch.setattr("bngd_triton.stepper.why_not", lambda _: None)
     params, kept = case.make()
     free = Parameter(torch.randn(3, 4))
     before, address = spans(params), free.data_ptr()
@@ -472,7 +472,7 @@ def test_the_optimizer_leaves(case: Stays, monkeypatch: pytest.MonkeyPatch) -> N
 
 @stays
 def test_flatten_true_says_why(case: Stays, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bngd_triton.optimizer.why_not", lambda _: None)
+    monkeypatch.setattr("bngd_triton.stepper.why_not", lambda _: None)
     params, kept = case.make()
     free = Parameter(torch.randn(3, 4))
     before = spans([*params, free])

@@ -412,7 +412,7 @@ def test_the_signature_of_a_step_tells_its_tensors_and_options_apart(device: tor
     base = sign([made(param, grad, momentum, 0)], groups)
     assert sign([made(param, other, momentum, 0)], groups) == base
     assert sign([made(param, grad, momentum, 0)], [Options(1.0, eps=0.0), groups[1]]) == base
-    for desc, member in (
+    for desc, one in (
         ("gradient off an access", made(param, odd, momentum, 0)),
         ("gradient's order", made(param, grad.T, momentum, 0)),
         ("gradient's dtype", made(param, grad.half(), momentum, 0)),
@@ -423,7 +423,7 @@ def test_the_signature_of_a_step_tells_its_tensors_and_options_apart(device: tor
         ("no momentum", made(param, grad, None, 0)),
         ("group", made(param, grad, momentum, 1)),
     ):
-        assert sign([member], groups) != base, desc
+        assert sign([one], groups) != base, desc
     for options in (
         Options(LR, granularity="row"), Options(LR, center_1d=True), Options(LR, momentum=0.0)
     ):  # fmt: skip

@@ -30,7 +30,8 @@ from bngd_triton import BNGD
 ATOL = 2e-6
 OPTION_NAMES = (
     "lr", "momentum", "nesterov", "weight_decay", "eps", "granularity", "normalizer", "centering",
-    "center_1d", "nonfinite", "maximize",
+    "center_1d", "nonfinite", "maximize", "master_weights", "momentum_dtype", "accumulation_steps",
+    "seed",
 )  # fmt: skip
 
 
@@ -216,7 +217,7 @@ def test_automatic_path_on_the_cpu_is_the_reference(monkeypatch: pytest.MonkeyPa
     def refuse(*_: Any) -> None:
         raise AssertionError("kernels were used")
 
-    monkeypatch.setattr("bngd_triton.optimizer.FusedStep", refuse)
+    monkeypatch.setattr("bngd_triton.stepper.FusedStep", refuse)
     params = make_params(torch.device("cpu"))
     addresses = [param.data_ptr() for param in params]
     optimizer = BNGD(params)
@@ -384,12 +385,13 @@ def test_without_momentum_there_is_no_state(path: StepPath) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
-def test_state_is_one_float32_buffer_per_parameter(dtype: torch.dtype, path: StepPath) -> None:
+def test_state_is_float32_momentum_and_a_master(dtype: torch.dtype, path: StepPath) -> None:
+    masters = {torch.float16: ["master"], torch.bfloat16: ["master_remainder"], torch.float32: []}
     params = [Parameter(param.detach().to(dtype)) for param in make_params(path.device)]
     optimizer = BNGD(params, fused=path.fused)
     take_steps(optimizer, params, [0])
     for param in params:
-        assert list(optimizer.state[param]) == ["momentum_buffer"]
+        assert list(optimizer.state[param]) == ["momentum_buffer", *masters[dtype]]
         buffer = optimizer.state[param]["momentum_buffer"]
         assert (buffer.dtype, buffer.shape) == (torch.float32, param.shape)
         assert not buffer.requires_grad
