@@ -3,6 +3,16 @@
 from .inputs import BatchStandardize, standardize
 from .optimizer import BNGD
 from .reference import article_cdf, normalize_gradient
+from .release import release_gradients
+from .state import GradStats
 
 __version__ = "0.1.0"
-__all__ = ["BNGD", "BatchStandardize", "article_cdf", "normalize_gradient", "standardize"]
+__all__ = [
+    "BNGD",
+    "BatchStandardize",
+    "GradStats",
+    "article_cdf",
+    "normalize_gradient",
+    "release_gradients",
+    "standardize",
+]

@@ -131,6 +131,7 @@ class BNGD(Optimizer):
         self.flatten = flatten
         self._forget()
         self._records = Records()
+        self._release: Any = None
         defaults = {field.name: getattr(options, field.name) for field in fields(options)}
         self._constructed = False
         super().__init__(params, defaults)
@@ -224,7 +225,10 @@ class BNGD(Optimizer):
     # depends on an option's value
     @torch._disable_dynamo  # type: ignore[attr-defined]
     def _step(self) -> None:
-        self._stepper.step(self)
+        if self._release is None:
+            self._stepper.step(self)
+        else:
+            self._release.finish()
         if self._stepper.windowed:
             self._count_micro_batch()
         if self._stepper.rounding:
@@ -357,6 +361,7 @@ class BNGD(Optimizer):
         self.__dict__.setdefault("fused", None)
         self.__dict__.setdefault("flatten", None)
         self.__dict__.setdefault("_records", Records())
+        self.__dict__.setdefault("_release", None)
         self._constructed = True
         for group in self.param_groups:
             for field in fields(Options):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -53,72 +53,71 @@ class Stepper:
         self.lay_out_and_step(optimizer, optimizer._pass(closing_of(optimizer.param_groups)))
 
     @torch.no_grad()
-    def lay_out_and_step(
-        self, optimizer: Any, this: Pass, only: Tensor | None = None, ending: bool = True
-    ) -> None:
+    def lay_out_and_step(self, optimizer: Any, this: Pass, closed: Collection[Tensor] = ()) -> None:
         """As `step`, laid out anew and checked in full; nothing changes if anything is refused.
 
         Args:
             optimizer: its groups and state.
             this: what is new in this step.
-            only: leave all other parameters alone.
-            ending: close windows of parameters without a gradient.
+            closed: parameters whose windows have been closed.
         """
         refuse_capture(optimizer)
         groups = optimizer.param_groups
-        work = [gather(optimizer, i, this, only, ending) for i in range(len(groups))]
-        self.windowed = any(part.options.accumulation_steps > 1 for part in work)
-        self.rounding = any(part.options.master_weights == "stochastic" for part in work)
+        work = [gather(optimizer, i, this, closed) for i in range(len(groups))]
+        options = [part.options for part in work]
+        self.windowed = any(one.accumulation_steps > 1 for one in options)
+        self.rounding = any(one.master_weights == "stochastic" for one in options)
         for part in work:
-            make_state(optimizer.state, part.params, part.options)
-            optimizer._records.make([*part.params, *part.ending], part.options)
-            optimizer._wind_clocks({param.device for param in part.params})
+            prepare_state(optimizer, part.params, part.options)
         keys = {id(p): i for i, p in enumerate(p for group in groups for p in group["params"])}
         served: list[Member] = []
         for index, part in enumerate(work):
-            members = self._members(optimizer, part, index, keys)
-            served += [m for m, on in zip(members, part.fused) if on and m.param.numel()]
-            rest = [m for m, on in zip(members, part.fused) if not on]
-            rest += [self._ending(optimizer, param, part, index, keys) for param in part.ending]
+            of_group = [
+                member(optimizer, param, grad, part.options, index, keys[id(param)])
+                for param, grad in zip(
+                    [*part.params, *part.ending], [*part.grads, *[None] * len(part.ending)]
+                )
+            ]
+            on = [*part.fused, *[False] * len(part.ending)]
+            served += [m for m, fused in zip(of_group, on) if fused and m.param.numel()]
+            rest = [m for m, fused in zip(of_group, on) if not fused]
             if rest:
                 reference.apply_(rest, part.options, this)
         if served:
-            options = [part.options for part in work]
-            prepared = self.prepared
-            if prepared is None or prepared.signature != FusedStep.sign(served, options):
-                self.prepared = prepared = FusedStep(served, options)
-            prepared.run(served, options, this)
-            alone = only is None and all(all(part.fused) and not part.ending for part in work)
-            if alone and Steady.serves(prepared, options):
-                self.steady = Steady(optimizer, prepared, served, options, this.closing)
+            self.run(served, options, this)
+            alone = all(all(part.fused) and not part.ending for part in work)
+            if alone and self.prepared is not None and Steady.serves(self.prepared, options):
+                self.steady = Steady(optimizer, self.prepared, served, options, this.closing)
 
-    @staticmethod
-    def _members(optimizer: Any, part: _Work, index: int, keys: dict[int, int]) -> list[Member]:
-        options, found = part.options, []
-        for param, grad in zip(part.params, part.grads):
-            entry = optimizer.state.get(param, {})
-            found.append(
-                Member(
-                    param=param,
-                    grad=grad,
-                    momentum=entry[MOMENTUM] if options.buffered else None,
-                    group=index,
-                    master=master_of(entry, param, options),
-                    window=entry.get(WINDOW),
-                    record=optimizer._records[param],
-                    key=keys[id(param)],
-                )
-            )
-        return found
+    def run(self, members: list[Member], options: list[Options], this: Pass) -> None:
+        """A step by the kernels, laid out anew where the last layout does not fit."""
+        if self.prepared is None or self.prepared.signature != FusedStep.sign(members, options):
+            self.prepared = FusedStep(members, options)
+        self.prepared.run(members, options, this)
 
-    @staticmethod
-    def _ending(
-        optimizer: Any, param: Tensor, part: _Work, index: int, keys: dict[int, int]
-    ) -> Member:
-        entry, record = optimizer.state[param], optimizer._records[param]
-        master = master_of(entry, param, part.options)
-        window, key = entry[WINDOW], keys[id(param)]
-        return Member(param, None, entry[MOMENTUM], index, record, master, window, key)
+
+def prepare_state(optimizer: Any, params: Sequence[Tensor], options: Options) -> None:
+    """Make what parameters with a gradient lack: state, a record, the clock of their device."""
+    make_state(optimizer.state, params, options)
+    optimizer._records.make(params, options)
+    optimizer._wind_clocks({param.device for param in params})
+
+
+def member(
+    optimizer: Any, param: Tensor, grad: Tensor | None, options: Options, group: int, key: int
+) -> Member:
+    """A parameter with its gradient and state."""
+    entry = optimizer.state.get(param, {})
+    return Member(
+        param=param,
+        grad=grad,
+        momentum=entry[MOMENTUM] if options.buffered else None,
+        group=group,
+        record=optimizer._records[param],
+        master=master_of(entry, param, options),
+        window=entry.get(WINDOW),
+        key=key,
+    )
 
 
 def closing_of(groups: Sequence[dict[str, Any]]) -> list[bool]:
@@ -153,34 +152,38 @@ def refuse_capture(optimizer: Any) -> None:
         )
 
 
-def gather(optimizer: Any, index: int, this: Pass, only: Tensor | None, ending: bool) -> _Work:
+def gather(optimizer: Any, index: int, this: Pass, closed: Collection[Tensor]) -> _Work:
     """What a group asks of this step, checked in full before anything changes."""
-    group = optimizer.param_groups[index]
+    group, state = optimizer.param_groups[index], optimizer.state
     options = Options.of(group)
     every = parameter_names(group, index)
-    state = optimizer.state
-    found = [
-        (param, param.grad, name)
-        for param, name in zip(group["params"], every)
-        if param.grad is not None and (only is None or param is only)
-    ]
-    params = [param for param, _, _ in found]
-    grads = [grad for _, grad, _ in found]
-    names = [name for _, _, name in found]
-    buffers = [state[p].get(MOMENTUM, p) if p in state else p for p in params]
-    check_tensors(params, grads, buffers, buffered=options.buffered, names=names)
-    # an overflow is no error where a GradScaler has seen it
-    scaled = this.found_inf is not None and options.nonfinite == "raise"
-    check_step(params, grads, options, names=names, finite=not scaled)
+    params = [param for param in group["params"] if param.grad is not None]
+    names = [name for param, name in zip(group["params"], every) if param.grad is not None]
+    grads = [param.grad for param in params]
     if options.granularity == "global" and options.accumulation_steps > 1:
         _check_complete(group["params"], every)
-    ended: list[Tensor] = []
-    if options.accumulation_steps > 1 and this.closing[index] and ending:
-        ended = [
-            p
-            for p in group["params"]
-            if p.grad is None and p in state and WINDOW in state[p] and p.numel()
-        ]
+    fused = check_group(optimizer, params, grads, names, options, this)
+    ending: list[Tensor] = []
+    if options.accumulation_steps > 1 and this.closing[index]:
+        waiting = [p for p in group["params"] if p.grad is None and p not in closed]
+        ending = [p for p in waiting if WINDOW in state.get(p, ()) and p.numel()]
+    return _Work(options, params, grads, fused, ending)
+
+
+def check_group(
+    optimizer: Any,
+    params: list[Tensor],
+    grads: list[Tensor],
+    names: list[str],
+    options: Options,
+    this: Pass,
+) -> list[bool]:
+    """Refuse what a step cannot do with parameters of one group; else say who the kernels serve."""
+    buffers = [optimizer.state.get(p, {}).get(MOMENTUM, p) for p in params]
+    check_tensors(params, grads, buffers, buffered=options.buffered, names=names)
+    # an overflow is no error where a GradScaler has seen it
+    scaled = this.found_inf is not None
+    check_step(params, grads, options, names=names, finite=not scaled)
     fused = serve(optimizer.fused, params, names, options)
     # a float32 parameter may have a float64 gradient, or momentum from a float64 checkpoint
     others = [(g, b) if options.buffered else (g,) for g, b in zip(grads, buffers)]
@@ -193,7 +196,7 @@ def gather(optimizer: Any, index: int, this: Pass, only: Tensor | None, ending: 
     fused = [on and not any(map(why_not, more)) for on, more in zip(fused, others)]
     if options.granularity == "global":
         fused = [all(fused)] * len(fused)
-    return _Work(options, params, grads, fused, ended)
+    return fused
 
 
 def _check_complete(params: Sequence[Tensor], names: Sequence[str]) -> None:

@@ -197,9 +197,8 @@ def _statistics_arguments(plan: Plan, batch: Batch, inputs: Inputs) -> dict[str,
         "clocks_ptr": inputs.clocks,
         "scale_ptr": inputs.grad_scale,
         "found_ptr": inputs.found_inf,
-        **_tensors(batch),
+        **_tensors(plan, batch),
         "WIDE": tuning.wide,
-        "WINDOWS": bool(plan.windows),
         "TILES": batch.n_tiles > 0,
         "BLOCK": tuning.block,
         "UNROLL": tuning.unroll,
@@ -220,7 +219,7 @@ def update(plan: Plan, batch: Batch, inputs: Inputs) -> None:
         folds_ptr=plan.folds,
         options_ptr=inputs.options,
         clocks_ptr=inputs.clocks,
-        **_tensors(batch),
+        **_tensors(plan, batch),
         BLOCK=plan.tuning.update_block,
         num_warps=plan.tuning.update_warps,
         enable_fp_fusion=False,
@@ -311,7 +310,7 @@ def standardize_columns(x: Tensor) -> Tensor:
     return out
 
 
-def _tensors(batch: Batch) -> dict[str, Any]:
+def _tensors(plan: Plan, batch: Batch) -> dict[str, Any]:
     """Where the tensors of a batch are, and of what kind."""
     import triton.language as tl
 
@@ -330,6 +329,7 @@ def _tensors(batch: Batch) -> dict[str, Any]:
         "BUFFER": names[batch.kind.momentum],
         "KIND": batch.kind.master,
         "ALIGNED": batch.kind.aligned,
+        "WINDOWS": bool(plan.windows),
         "SOFT": interpreting(),
     }
 

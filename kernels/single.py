@@ -105,7 +105,8 @@ def _single_kernel(
             _await(flags + tl.load(item + 4))
             _chunk(
                 item + 1, segments_ptr, folds_ptr, options_ptr, clocks_ptr, grad_ptrs, param_ptrs,
-                momentum_ptrs, master_ptrs, GRAD, PARAM, BUFFER, KIND, ALIGNED, SOFT, UPDATE_BLOCK,
+                momentum_ptrs, master_ptrs, GRAD, PARAM, BUFFER, KIND, ALIGNED, WINDOWS, SOFT,
+                UPDATE_BLOCK,
             )  # fmt: skip
         elif TILES:
             _tile_of_any_shape(

@@ -111,7 +111,8 @@ def _update_block(
 def _chunk(
     row, segments_ptr, folds_ptr, options_ptr, clocks_ptr, grad_ptrs, param_ptrs, momentum_ptrs,
     master_ptrs, GRAD: tl.constexpr, PARAM: tl.constexpr, BUFFER: tl.constexpr,
-    KIND: tl.constexpr, ALIGNED: tl.constexpr, SOFT: tl.constexpr, BLOCK: tl.constexpr,
+    KIND: tl.constexpr, ALIGNED: tl.constexpr, WINDOWS: tl.constexpr, SOFT: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Move one chunk by its segment's fold, which must have been published."""
     tensor = tl.load(row)
@@ -152,9 +153,12 @@ def _chunk(
         offsets = tl.arange(0, BLOCK)
         whole = n // 16 * 16
         # how far each tensor is touched: bounds that are multiples of 16 keep accesses wide
-        fed_to = tl.where(mode != CLOSE_ONLY, whole, 0)
+        fed_to = whole
+        moved_to = whole
+        if WINDOWS:
+            fed_to = tl.where(mode != CLOSE_ONLY, whole, 0)
+            moved_to = tl.where(closing != 0, whole, 0)
         held_to = tl.where(buffered != 0, whole, 0)
-        moved_to = tl.where(closing != 0, whole, 0)
         i = n * 0
         while i < whole:
             g = grad + i
@@ -177,9 +181,13 @@ def _chunk(
             i += BLOCK
         if whole < n:
             rest = tl.arange(0, 16)
-            fed = rest < tl.where(mode != CLOSE_ONLY, n - whole, 0)
-            held = rest < tl.where(buffered != 0, n - whole, 0)
-            moved = rest < tl.where(closing != 0, n - whole, 0)
+            left = n - whole
+            fed = rest < left
+            moved = fed
+            if WINDOWS:
+                fed = rest < tl.where(mode != CLOSE_ONLY, left, 0)
+                moved = rest < tl.where(closing != 0, left, 0)
+            held = rest < tl.where(buffered != 0, left, 0)
             _update_block(
                 grad + whole, param + whole, momentum + whole, master + whole, rest, fed, held,
                 moved, start + whole, mode, up, more, high, low, inverse, lr, decay, beta, fresh,
@@ -208,6 +216,7 @@ def _update_kernel(
     BUFFER: tl.constexpr,
     KIND: tl.constexpr,
     ALIGNED: tl.constexpr,
+    WINDOWS: tl.constexpr,
     SOFT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -215,5 +224,5 @@ def _update_kernel(
     row = chunks_ptr + (tl.num_programs(0) - 1 - tl.program_id(0)).to(tl.int64) * 4
     _chunk(
         row, segments_ptr, folds_ptr, options_ptr, clocks_ptr, grad_ptrs, param_ptrs,
-        momentum_ptrs, master_ptrs, GRAD, PARAM, BUFFER, KIND, ALIGNED, SOFT, BLOCK,
+        momentum_ptrs, master_ptrs, GRAD, PARAM, BUFFER, KIND, ALIGNED, WINDOWS, SOFT, BLOCK,
     )  # fmt: skip

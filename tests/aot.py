@@ -53,6 +53,21 @@ COMBINATIONS = (
     ("fp16", "fp16", "fp32"),
     ("bf16", "fp32", "fp32"),
 )
+# how parameters keep what their storage type would lose: names in plan.py
+MASTERS = {
+    "plain": "PLAIN",
+    "remainder": "REMAINDER",
+    "master": "MASTER_COPY",
+    "stochastic": "STOCHASTIC",
+}
+# with the storage types for which each is the default or is asked for
+MASTER_COMBINATIONS = (
+    ("remainder", ("bf16", "bf16", "fp32")),
+    ("remainder", ("bf16", "fp32", "fp32")),
+    ("master", ("fp16", "fp16", "fp32")),
+    ("stochastic", ("bf16", "bf16", "bf16")),
+    ("stochastic", ("fp16", "fp16", "fp32")),
+)
 WIDEST = 16
 PROCESSES = 2
 
@@ -62,7 +77,7 @@ PROCESSES = 2
 BUDGETS = {
     "update": (48, 56),
     "lanes": (80, 80),
-    "lanes+tiles": (96, 144),
+    "lanes+tiles": (96, 160),
     "stream": (80, 88),
     "stream+tiles": (96, 144),
     "column_moments": (56, 56),
@@ -73,6 +88,8 @@ BUDGETS = {
     "single stream": (136, 168),
     "single stream+tiles": (168, 232),
 }
+# more where parameters have a master or are rounded stochastically, or with micro-batches
+MASTER_REGISTERS = 24
 # ptxas trades a few bytes outside the loops for a register step; where depends on its version
 SPILL_BYTES = {"update": 16, "statistics": 16, "single": 56}
 # releases and acquires: around the counter that elects a segment's last program, and on its flag
@@ -88,13 +105,15 @@ SIGNATURES = {
         "partials_ptr": "*fp64",
         "n_partials": "i32",
         "arrived_ptr": "*i32",
-        "moments_ptr": "*fp64",
         "folds_ptr": "*fp32",
         "options_ptr": "*fp64",
-        "skipped_ptr": "*i64",
+        "clocks_ptr": "*i64",
+        "scale_ptr": "*fp32",
+        "found_ptr": "*fp32",
         "grad_ptrs": "*i64",
         "param_ptrs": "*i64",
         "momentum_ptrs": "*i64",
+        "master_ptrs": "*i64",
     },
     "single": {
         "items_ptr": "*i64",
@@ -107,22 +126,26 @@ SIGNATURES = {
         "partials_ptr": "*fp64",
         "n_partials": "i32",
         "arrived_ptr": "*i32",
-        "moments_ptr": "*fp64",
         "folds_ptr": "*fp32",
         "options_ptr": "*fp64",
-        "skipped_ptr": "*i64",
+        "clocks_ptr": "*i64",
+        "scale_ptr": "*fp32",
+        "found_ptr": "*fp32",
         "grad_ptrs": "*i64",
         "param_ptrs": "*i64",
         "momentum_ptrs": "*i64",
+        "master_ptrs": "*i64",
     },
     "update": {
         "chunks_ptr": "*i64",
         "segments_ptr": "*i64",
         "folds_ptr": "*fp32",
         "options_ptr": "*fp64",
+        "clocks_ptr": "*i64",
         "grad_ptrs": "*i64",
         "param_ptrs": "*i64",
         "momentum_ptrs": "*i64",
+        "master_ptrs": "*i64",
     },
     # x and out have the storage type of the case
     "column_moments": {
@@ -159,6 +182,8 @@ class Case:
     aligned: bool = True
     wide: bool = True
     tiles: bool = False
+    master: str = "plain"
+    windows: bool = False
 
     @property
     def variant(self) -> str:
@@ -168,10 +193,17 @@ class Case:
         form = "single " if self.kernel == "single" else ""
         return form + ("lanes" if self.wide else "stream") + ("+tiles" if self.tiles else "")
 
+    @property
+    def budget(self) -> int:
+        """Registers it may take."""
+        extra = MASTER_REGISTERS if self.master != "plain" or self.windows else 0
+        return BUDGETS[self.variant][0 if self.aligned else 1] + extra
+
     def __str__(self) -> str:
         kind = "aligned" if self.aligned else "any"
         dtypes = ",".join((self.param, self.grad, self.buffer))
-        return f"{self.variant:19s} {dtypes:14s} {kind:7s} {self.target:6s}"
+        extras = f"{self.master}{' windows' if self.windows else ''}"
+        return f"{self.variant:19s} {dtypes:14s} {extras:18s} {kind:7s} {self.target:6s}"
 
 
 @dataclasses.dataclass
@@ -214,9 +246,8 @@ class Report:
         found = []
         if self.loop_spills or self.spill > SPILL_BYTES.get(case.kernel, 0):
             found.append(f"spills {self.spill} bytes, {self.loop_spills} accesses in loops")
-        budget = BUDGETS[case.variant][0 if case.aligned else 1]
-        if self.registers > budget:
-            found.append(f"{self.registers} registers > {budget}")
+        if self.registers > case.budget:
+            found.append(f"{self.registers} registers > {case.budget}")
         if case.aligned:
             for what, seen, wanted in (
                 ("loads", self.loads, self.wanted_loads),
@@ -250,7 +281,9 @@ def build(case: Case, tuning: Any, modules: dict[str, Any]) -> Any:
         "GRAD": DTYPES[case.grad],
         "PARAM": DTYPES[case.param],
         "BUFFER": DTYPES[case.buffer],
+        "KIND": getattr(modules["plan"], MASTERS[case.master]),
         "ALIGNED": case.aligned,
+        "WINDOWS": case.windows,
         "SOFT": False,
     }
     if case.kernel in COLUMN_KERNELS:
@@ -435,6 +468,15 @@ def cases(quick: bool, only: list[str]) -> Iterator[Case]:
             narrow = target in unaligned and case.kernel not in COLUMN_KERNELS
             if narrow and set(dtypes) == {"fp32"}:
                 yield dataclasses.replace(case, aligned=False)
+    extras = [{"kernel": "update"}, {"kernel": "statistics", "tiles": True}][: 1 if quick else None]
+    narrow = MASTER_COMBINATIONS[: 1 if quick else None]
+    kinds = [(*kind, False) for kind in narrow]
+    kinds += [("plain", COMBINATIONS[0], True), (*MASTER_COMBINATIONS[0], True)]
+    for variant, target, (master, dtypes, windows) in itertools.product(extras, targets, kinds):
+        named = dict(zip(("param", "grad", "buffer"), dtypes))
+        case = Case(target=target, **named, **variant, master=master, windows=windows)
+        if case.variant in only and not (quick and windows):
+            yield case
 
 
 def widths_text(widths: Counter[int]) -> str:

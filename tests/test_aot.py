@@ -56,5 +56,5 @@ def test_missing_hints_are_found(tmp_path: Path) -> None:
 
     assert done.returncode == 1, done.stdout + done.stderr
     for variant in variants:
-        line = rf"FAIL {variant} +\S+ +aligned +sm_90 .* loads < "
+        line = rf"FAIL {variant} +\S+ +plain +aligned +sm_90 .* loads < "
         assert re.search(line, done.stdout), done.stdout
