@@ -30,7 +30,7 @@ from torch.distributed.tensor.parallel import (
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bngd_triton import distributed, exchange
-from bngd_triton.exchange import Exchange, Share, local_table, merge
+from bngd_triton.exchange import Exchange, local_table
 
 # float64 sums of a few hundred entries: some units of 2**-53, here in units of 1e-12
 CLOSE = 1e-12
@@ -52,7 +52,8 @@ class Case(NamedTuple):
 
 def _huge_and_tiny(x: Tensor) -> Tensor:
     """Squares of the first half overflow float64, those of the second half underflow."""
-    scale = torch.where(torch.arange(x.numel()).view(x.shape) < x.numel() // 2, 1e200, 1e-200)
+    scale = torch.full(x.shape, 1e-200, dtype=torch.float64)
+    scale.view(-1)[: x.numel() // 2] = 1e200
     return x.double() * scale
 
 
@@ -128,16 +129,26 @@ CASES = {
         Case("float64", (7, 5), (S0, S1), GRID, values=_huge_and_tiny, eager=False),
     ],
 }
-# not in the global slice of the others, which they would spoil
+# their names end in this: one entry of the last rank is not finite
 SPOILT = {
     world: [
         Case("nan on the last rank", (10, 7), (S0,), (world,), values=_nan_in_last, eager=False),
-        Case("inf on the last rank", (10, 7), (S1,), (world,), values=_inf_in_last, eager=False),
+        Case("inf on the last rank", (7, 10), (S1,), (world,), values=_inf_in_last, eager=False),
     ]
     for world in CASES
 }
 WORLDS = sorted(CASES)
-IDS = [(world, case) for world in WORLDS for case in CASES[world] + SPOILT[world]]
+EVERY = [pytest.param(w, c, id=f"{w}: {c.desc}") for w in WORLDS for c in CASES[w] + SPOILT[w]]
+# what is exchanged together: granularity, then whether a case takes part
+RUNS: dict[str, tuple[str, Callable[[Case], bool]]] = {
+    "tensor": ("tensor", lambda case: True),
+    "row": ("row", lambda case: True),
+    "global": ("global", lambda case: case.eager),
+    "global, extreme": ("global", lambda case: case.values not in (_nan_in_last, _inf_in_last)),
+    "global, spoilt": ("global", lambda case: True),
+    "dealt out": ("tensor", lambda case: True),
+    "rows dealt out": ("row", lambda case: True),
+}
 
 
 def whole(case: Case) -> Tensor:
@@ -148,17 +159,13 @@ def whole(case: Case) -> Tensor:
     return case.values(x + 0.25 * drift)
 
 
-class Result(NamedTuple):
-    """What one rank found about one tensor; the lists have an item per local slice."""
+class Found(NamedTuple):
+    """What one rank found about one tensor; an item of the lists per local slice."""
 
     n: int
-    counted: list[float]
     mean: list[float]
-    std: list[mpmath.mpf]
-    least: list[float]
-    greatest: list[float]
+    std: list[float]
     table: Tensor
-    rows: Tensor
     share: dict[str, Any]
 
 
@@ -169,42 +176,318 @@ class Collective(NamedTuple):
     received: int
 
 
-class World(NamedTuple):
+class Result(NamedTuple):
     """What one rank returns."""
 
-    results: dict[tuple[str, str], Result]
+    found: dict[tuple[str, str], Found]
     collectives: dict[str, list[Collective]]
+    # all that torch saw, and values read on the host
     commands: dict[str, int]
     reads: int
-    eager: dict[str, tuple[float, float]]
+    repeated: bool
+    rows: dict[str, Tensor]
     placed: dict[str, bool]
+    eager: dict[str, tuple[float, float]]
+    # of the model, which has no case
     gradients: dict[str, Tensor]
-    refusals: dict[str, str]
 
 
 class HostReads(TorchDispatchMode):
     """Counts values read on the host, each of which would wait for a GPU."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
+    count = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         self.count += func is torch.ops.aten._local_scalar_dense.default
         return func(*args, **(kwargs or {}))
 
 
-def _recorded(log: list[Collective]) -> Any:
-    """Records what goes through the collectives that an exchange may use."""
+def recording(log: list[Collective]) -> Any:
+    """Notes what goes through the collectives that an exchange may use."""
 
     def wrap(name: str, original: Any) -> Any:
         def call(output: Tensor, given: Tensor, group: Any) -> Any:
-            log.append(
-                Collective(name, dist.get_world_size(group), given.nbytes, output.nbytes)
-            )
+            log.append(Collective(name, dist.get_world_size(group), given.nbytes, output.nbytes))
             return original(output, given, group=group)
 
         return call
 
     names = ("all_gather_into_tensor", "all_to_all_single")
     return mock.patch.multiple(dist, **{name: wrap(name, getattr(dist, name)) for name in names})
+
+
+def sharded(case: Case, mesh: DeviceMesh) -> tuple[Tensor, Tensor]:
+    """A parameter and its gradient, whose Partial terms are 0 but for the last one."""
+    full = whole(case)
+    if case.placements is None:
+        return torch.zeros_like(full), full
+    param = distribute_tensor(torch.zeros_like(full), mesh, case.placements, src_data_rank=None)
+    placements = case.gradient or case.placements
+    partial = [i for i, p in enumerate(placements) if p.is_partial()]
+    kept = [R if i in partial else p for i, p in enumerate(placements)]
+    grad = distribute_tensor(full, mesh, kept, src_data_rank=None)
+    if partial:
+        last = all(mesh.get_local_rank(i) == mesh.size(i) - 1 for i in partial)
+        local = grad.to_local() * (1.0 if last else 0.0)
+        grad = DTensor.from_local(
+            local, mesh, placements, run_check=False, shape=full.shape, stride=full.stride()
+        )
+    return param, grad
+
+
+def model_on(mesh: DeviceMesh) -> nn.Module:
+    """FSDP over tensor parallelism, with gradients: `_StridedShard`, and a layer without TP."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 10), nn.GELU(), nn.Linear(10, 3), nn.LayerNorm(3))
+    parallelize_module(model, mesh["tp"], {"0": ColwiseParallel(), "2": RowwiseParallel()})
+    fully_shard(model, mesh=mesh["dp"])
+    x = torch.randn(4, 6) * (1 + mesh.get_local_rank("dp"))
+    model(x).square().mul(torch.arange(3.0)).sum().backward()
+    return model
+
+
+def visit(world: int) -> Result:
+    """Everything that is asked of one world, on one rank."""
+    cases = {case.desc: case for case in CASES[world] + SPOILT[world]}
+    meshes = {case.mesh: None for case in cases.values()}
+    on = {shape: init_device_mesh("cpu", shape, mesh_dim_names=("dp", "tp")[: len(shape)])
+          for shape in meshes}  # fmt: skip
+    tensors = {desc: sharded(case, on[case.mesh]) for desc, case in cases.items()}
+    gradients = {}
+    if GRID in on:
+        for name, param in model_on(on[GRID]).named_parameters():
+            tensors[f"model {name}"] = (param, param.grad)
+            gradients[f"model {name}"] = param.grad.full_tensor()
+    parts = {desc: distributed.local_parts(desc, *pair) for desc, pair in tensors.items()}
+
+    found: dict[tuple[str, str], Found] = {}
+    collectives: dict[str, list[Collective]] = {}
+    commands: dict[str, int] = {}
+    reads, repeated = HostReads(), True
+    for run, (granularity, takes) in RUNS.items():
+        names = [desc for desc in tensors if desc not in cases or takes(cases[desc])]
+        shares = [distributed.share_of(d, *tensors[d], granularity) for d in names]
+        plan = Exchange(shares, together=granularity == "global")
+        log: list[Collective] = []
+        bound = 0 if "dealt" in run else exchange.GATHERED
+        with mock.patch.object(exchange, "GATHERED", bound), CommDebugMode() as counter:
+            with recording(log), reads:
+                tables = [local_table(parts[d][1], granularity) for d in names]
+                merged = plan.run(tables)
+            again, shaped = plan.run(tables), plan.moments(tables)
+        collectives[run] = log
+        commands[run] = counter.get_total_counts()
+        for desc, share, table, same, m in zip(names, shares, merged, again, shaped):
+            repeated &= torch.equal(table.view(torch.int64), same.view(torch.int64))
+            down = -torch.as_tensor(m.exponent)
+            std = (m.m2 / max(1, m.n)).sqrt()
+            assert m.mean.dim() == share.ndim
+            found[run, desc] = Found(
+                m.n,
+                torch.ldexp(m.mean, down).flatten().tolist(),
+                torch.ldexp(std, down).flatten().tolist(),
+                table,
+                {k: v for k, v in share._asdict().items() if k != "groups"},
+            )
+
+    rows, placed, eager = {}, {}, {}
+    for desc, (param, grad) in tensors.items():
+        if param.dim():
+            rows[desc] = distributed.global_rows(param)
+            shape = (-1, *[1] * (param.dim() - 1))
+            spread = rows[desc].view(shape).expand(parts[desc][0].shape).contiguous()
+            if isinstance(param, DTensor):
+                spread = distributed.like(param, spread).full_tensor()
+            placed[desc] = torch.equal(
+                spread, torch.arange(param.shape[0]).view(shape).expand(param.shape)
+            )
+        if desc in cases and cases[desc].eager and isinstance(grad, DTensor):
+            values = grad.redistribute(param.device_mesh, param.placements).double()
+            statistics = (values.mean(), values.std(correction=0))
+            mean, std = (float(value.full_tensor()) for value in statistics)
+            eager[desc] = (mean, std)
+    return Result(
+        found, collectives, commands, reads.count, repeated, rows, placed, eager, gradients
+    )
+
+
+@functools.cache
+def visited(world: int) -> list[Result]:
+    return processes.run(world, visit, world)
+
+
+def exact(values: Tensor) -> tuple[Fraction, mpmath.mpf]:
+    """Mean and population standard deviation of the stored values; 0 and 0 of none."""
+    data = [Fraction(value) for value in values.double().flatten().tolist()]
+    if not data:
+        return Fraction(0), mpmath.mpf(0)
+    mean = sum(data) / len(data)
+    variance = sum((value - mean) ** 2 for value in data) / len(data)
+    return mean, mpmath.sqrt(mpmath.mpf(variance.numerator) / variance.denominator)
+
+
+def assert_statistics(found: Found, want: Sequence[Tensor]) -> None:
+    """One slice's values for each item of `found`."""
+    assert len(found.mean) == len(found.std) == len(found.table) == len(want)
+    for mean, std, row, values in zip(found.mean, found.std, found.table, want):
+        assert found.n == row[0] == values.numel()
+        if not values.isfinite().all():
+            assert not (math.isfinite(mean) and math.isfinite(std))
+            continue
+        with mpmath.workdps(40):
+            want_mean, want_std = exact(values)
+            bound = CLOSE * float(abs(want_mean) + Fraction(str(want_std)))
+            assert abs(Fraction(mean) - want_mean) <= bound
+            assert abs(std - want_std) <= CLOSE * want_std
+        if values.numel():
+            assert row[3] == values.double().min()
+            assert row[4] == values.double().max()
+
+
+@pytest.mark.parametrize(("world", "case"), EVERY)
+@pytest.mark.parametrize("run", ["tensor", "dealt out"])
+def test_tensor_statistics(world: int, case: Case, run: str) -> None:
+    for result in visited(world):
+        assert_statistics(result.found[run, case.desc], [whole(case)])
+
+
+@pytest.mark.parametrize(("world", "case"), EVERY)
+@pytest.mark.parametrize("run", ["row", "rows dealt out"])
+def test_row_statistics(world: int, case: Case, run: str) -> None:
+    full = whole(case)
+    for result in visited(world):
+        slices = [full]
+        if full.dim() >= 2:
+            slices = [full[row] for row in result.rows[case.desc].tolist()]
+        assert_statistics(result.found[run, case.desc], slices)
+
+
+@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("run", [run for run in RUNS if run.startswith("global")])
+def test_global_statistics_span_meshes_and_plain_tensors(world: int, run: str) -> None:
+    takes = RUNS[run][1]
+    for result in visited(world):
+        values = [whole(case) for case in CASES[world] + SPOILT[world] if takes(case)]
+        values += result.gradients.values()
+        union = torch.cat([value.double().flatten() for value in values])
+        for (other, _), found in result.found.items():
+            if other == run:
+                assert_statistics(found, [union])
+
+
+def test_fsdp_over_tensor_parallelism() -> None:
+    for result in visited(4):
+        assert len(result.gradients) == 6
+        for name, full in result.gradients.items():
+            assert_statistics(result.found["tensor", name], [full])
+            rows = full[result.rows[name]] if full.dim() >= 2 else [full]
+            assert_statistics(result.found["row", name], list(rows))
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_every_rank_has_the_same_bits(world: int) -> None:
+    results = visited(world)
+    compared = 0
+    for run, desc in results[0].found:
+        seen: dict[int, Tensor] = {}
+        for result in results:
+            table = result.found[run, desc].table.view(torch.int64)
+            by_row = RUNS[run][0] == "row" and desc in result.rows
+            rows = result.rows[desc].tolist() if by_row else [0]
+            for row, bits in zip(rows, table):
+                compared += row in seen
+                assert torch.equal(bits, seen.setdefault(row, bits)), (run, desc)
+    assert compared > 100
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_repeats_bit_for_bit_and_reads_nothing_on_the_host(world: int) -> None:
+    for result in visited(world):
+        assert result.repeated
+        assert result.reads == 0
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_torch_agrees(world: int) -> None:
+    for result in visited(world):
+        assert len(result.eager) > 8
+        for desc, (mean, std) in result.eager.items():
+            found = result.found["tensor", desc]
+            # torch's own sums: float64, without a reference point
+            assert found.mean[0] == pytest.approx(mean, rel=1e-9, abs=1e-9)
+            assert found.std[0] == pytest.approx(std, rel=1e-9, abs=1e-9)
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_equal_entries_have_no_spread(world: int) -> None:
+    for case in CASES[world]:
+        full = whole(case)
+        if full.numel() < 2 or full.min() != full.max():
+            continue
+        for run in RUNS:
+            if run.startswith("global"):
+                continue
+            for result in visited(world):
+                found = result.found[run, case.desc]
+                assert set(found.std) <= {0.0}
+                assert set(found.mean) <= {full.double().min().item()}
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_local_rows_have_their_global_index(world: int) -> None:
+    for result in visited(world):
+        assert result.placed
+        assert all(result.placed.values()), result.placed
+
+
+# mesh dimensions over which slices are cut: those of the mesh of four, of the grid, or of both
+CUTTING = {2: 1, 3: 1, 4: 3}
+
+
+@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("run", RUNS)
+def test_one_collective_per_mesh_dimension(world: int, run: str) -> None:
+    for result in visited(world):
+        names = [collective.name for collective in result.collectives[run]]
+        if "dealt" in run:
+            assert names == ["all_to_all_single", "all_gather_into_tensor"] * CUTTING[world]
+        else:
+            assert names == ["all_gather_into_tensor"] * CUTTING[world]
+        # three exchanges, and nothing else behind them
+        assert result.commands[run] == 3 * len(names)
+
+
+SHARES: dict[str, tuple[tuple[int, ...], tuple[int, ...], int]] = {
+    "plain": ((), (), 15),
+    "on a line of four": ((0,), (), 30),
+    "hybrid": ((1,), (0,), 35),
+    "outer only": ((0,), (1,), 35),
+    "replicated twice": ((), (0, 1), 6),
+    "rows and columns": ((0, 1), (), 35),
+    "rows twice": ((0, 1), (), 45),
+    "model 0.weight": ((0, 1), (), 60),
+    "model 2.bias": ((0,), (1,), 3),
+    "model 3.weight": ((0,), (), 3),
+}
+ROW_SHARES: dict[str, tuple[tuple[int, ...], tuple[int, ...], int]] = {
+    "hybrid": ((), (0,), 5),
+    "hybrid, columns": ((1,), (0,), 7),
+    "rows and columns": ((1,), (), 5),
+    "columns and rows": ((0,), (), 5),
+    "rows twice": ((), (), 5),
+    "columns twice": ((0, 1), (), 9),
+    "vector": ((0,), (1,), 7),
+    "model 0.weight": ((), (), 6),
+    "model 2.weight": ((1,), (), 10),
+}
+
+
+@pytest.mark.parametrize(
+    ("run", "desc", "want"),
+    [("tensor", *item) for item in SHARES.items()]
+    + [("row", *item) for item in ROW_SHARES.items()],
+)
+def test_which_mesh_dimensions_cut_a_slice(run: str, desc: str, want: Any) -> None:
+    for result in visited(4):
+        share = result.found[run, desc].share
+        assert (share["spread"], share["replicated"], share["entries"]) == want
