@@ -29,6 +29,9 @@ WIDTH = 8
 # tensors of an 8B transformer reach it at 2883 ranks
 GATHERED = 2**25
 
+# torch 2.13 renamed it, and warns of the old name
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
 
 class Share(NamedTuple):
     """What one rank holds of one tensor's slices; set by shapes, dtypes and placements alone.
@@ -140,7 +143,7 @@ class _Stage(NamedTuple):
     def _gather(self, part: Tensor, ranks: int) -> Tensor:
         """Every rank merges all slices: one message, ``ranks`` tables in memory."""
         parts = part.new_empty((ranks * part.shape[0], COLUMNS))
-        dist.all_gather_into_tensor(parts, part, group=self.group)
+        all_gather(parts, part, group=self.group)
         return merge(parts.view(ranks, *part.shape), self.wide)
 
     def _deal(self, part: Tensor, ranks: int) -> Tensor:
@@ -156,7 +159,7 @@ class _Stage(NamedTuple):
             first = dist.get_rank(self.group) * each
             wide = torch.cat([wide, wide.new_zeros(ranks * each - slices)])[first : first + each]
         merged = merge(dealt.view(ranks, each, COLUMNS), wide)
-        dist.all_gather_into_tensor(padded, merged, group=self.group)
+        all_gather(padded, merged, group=self.group)
         return padded[:slices]
 
 

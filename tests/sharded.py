@@ -5,8 +5,9 @@ Every world starts once and exchanges all its cases together, as a step would.
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -196,18 +197,24 @@ class HostReads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def recording(log: list[Collective]) -> Any:
+@contextlib.contextmanager
+def recording(log: list[Collective]) -> Iterator[None]:
     """Notes what goes through the collectives that an exchange may use."""
 
     def wrap(name: str, original: Any) -> Any:
-        def call(output: Tensor, given: Tensor, group: Any) -> Any:
+        def call(output: Tensor, given: Tensor, group: Any) -> None:
             log.append(Collective(name, dist.get_world_size(group), given.nbytes, output.nbytes))
-            return original(output, given, group=group)
+            original(output, given, group=group)
 
         return call
 
-    names = ("all_gather_into_tensor", "all_to_all_single")
-    return mock.patch.multiple(dist, **{name: wrap(name, getattr(dist, name)) for name in names})
+    gather = wrap("all-gather", exchange.all_gather)
+    deal = wrap("all-to-all", dist.all_to_all_single)
+    with (
+        mock.patch.object(exchange, "all_gather", gather),
+        mock.patch.object(dist, "all_to_all_single", deal),
+    ):
+        yield
 
 
 def sharded(case: Case, mesh: DeviceMesh) -> tuple[Tensor, Tensor]:

@@ -155,9 +155,9 @@ def test_one_collective_per_mesh_dimension(world: int, run: str) -> None:
     for result in visited(world):
         names = [collective.name for collective in result.collectives[run]]
         if "dealt" in run:
-            assert names == ["all_to_all_single", "all_gather_into_tensor"] * CUTTING[world]
+            assert names == ["all-to-all", "all-gather"] * CUTTING[world]
         else:
-            assert names == ["all_gather_into_tensor"] * CUTTING[world]
+            assert names == ["all-gather"] * CUTTING[world]
         # three exchanges, and nothing else behind them
         assert result.commands[run] == 3 * len(names)
 
