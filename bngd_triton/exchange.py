@@ -26,7 +26,7 @@ COLUMNS = 5
 # bytes of one entry of a table
 WIDTH = 8
 # bytes of gathered tables that a rank holds before slices are dealt out to ranks instead: the 291
-# tensors of an 8B transformer reach it at 2883 ranks
+# tensors of an 8B transformer pass it at 2883 ranks
 GATHERED = 2**25
 
 # torch 2.13 renamed it, and warns of the old name
@@ -121,6 +121,13 @@ def _exponent_within(least: Tensor, greatest: Tensor) -> Tensor:
     return exponent_of(torch.maximum(least.abs(), greatest.abs()))
 
 
+def _wide_rows(shares: Sequence[Share]) -> Tensor | None:
+    """Which rows of the shares' packed tables are wide; None if none is."""
+    if not any(share.wide for share in shares):
+        return None
+    return torch.cat([torch.full((s.slices,), s.wide, device=s.device) for s in shares])
+
+
 class _Stage(NamedTuple):
     """One collective: rows of the packed table that travel over one process group."""
 
@@ -190,27 +197,22 @@ class Exchange:
             )
         self.shares = tuple(shares)
         self.together = together
-        self._wide = self._flags([s for s in shares for _ in range(s.slices)])
+        self._wide = _wide_rows(shares)
         self.groups: list[ProcessGroup] = []
         self._stages: list[_Stage] = []
-        # group names tell groups apart: a mesh may wrap one group in several objects
-        found = {group.group_name: group for share in shares for group in share.groups}
-        for name, group in found.items():
-            owners = [s for s in shares for _ in range(s.slices)]
-            rows = [i for i, s in enumerate(owners) if name in [g.group_name for g in s.groups]]
-            if rows:
-                some = None
-                if len(rows) < len(owners):
-                    some = torch.tensor(rows, device=shares[0].device)
+        # by name: several meshes may hold one group as different objects
+        groups = {group.group_name: group for share in shares for group in share.groups}
+        for name, group in groups.items():
+            taken, rows, start = [], [], 0
+            for share in shares:
+                if any(name == other.group_name for other in share.groups):
+                    taken.append(share)
+                    rows.append(torch.arange(start, start + share.slices, device=share.device))
+                start += share.slices
+            if any(share.slices for share in taken):
+                some = torch.cat(rows) if len(taken) < len(shares) else None
                 self.groups.append(group)
-                self._stages.append(_Stage(group, some, self._flags([owners[i] for i in rows])))
-
-    @staticmethod
-    def _flags(owners: Sequence[Share]) -> Tensor | None:
-        """Which rows are wide; None if none is."""
-        if not any(share.wide for share in owners):
-            return None
-        return torch.tensor([share.wide for share in owners], device=owners[0].device)
+                self._stages.append(_Stage(group, some, _wide_rows(taken)))
 
     @torch.no_grad()
     def run(self, tables: Sequence[Tensor]) -> list[Tensor]:
@@ -235,8 +237,8 @@ class Exchange:
                 )
         if len(tables) != len(self.shares):
             raise ValueError(f"got {len(tables)} tables for {len(self.shares)} shares")
-        if not tables:
-            return []
+        if not self._stages and not (self.together and tables):
+            return list(tables)
         packed = torch.cat(list(tables))
         for stage in self._stages:
             packed = stage.run(packed)

@@ -100,7 +100,7 @@ CASES = {
         Case("convolution, input channels", (4, 5, 3, 2), (S1,), THREE),
         Case("last dimension", (4, 3, 5), (Shard(2),), THREE),
         Case("empty columns", (5, 2), (S1,), THREE),
-        Case("first rank empty-handed", (3, 2), (S1,), THREE, (Partial(),)),
+        Case("partial gradient, an empty rank", (3, 2), (S1,), THREE, (Partial(),)),
         Case("equal, empty ranks", (2, 3), (S0,), THREE, values=lambda x: torch.full_like(x, 0.1)),
         Case("float64, empty ranks", (2, 9), (S0,), THREE, values=_huge_and_tiny, eager=False),
     ],
@@ -178,6 +178,7 @@ class Result(NamedTuple):
     reads: int
     repeated: bool
     rows: dict[str, Tensor]
+    # whether rows have the right index, and whether a write to a part reaches the parameter
     placed: dict[str, bool]
     eager: dict[str, tuple[float, float]]
     # of the model, which has no case
@@ -302,6 +303,11 @@ def visit(world: int) -> Result:
             placed[desc] = torch.equal(
                 spread, torch.arange(param.shape[0]).view(shape).expand(param.shape)
             )
+        with torch.no_grad():
+            before = (param.full_tensor() if isinstance(param, DTensor) else param).clone()
+            parts[desc][0].add_(1)
+            after = param.full_tensor() if isinstance(param, DTensor) else param
+        placed[f"{desc}, written"] = torch.equal(after, before + 1)
         if desc in cases and cases[desc].eager and isinstance(grad, DTensor):
             values = grad.redistribute(param.device_mesh, param.placements).double()
             statistics = (values.mean(), values.std(correction=0))

@@ -139,7 +139,7 @@ def test_equal_entries_have_no_spread(world: int) -> None:
 
 
 @pytest.mark.parametrize("world", WORLDS)
-def test_local_rows_have_their_global_index(world: int) -> None:
+def test_parts_are_where_they_belong(world: int) -> None:
     for result in visited(world):
         assert result.placed
         assert all(result.placed.values()), result.placed
@@ -250,6 +250,14 @@ def test_rows_without_entries_are_ignored_whatever_they_hold() -> None:
     for wide in (None, torch.tensor([True])):
         for parts in ([empty, real], [real, empty], [empty, empty, real]):
             assert torch.equal(merge(torch.cat(parts), wide), real[0])
+
+
+@pytest.mark.parametrize("value", [1 / 3, 1e4 / 7])
+def test_equal_parts_merge_without_rounding(value: float) -> None:
+    # sums of n * value round here: 133 times a third is not 44.333...
+    filled = [[[n, value, 0.0, value, value]] for n in (10.0, 33.0, 77.0, 13.0)]
+    merged = merge(torch.tensor([[[0.0] * 5], *filled], dtype=torch.float64))
+    assert merged.tolist() == [[133.0, value, 0.0, value, value]]
 
 
 def test_a_signature_changes_with_what_shares_depend_on() -> None:
