@@ -82,7 +82,7 @@ def blocks(tensor: Tensor) -> list[slice | EllipsisType]:
 def moments(grad: Tensor, dims: tuple[int, ...], exponent: Tensor | int | None = None) -> Moments:
     """Count, mean and sum of squared deviations over `dims`, kept as dimensions of size 1."""
     if exponent is None:
-        exponent = _exponent(grad.abs().amax(dims, keepdim=True)) if _is_wide(grad) else 0
+        exponent = exponent_of(grad.abs().amax(dims, keepdim=True)) if _is_wide(grad) else 0
     parts = [
         _block_moments(grad[block], dims, _of_block(exponent, block)) for block in blocks(grad)
     ]
@@ -128,7 +128,7 @@ def global_moments(grads: Sequence[Tensor]) -> Moments | None:
         return None
     exponent: Tensor | int = 0
     if any(_is_wide(grad) for grad in filled):
-        exponent = _exponent(torch.stack([grad.double().abs().amax() for grad in filled]).amax())
+        exponent = exponent_of(torch.stack([grad.double().abs().amax() for grad in filled]).amax())
     parts = [moments(grad, slice_dims(grad.dim(), "global"), exponent) for grad in filled]
     means = torch.stack([part.mean.reshape(()) for part in parts])
     m2 = torch.stack([part.m2.reshape(()) for part in parts])
@@ -238,7 +238,7 @@ def _of_block(field: Any, block: slice | EllipsisType) -> Any:
     return field[block] if per_slice else field
 
 
-def _exponent(largest: Tensor) -> Tensor:
+def exponent_of(largest: Tensor) -> Tensor:
     """The power of two that brings `largest` near 1, bounded so that both ends stay in range."""
     return (-torch.frexp(largest.double()).exponent.long()).clamp(-1000, 1000)
 

@@ -1,0 +1,168 @@
+"""Sharded parameters: which part of which slice this rank holds, from a `DTensor`'s placements.
+
+The statistics of a slice are those of the whole tensor, never of the local part. What a mesh
+dimension does to a slice decides whether it takes part in `exchange`:
+
+* Shard of a dimension that the slice spans cuts it: its statistics are merged over that dimension;
+* ``Shard(0)`` under ``granularity="row"`` deals out whole rows: nothing to merge;
+* Replicate repeats it: not merged, so that nothing is counted twice.
+
+Every rank of a mesh must step the same parameters in the same order.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
+
+from .exchange import Share
+from .moments import slice_dims
+
+
+@torch.no_grad()
+def local_parts(name: str, param: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """This rank's part of a parameter and of its gradient, as plain tensors.
+
+    Args:
+        name: what to call the parameter in an error.
+        param: a plain tensor or a DTensor; the part shares its memory.
+        grad: the same, of the same global shape. A gradient with other placements than its
+            parameter is redistributed, a Partial one reduced: collectives of its own.
+
+    Raises:
+        TypeError: one is a DTensor and the other is not.
+        ValueError: shapes or meshes differ, or this process has no place in the mesh.
+        NotImplementedError: placements of `param` that are neither Shard nor Replicate.
+    """
+    if not isinstance(param, DTensor) and not isinstance(grad, DTensor):
+        return param, grad
+    if not isinstance(param, DTensor) or not isinstance(grad, DTensor):
+        kinds = ["a DTensor" if isinstance(t, DTensor) else "a plain tensor" for t in (param, grad)]
+        raise TypeError(
+            f"{name} is {kinds[0]}, its gradient {kinds[1]}: "
+            "distribute both over one mesh (torch.distributed.tensor.distribute_tensor)"
+        )
+    _cut_dims(name, param)
+    if grad.shape != param.shape:
+        raise ValueError(
+            f"the gradient of {name} has shape {tuple(grad.shape)}, "
+            f"the parameter {tuple(param.shape)}"
+        )
+    if grad.device_mesh != param.device_mesh:
+        raise ValueError(
+            f"the gradient of {name} is on {grad.device_mesh}, the parameter on "
+            f"{param.device_mesh}: bring both to one mesh"
+        )
+    if grad.placements != param.placements:
+        grad = grad.redistribute(param.device_mesh, param.placements)
+    return param.to_local(), grad.to_local()
+
+
+@torch.no_grad()
+def share_of(name: str, param: Tensor, grad: Tensor, granularity: str) -> Share:
+    """What this rank holds of the slices of `param`.
+
+    Args:
+        name: what to call the parameter in an error.
+        param: a plain tensor or a DTensor.
+        grad: its gradient, of which only the dtype matters.
+        granularity: ``"tensor"``, ``"row"`` or ``"global"``; under the last each tensor is one
+            slice here, and ``Exchange(..., together=True)`` merges them.
+
+    Raises:
+        ValueError: this process has no place in the mesh.
+        NotImplementedError: placements that are neither Shard nor Replicate.
+    """
+    by_row = len(slice_dims(param.dim(), granularity)) < param.dim()
+    entries = param.numel() // max(1, param.shape[0]) if by_row else param.numel()
+    spread: list[int] = []
+    replicated: list[int] = []
+    groups: list[ProcessGroup] = []
+    local = param
+    if isinstance(param, DTensor):
+        local = param.to_local()
+        for mesh_dim, dim in enumerate(_cut_dims(name, param)):
+            if dim is None:
+                replicated.append(mesh_dim)
+            elif param.device_mesh.size(mesh_dim) > 1 and not (by_row and dim == 0):
+                spread.append(mesh_dim)
+        groups = [param.device_mesh.get_group(mesh_dim) for mesh_dim in reversed(spread)]
+    return Share(
+        slices=local.shape[0] if by_row else 1,
+        entries=entries,
+        ndim=param.dim(),
+        groups=tuple(groups),
+        spread=tuple(spread),
+        replicated=tuple(replicated),
+        wide=grad.dtype is torch.float64,
+        device=local.device,
+    )
+
+
+@torch.no_grad()
+def global_rows(param: Tensor) -> Tensor:
+    """The indices of dimension 0 that this rank holds, in the order of its local rows.
+
+    Args:
+        param: a plain tensor or a DTensor, of one or more dimensions.
+
+    Returns:
+        int64, on the parameter's device.
+    """
+    rows = torch.arange(param.shape[0], device=param.device)
+    if not isinstance(param, DTensor):
+        return rows
+    cuts = zip(param.placements, _cut_dims("param", param))
+    kept = [placement if dim == 0 else Replicate() for placement, dim in cuts]
+    # without a source rank every rank cuts its own copy: no collective
+    return distribute_tensor(rows, param.device_mesh, kept, src_data_rank=None).to_local()
+
+
+@torch.no_grad()
+def like(param: DTensor, local: Tensor) -> DTensor:
+    """`local` as this rank's part of a tensor with the shape and placements of `param`.
+
+    Args:
+        param: the parameter whose state this is.
+        local: shaped as the local part of `param`; of any dtype. Its memory is shared.
+
+    Raises:
+        ValueError: another shape than the local part's.
+    """
+    want = param.to_local().shape
+    if local.shape != want:
+        raise ValueError(
+            f"this rank's part of the parameter has shape {tuple(want)}, got {tuple(local.shape)}"
+        )
+    return DTensor.from_local(
+        local, param.device_mesh, param.placements, run_check=False, shape=param.shape,
+        stride=param.stride(),
+    )  # fmt: skip
+
+
+def signature(param: Tensor, grad: Tensor) -> tuple[object, ...]:
+    """Changes whenever `share_of` would: a cached `Exchange` serves while it is the same."""
+    place = (param.device_mesh, param.placements) if isinstance(param, DTensor) else ()
+    return (param.shape, param.device, grad.dtype, *place)
+
+
+def _cut_dims(name: str, param: DTensor) -> list[int | None]:
+    """For each mesh dimension the tensor dimension that it cuts, None where it repeats."""
+    if param.device_mesh.get_coordinate() is None:
+        raise ValueError(
+            f"this process has no place in the mesh of {name} ({param.device_mesh}): "
+            "give the optimizer only parameters of which this process holds a part"
+        )
+    cuts: list[int | None] = []
+    for placement in param.placements:
+        # FSDP over tensor parallelism places by _StridedShard, which is no subclass of Shard
+        dim = getattr(placement, "dim", None)
+        if not placement.is_replicate() and (dim is None or placement.is_partial()):
+            raise NotImplementedError(
+                f"{name} is placed by {param.placements}; BNGD takes Shard and Replicate "
+                "(redistribute the parameter first)"
+            )
+        cuts.append(None if dim is None else int(dim) % max(1, param.dim()))
+    return cuts
