@@ -94,6 +94,8 @@ class BNGD(Optimizer):
 
     fused: bool | None
     flatten: bool | None
+    _clocks: dict[torch.device, Tensor]
+    _seeds: list[int]
     # torch.amp.GradScaler leaves its scale and what it found to `step`, which does not wait for it
     _step_supports_amp_scaling = True
 
@@ -347,8 +349,8 @@ class BNGD(Optimizer):
     def _forget(self) -> None:
         """Drop what can be made again; it holds addresses and must not be copied or saved."""
         self._stepper = Stepper()
-        self._clocks: dict[torch.device, Tensor] = {}
-        self._seeds: list[int] = []
+        self._clocks = {}
+        self._seeds = []
 
     def __getstate__(self) -> dict[str, Any]:
         self._note_clocks()

@@ -118,7 +118,7 @@ def _bounded(
 def _count(name: str, value: Any, least: int) -> int:
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{name} must be an integer, got {value!r}")
-    if not least <= value < 2**31:
+    if not least <= int(value) < 2**31:
         raise ValueError(f"{name} must be >= {least} and < 2**31, got {value}")
     return int(value)
 
@@ -128,6 +128,6 @@ def _flag(name: str, value: Any) -> None:
         raise TypeError(f"{name} must be True or False, got {value!r}")
 
 
-def _one_of(name: str, value: Any, allowed: Sequence[str]) -> None:
+def _one_of(name: str, value: Any, allowed: Sequence[Any]) -> None:
     if value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")

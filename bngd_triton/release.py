@@ -154,7 +154,7 @@ class GradientRelease:
         closing = closing_of([self._optimizer.param_groups[index]])
         scale = None
         if self._scaler is not None and self._scaler.is_enabled():
-            scale = self._scaler._scale  # type: ignore[attr-defined]
+            scale = self._scaler._scale
         return Pass(closing, {}, None if scale is None else scale.to(device))
 
     def finish(self) -> None:
@@ -175,7 +175,7 @@ class GradientRelease:
             new = (record[:, SKIPPED] > before).any().float().reshape(1)
             found[param.device] = torch.maximum(found.get(param.device, new), new)
         self._skipped.clear()
-        state = scaler._per_optimizer_states[id(self._optimizer)]  # type: ignore[attr-defined]
+        state = scaler._per_optimizer_states[id(self._optimizer)]
         state["found_inf_per_device"] = found
 
 

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from .moments import UNIFORM, fold, merge
-from .update import store_as
+from .precision import store_as
 
 
 @triton.jit(do_not_specialize=["n_rows", "n_columns", "rows_per_split"])

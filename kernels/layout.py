@@ -35,13 +35,14 @@ class Walk(NamedTuple):
 def walk(param: Tensor, momentum: Tensor | None, master: Tensor | None, rows: int) -> Walk:
     """What to walk for a parameter; tensors other than its own are copies to be kept in step."""
     here = param if walked_in_place(param, rows) else _row_major(param)
-    state = [
-        torch.empty_like(here, dtype=one.dtype)
-        if one is not None and not same_order(one, here)
-        else one
-        for one in (momentum, master)
-    ]
-    return Walk(here, *state, rows)
+    return Walk(here, _beside(momentum, here), _beside(master, here), rows)
+
+
+def _beside(state: Tensor | None, here: Tensor) -> Tensor | None:
+    """`state` where it lies as `here` does, else room for a copy that does."""
+    if state is None or same_order(state, here):
+        return state
+    return torch.empty_like(here, dtype=state.dtype)
 
 
 def _row_major(tensor: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ the chunk's read of g (4 bytes) is meant to hit L2, where its slice left it two 
 import triton
 import triton.language as tl
 
-from .statistics import TABLES, _slice, _tile_of_any_shape
+from .statistics import ARGUMENTS, _slice, _tile_of_any_shape
 from .update import _chunk
 from .work import CHUNK_ITEM, ITEM, SLICE_ITEM
 
@@ -47,7 +47,7 @@ def _await(flag):
     do_not_specialize=["n_items", "n_partials", "first_segment", "n_segments"],
     do_not_specialize_on_alignment=[
         "items_ptr", "counters_ptr",
-        *(table for table in TABLES if table not in ("slices_ptr", "tiles_ptr")),
+        *(table for table in ARGUMENTS if table not in ("slices_ptr", "tiles_ptr", "tables_ptr")),
     ],
 )  # fmt: skip
 def _single_kernel(
@@ -94,8 +94,8 @@ def _single_kernel(
         if kind == IS_SLICE:
             published = _slice(
                 item + 1, segments_ptr, partials_ptr, n_partials, arrived_ptr, folds_ptr,
-                options_ptr, scale_ptr, found_ptr, grad_ptrs,
-                GRAD, ALIGNED, WIDE, WINDOWS, BLOCK, UNROLL, MERGE,
+                options_ptr, scale_ptr, found_ptr, partials_ptr, grad_ptrs,
+                GRAD, ALIGNED, WIDE, WINDOWS, False, BLOCK, UNROLL, MERGE,
             )  # fmt: skip
             if published:
                 # every thread's stores of the fold before the one thread's release

@@ -58,12 +58,15 @@ SKIPPED = tl.constexpr(2)
 # columns of the table of tiled tensors: elements of a row, option row * 2 + centred, addresses of
 # record and window
 ROW_COLUMNS = tl.constexpr(4)
+# columns of a table of statistics, as in bngd_triton/exchange.py: entries, mean, sum of squared
+# deviations, least, greatest
+TABLE_COLUMNS = tl.constexpr(5)
 
 # parts of one upload: their alignment must not choose among compilations, nor their sizes
-TABLES = [
+ARGUMENTS = [
     "slices_ptr", "tiles_ptr", "rows_ptr", "segments_ptr", "partials_ptr", "arrived_ptr",
-    "folds_ptr", "options_ptr", "clocks_ptr", "scale_ptr", "found_ptr", "grad_ptrs", "param_ptrs",
-    "momentum_ptrs", "master_ptrs",
+    "folds_ptr", "options_ptr", "clocks_ptr", "scale_ptr", "found_ptr", "tables_ptr", "grad_ptrs",
+    "param_ptrs", "momentum_ptrs", "master_ptrs",
 ]  # fmt: skip
 
 
@@ -144,10 +147,16 @@ def _note(record, mean, std, taken, scale, live):
 
 @triton.jit
 def _publish(
-    mean, m2, n, uniform, segment, segments_ptr, folds_ptr, options_ptr, scale_ptr, found_ptr,
-    WINDOWS: tl.constexpr,
+    n, mean, m2, least, most, segment, segments_ptr, folds_ptr, options_ptr, scale_ptr, found_ptr,
+    WIDE: tl.constexpr, WINDOWS: tl.constexpr,
 ):  # fmt: skip
     """Store a segment's fold and record."""
+    if WIDE:
+        uniform = tl.sqrt(m2 / n) <= tl.abs(mean) * UNIFORM
+    else:
+        uniform = least == most
+        mean = tl.where(uniform, least, mean)
+        m2 = tl.where(uniform, 0.0, m2)
     here = segments_ptr + segment * SEGMENT_COLUMNS
     coded = tl.load(here + 3)
     option = options_ptr + (coded >> 1) * OPTION_COLUMNS
@@ -182,10 +191,14 @@ def _publish(
 @triton.jit
 def _slice(
     row, segments_ptr, partials_ptr, n_partials, arrived_ptr, folds_ptr, options_ptr, scale_ptr,
-    found_ptr, grad_ptrs, GRAD: tl.constexpr, ALIGNED: tl.constexpr, WIDE: tl.constexpr,
-    WINDOWS: tl.constexpr, BLOCK: tl.constexpr, UNROLL: tl.constexpr, MERGE: tl.constexpr,
+    found_ptr, tables_ptr, grad_ptrs, GRAD: tl.constexpr, ALIGNED: tl.constexpr,
+    WIDE: tl.constexpr, WINDOWS: tl.constexpr, TABLES: tl.constexpr, BLOCK: tl.constexpr,
+    UNROLL: tl.constexpr, MERGE: tl.constexpr,
 ):  # fmt: skip
-    """Statistics of one slice; the last one of a segment publishes it. Returns whether this did."""
+    """Statistics of one slice; the last one of a segment publishes it. Returns whether this did.
+
+    TABLES leaves them in a table instead: other processes have parts of the same segments.
+    """
     tensor = tl.load(row)
     start = tl.load(row + 1)
     length = tl.load(row + 2).to(tl.int32)
@@ -222,16 +235,18 @@ def _slice(
                 partials_ptr, n_partials, first, count, WIDE, MERGE
             )
             tl.store(arrived_ptr + segment, 0)
-        if WIDE:
-            uniform = tl.sqrt(m2 / n) <= tl.abs(mean) * UNIFORM
+        if TABLES:
+            table = tables_ptr + segment * TABLE_COLUMNS
+            tl.store(table, n)
+            tl.store(table + 1, mean)
+            tl.store(table + 2, m2)
+            tl.store(table + 3, least)
+            tl.store(table + 4, most)
         else:
-            uniform = least == most
-            mean = tl.where(uniform, least, mean)
-            m2 = tl.where(uniform, 0.0, m2)
-        _publish(
-            mean, m2, n, uniform, segment, segments_ptr, folds_ptr, options_ptr, scale_ptr,
-            found_ptr, WINDOWS,
-        )  # fmt: skip
+            _publish(
+                n, mean, m2, least, most, segment, segments_ptr, folds_ptr, options_ptr,
+                scale_ptr, found_ptr, WIDE, WINDOWS,
+            )  # fmt: skip
     return last
 
 
@@ -353,7 +368,7 @@ def _tile_of_any_shape(
             )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["n_slices", "n_partials"], do_not_specialize_on_alignment=TABLES)
+@triton.jit(do_not_specialize=["n_slices", "n_partials"], do_not_specialize_on_alignment=ARGUMENTS)
 def _statistics_kernel(
     slices_ptr,  # int64 [n_slices, 5]: tensor, first element, elements, partial, segment
     n_slices,
@@ -368,6 +383,7 @@ def _statistics_kernel(
     clocks_ptr,  # int64 [groups]
     scale_ptr,  # float32 [1], what gradients were multiplied by
     found_ptr,  # float32 [1], anything but 0 makes gradients invalid
+    tables_ptr,  # float64 [segments, TABLE_COLUMNS], written instead of folds if TABLES
     grad_ptrs,  # int64 [tensors], likewise the next three
     param_ptrs,
     momentum_ptrs,
@@ -379,6 +395,7 @@ def _statistics_kernel(
     ALIGNED: tl.constexpr,
     WIDE: tl.constexpr,
     WINDOWS: tl.constexpr,
+    TABLES: tl.constexpr,
     SOFT: tl.constexpr,
     TILES: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -390,12 +407,40 @@ def _statistics_kernel(
     if program < n_slices:
         _slice(
             slices_ptr + program * 5, segments_ptr, partials_ptr, n_partials, arrived_ptr,
-            folds_ptr, options_ptr, scale_ptr, found_ptr, grad_ptrs,
-            GRAD, ALIGNED, WIDE, WINDOWS, BLOCK, UNROLL, MERGE,
+            folds_ptr, options_ptr, scale_ptr, found_ptr, tables_ptr, grad_ptrs,
+            GRAD, ALIGNED, WIDE, WINDOWS, TABLES, BLOCK, UNROLL, MERGE,
         )  # fmt: skip
     elif TILES:
         _tile_of_any_shape(
             tiles_ptr + (program - n_slices) * 5, rows_ptr, options_ptr, clocks_ptr, scale_ptr,
             found_ptr, grad_ptrs, param_ptrs, momentum_ptrs, master_ptrs,
             GRAD, PARAM, BUFFER, KIND, ALIGNED, WINDOWS, SOFT, BLOCK, TILE,
+        )  # fmt: skip
+
+
+@triton.jit(
+    do_not_specialize=["n_segments"],
+    do_not_specialize_on_alignment=[
+        "tables_ptr", "segments_ptr", "folds_ptr", "options_ptr", "scale_ptr", "found_ptr",
+    ],
+)  # fmt: skip
+def _publish_kernel(
+    tables_ptr,  # float64 [n_segments, TABLE_COLUMNS], of whole segments
+    n_segments,
+    segments_ptr,  # this and what follows as in `_statistics_kernel`
+    folds_ptr,
+    options_ptr,
+    scale_ptr,
+    found_ptr,
+    WIDE: tl.constexpr,
+    WINDOWS: tl.constexpr,
+):  # fmt: skip
+    """Folds and records of segments whose statistics were merged over processes."""
+    segment = tl.program_id(0).to(tl.int64)
+    if segment < n_segments:
+        table = tables_ptr + segment * TABLE_COLUMNS
+        _publish(
+            tl.load(table), tl.load(table + 1), tl.load(table + 2), tl.load(table + 3),
+            tl.load(table + 4), segment, segments_ptr, folds_ptr, options_ptr, scale_ptr,
+            found_ptr, WIDE, WINDOWS,
         )  # fmt: skip
