@@ -13,10 +13,9 @@ import torch
 from torch import Tensor
 
 from ..options import Options
-from .plan import Batch, Plan, Tuning, gpu_tuning
+from .architectures import dependent_launches
+from .plan import Batch, Plan, Tuning
 
-# NVIDIA compute capabilities whose float64 runs at half the float32 rate; elsewhere 1/32 or less
-FULL_RATE_FP64 = {(6, 0), (7, 0), (8, 0), (9, 0), (10, 0)}
 FUSED_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 COLUMNS = 16
 FORMS = ("two-launch", "single-launch")
@@ -61,27 +60,6 @@ def why_not(tensor: Tensor) -> str | None:
     if kind == "xpu" and not torch.xpu.get_device_properties(tensor.device).has_fp64:
         return f"{tensor.device} has no float64 for the statistics; use fused=None or fused=False"
     return None
-
-
-@functools.cache
-def tuning_for(device: torch.device) -> Tuning:
-    """The sizes for a device."""
-    if device.type == "cpu":
-        # a program costs the interpreter 50 us and a trip 0.1 ms, whatever its width
-        return Tuning(block=4096, unroll=1, slice=65536, update_block=16384, chunk=65536)
-    wave = 32
-    if device.type == "cuda":
-        wave = torch.cuda.get_device_properties(device).warp_size
-    return gpu_tuning(wide=_full_rate_fp64(device), wave=wave)
-
-
-def _full_rate_fp64(device: torch.device) -> bool:
-    if device.type != "cuda":
-        return False
-    if torch.version.hip:
-        name = torch.cuda.get_device_properties(device).gcnArchName
-        return name.startswith(("gfx90a", "gfx94", "gfx95"))
-    return torch.cuda.get_device_capability(device) in FULL_RATE_FP64
 
 
 def encode(options: Options, closing: bool = True) -> list[float]:
@@ -160,13 +138,24 @@ def launch(plan: Plan, inputs: Inputs, form: str | None = None) -> None:
             for batch in plan.batches:
                 single(plan, batch, inputs)
             return
+        early = early_updates(plan)
         for batch in plan.batches:
-            statistics(plan, batch, inputs)
+            statistics(plan, batch, inputs, early=early)
         for batch in plan.batches:
-            update(plan, batch, inputs)
+            update(plan, batch, inputs, early=early)
 
 
-def statistics(plan: Plan, batch: Batch, inputs: Inputs) -> None:
+def early_updates(plan: Plan) -> bool:
+    """Whether updates start before the statistics have ended (programmatic dependent launch).
+
+    The first launch never starts early, so that no launch of one step overlaps the step before;
+    and it lets the next launch start early only where that is an update of this step.
+    """
+    wanted = plan.tuning.pdl and dependent_launches(plan.device)
+    return wanted and any(batch.n_chunks for batch in plan.batches)
+
+
+def statistics(plan: Plan, batch: Batch, inputs: Inputs, *, early: bool = False) -> None:
     """First launch: statistics and folds of the segments; tiles from start to end."""
     from .statistics import _statistics_kernel
 
@@ -178,6 +167,7 @@ def statistics(plan: Plan, batch: Batch, inputs: Inputs) -> None:
         n_slices=batch.n_slices,
         tiles_ptr=batch.tiles,
         **_statistics_arguments(plan, batch, inputs),
+        PDL=early,
         num_warps=plan.tuning.warps,
         enable_fp_fusion=False,
     )
@@ -208,7 +198,7 @@ def _statistics_arguments(plan: Plan, batch: Batch, inputs: Inputs) -> dict[str,
     }
 
 
-def update(plan: Plan, batch: Batch, inputs: Inputs) -> None:
+def update(plan: Plan, batch: Batch, inputs: Inputs, *, early: bool = False) -> None:
     """Second launch: normalise and move the segments."""
     from .update import _update_kernel
 
@@ -222,8 +212,11 @@ def update(plan: Plan, batch: Batch, inputs: Inputs) -> None:
         clocks_ptr=inputs.clocks,
         **_tensors(batch),
         BLOCK=plan.tuning.update_block,
+        PDL=early,
         num_warps=plan.tuning.update_warps,
         enable_fp_fusion=False,
+        # an option of the CUDA backend alone
+        **({"launch_pdl": True} if early else {}),
     )
 
 

@@ -57,6 +57,8 @@ class Tuning:
             data from its far half twice. Programs wait where a wave has fewer slices than there
             are programs: 4 MiB are 512 slices of 2048 float32, and an H200 runs 528 programs.
         programs_per_sm: of the single launch; 4 fit the registers of an SM, 3 with tiles.
+        pdl: let the updates start while the statistics end (NVIDIA's programmatic dependent
+            launch, from sm_90 on; of no effect elsewhere). Compiled, never run or timed.
     """
 
     wide: bool = True
@@ -73,6 +75,7 @@ class Tuning:
     form: str | None = None
     wave: int = 4 << 20
     programs_per_sm: int = 4
+    pdl: bool = False
 
     @property
     def tile_columns(self) -> tuple[int, ...]:

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from ..members import Member, Pass, rounds_stochastically, slices_of
 from ..options import Options
-from .launch import Inputs, encode, launch, on_a_device, tuning_for, write_rates
+from .architectures import tuning_for
+from .launch import Inputs, encode, launch, on_a_device, write_rates
 from .layout import Walk, walk
 from .plan import ALIGNMENT, Entry, Plan, Tuning, build, capturing, upload
 

@@ -75,6 +75,8 @@ BUDGETS = {
 }
 # ptxas trades a few bytes outside the loops for a register step; where depends on its version
 SPILL_BYTES = {"update": 16, "statistics": 16, "single": 56}
+# with programmatic dependent launch, what is in the PTX of each kernel
+DEPENDENCE = {"statistics": "griddepcontrol.launch_dependents", "update": "griddepcontrol.wait"}
 # releases and acquires: around the counter that elects a segment's last program, and on its flag
 FENCES = {"statistics": 1, "single": 2}
 
@@ -159,6 +161,7 @@ class Case:
     aligned: bool = True
     wide: bool = True
     tiles: bool = False
+    pdl: bool = False
 
     @property
     def variant(self) -> str:
@@ -169,7 +172,7 @@ class Case:
         return form + ("lanes" if self.wide else "stream") + ("+tiles" if self.tiles else "")
 
     def __str__(self) -> str:
-        kind = "aligned" if self.aligned else "any"
+        kind = "pdl" if self.pdl else "aligned" if self.aligned else "any"
         dtypes = ",".join((self.param, self.grad, self.buffer))
         return f"{self.variant:19s} {dtypes:14s} {kind:7s} {self.target:6s}"
 
@@ -192,6 +195,8 @@ class Report:
         atomics: atomic operations on global memory.
         releases: fences before them.
         acquires: cache invalidations after them.
+        dependence: how programs depend on other launches: ``griddepcontrol`` in the PTX.
+        too_soon: accesses to global memory before the wait for the launch before.
         seconds: to compile.
     """
 
@@ -207,6 +212,8 @@ class Report:
     atomics: int
     releases: int
     acquires: int
+    dependence: list[str]
+    too_soon: int
     seconds: float
 
     def complaints(self, case: Case) -> list[str]:
@@ -229,6 +236,11 @@ class Report:
                 ]
         if min(self.atomics, self.releases, self.acquires) < FENCES.get(case.kernel, 0):
             found.append("an acquire, a release or the atomic between them is missing")
+        dependence = [DEPENDENCE[case.kernel]] if case.pdl else []
+        if self.dependence != dependence:
+            found.append(f"dependence on other launches {self.dependence}, not {dependence}")
+        if self.too_soon:
+            found.append(f"{self.too_soon} accesses before the wait for the launch before")
         return found
 
 
@@ -238,7 +250,7 @@ def load_kernels(folder: Path) -> dict[str, Any]:
     package = types.ModuleType("aot_kernels")
     package.__path__ = [str(folder)]
     sys.modules[package.__name__] = package
-    parts = ("statistics", "update", "single", "columns", "plan")
+    parts = ("statistics", "update", "single", "columns", "architectures")
     return {part: importlib.import_module(f"{package.__name__}.{part}") for part in parts}
 
 
@@ -253,6 +265,8 @@ def build(case: Case, tuning: Any, modules: dict[str, Any]) -> Any:
         "ALIGNED": case.aligned,
         "SOFT": False,
     }
+    if case.kernel in DEPENDENCE:
+        constants["PDL"] = case.pdl
     if case.kernel in COLUMN_KERNELS:
         constants, warps = COLUMN_KERNELS[case.kernel]
     elif case.kernel == "update":
@@ -273,6 +287,8 @@ def build(case: Case, tuning: Any, modules: dict[str, Any]) -> Any:
     signature = {name: typed.get(name, "constexpr") for name in fn.arg_names}
     source = ASTSource(fn=fn, signature=signature, constexprs=constants)
     options = {"num_warps": warps, "enable_fp_fusion": False}
+    if case.pdl and case.kernel == "update":
+        options["launch_pdl"] = True
     return triton.compile(source, target=TARGETS[case.target], options=options)
 
 
@@ -373,6 +389,8 @@ def inspect(compiled: Any, backend: str, seconds: float) -> Report:
     def matching(pattern: str, lines: list[str]) -> list[str]:
         return [code for code in lines if re.match(pattern, code)]
 
+    dependence = re.findall(r"griddepcontrol\.\w+", compiled.asm.get("ptx", ""))
+    wait = next((i for i, code in enumerate(codes) if code.startswith("ACQBULK")), 0)
     bodies = [codes[first : last + 1] for first, last in loops]
     atomics, releases, acquires = (len(matching(pattern, codes)) for pattern in patterns)
     lanes = compiled.metadata.target.warp_size
@@ -390,6 +408,8 @@ def inspect(compiled: Any, backend: str, seconds: float) -> Report:
         atomics=atomics,
         releases=releases,
         acquires=acquires,
+        dependence=dependence,
+        too_soon=len(matching(r"(LDG|STG|ATOMG?|RED)\b", codes[:wait])),
         seconds=seconds,
     )
 
@@ -399,8 +419,8 @@ def run(folder: Path, case: Case) -> tuple[Case, Report | None, list[str]]:
     modules = load_kernels(folder)
     begin = time.perf_counter()
     try:
-        wave = TARGETS[case.target].warp_size
-        tuning = modules["plan"].gpu_tuning(wide=case.wide, wave=wave)
+        row = modules["architectures"].TABLE[case.target]
+        tuning = dataclasses.replace(row.tuning, wide=case.wide)
         compiled = build(case, tuning, modules)
     except Exception as error:  # whatever the compiler raises is this case's failure
         return case, None, [f"does not compile: {str(error).splitlines()[-1]}"]
@@ -435,6 +455,9 @@ def cases(quick: bool, only: list[str]) -> Iterator[Case]:
             narrow = target in unaligned and case.kernel not in COLUMN_KERNELS
             if narrow and set(dtypes) == {"fp32"}:
                 yield dataclasses.replace(case, aligned=False)
+            dependent = target in ("sm_90", "sm_100") and case.kernel in DEPENDENCE
+            if dependent and set(dtypes) == {"fp32"}:
+                yield dataclasses.replace(case, pdl=True)
 
 
 def widths_text(widths: Counter[int]) -> str:
