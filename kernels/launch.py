@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..options import Options
+from . import direct
 from .architectures import dependent_launches
 from .plan import Batch, Plan, Tuning
 
@@ -162,15 +163,21 @@ def statistics(plan: Plan, batch: Batch, inputs: Inputs, *, early: bool = False)
     programs = batch.n_slices + batch.n_tiles
     if programs == 0:
         return
-    _statistics_kernel[(programs,)](
-        slices_ptr=batch.slices,
-        n_slices=batch.n_slices,
-        tiles_ptr=batch.tiles,
+    arguments = {
+        "slices_ptr": batch.slices,
+        "n_slices": batch.n_slices,
+        "tiles_ptr": batch.tiles,
         **_statistics_arguments(plan, batch, inputs),
-        PDL=early,
-        num_warps=plan.tuning.warps,
-        enable_fp_fusion=False,
-    )
+        "PDL": early,
+    }
+    _run(_statistics_kernel, programs, arguments, plan, batch, num_warps=plan.tuning.warps)
+
+
+def _run(
+    kernel: Any, programs: int, arguments: dict[str, Any], plan: Plan, batch: Batch, **options: Any
+) -> None:
+    handles = batch.handles if plan.tuning.direct else None
+    direct.launch(kernel, programs, arguments, {**options, "enable_fp_fusion": False}, handles)
 
 
 def _statistics_arguments(plan: Plan, batch: Batch, inputs: Inputs) -> dict[str, Any]:
@@ -204,20 +211,20 @@ def update(plan: Plan, batch: Batch, inputs: Inputs, *, early: bool = False) -> 
 
     if batch.n_chunks == 0:
         return
-    _update_kernel[(batch.n_chunks,)](
-        chunks_ptr=batch.chunks,
-        segments_ptr=plan.segments,
-        folds_ptr=plan.folds,
-        options_ptr=inputs.options,
-        clocks_ptr=inputs.clocks,
+    arguments = {
+        "chunks_ptr": batch.chunks,
+        "segments_ptr": plan.segments,
+        "folds_ptr": plan.folds,
+        "options_ptr": inputs.options,
+        "clocks_ptr": inputs.clocks,
         **_tensors(batch),
-        BLOCK=plan.tuning.update_block,
-        PDL=early,
-        num_warps=plan.tuning.update_warps,
-        enable_fp_fusion=False,
-        # an option of the CUDA backend alone
-        **({"launch_pdl": True} if early else {}),
-    )
+        "BLOCK": plan.tuning.update_block,
+        "PDL": early,
+    }
+    # an option of the CUDA backend alone
+    more = {"launch_pdl": True} if early else {}
+    warps = plan.tuning.update_warps
+    _run(_update_kernel, batch.n_chunks, arguments, plan, batch, num_warps=warps, **more)
 
 
 def single(plan: Plan, batch: Batch, inputs: Inputs) -> None:
@@ -228,18 +235,18 @@ def single(plan: Plan, batch: Batch, inputs: Inputs) -> None:
     work = batch.work(tuning)
     if len(work.items) == 0:
         return
-    _single_kernel[(min(len(work.items), programs(plan.device, tuning)),)](
-        items_ptr=work.items,
-        n_items=len(work.items),
-        counters_ptr=work.counters,
-        first_segment=work.first_segment,
-        n_segments=len(work.counters) - 1,
+    arguments = {
+        "items_ptr": work.items,
+        "n_items": len(work.items),
+        "counters_ptr": work.counters,
+        "first_segment": work.first_segment,
+        "n_segments": len(work.counters) - 1,
         **_statistics_arguments(plan, batch, inputs),
-        UPDATE_BLOCK=tuning.update_block,
-        # those of the first launch: the order of its sums depends on them, the update's bits do not
-        num_warps=tuning.warps,
-        enable_fp_fusion=False,
-    )
+        "UPDATE_BLOCK": tuning.update_block,
+    }
+    grid = min(len(work.items), programs(plan.device, tuning))
+    # warps of the first launch: the order of its sums depends on them, the update's bits do not
+    _run(_single_kernel, grid, arguments, plan, batch, num_warps=tuning.warps)
 
 
 def programs(device: torch.device, tuning: Tuning) -> int:

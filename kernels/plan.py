@@ -22,6 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .direct import Handle
 from .work import Work, lay_out
 
 # what the kernels' tables have to a row
@@ -59,6 +60,7 @@ class Tuning:
         programs_per_sm: of the single launch; 4 fit the registers of an SM, 3 with tiles.
         pdl: let the updates start while the statistics end (NVIDIA's programmatic dependent
             launch, from sm_90 on; of no effect elsewhere). Compiled, never run or timed.
+        direct: launch compiled kernels by their handles (`direct.py`). Never run or timed.
     """
 
     wide: bool = True
@@ -76,6 +78,7 @@ class Tuning:
     wave: int = 4 << 20
     programs_per_sm: int = 4
     pdl: bool = False
+    direct: bool = False
 
     @property
     def tile_columns(self) -> tuple[int, ...]:
@@ -154,6 +157,8 @@ class Batch:
     master_ptrs: Tensor
     grad_ptrs: Tensor
     _work: Work | None = None
+    # of this batch's compiled kernels: see `direct.launch`
+    handles: dict[int, Handle] = field(default_factory=dict)
 
     def work(self, tuning: Tuning) -> Work:
         """The work list of a single launch, laid out when first asked for."""
