@@ -58,7 +58,7 @@ def measure(n: int, groups: int, *, keep: bool, repeats: int) -> dict[str, float
     optimizer.step()
     steady = optimizer._stepper.steady
     assert steady is not None, "the step was not recognised as repeatable"
-    (_, _, momenta) = steady.held[0]
+    momenta = steady.held[0][2].tensors
 
     this = optimizer._pass(steady.closing)
 
@@ -70,6 +70,7 @@ def measure(n: int, groups: int, *, keep: bool, repeats: int) -> dict[str, float
         "step": optimizer.step,
         "  gradients": grads,
         "  their addresses": lambda: list(map(Tensor.data_ptr, momenta)),
+        "  state": lambda: steady._holds(list(optimizer.state.values())),
         "  kinds": lambda: steady.same_kind(*grads(), *params),
         "  options": lambda: steady._follow(optimizer.param_groups, this),
         "  autograd versions": lambda: torch.autograd.graph.increment_version(params),

@@ -13,13 +13,14 @@ from torch.optim import Optimizer
 from .buffers import flatten_, why_not_flat
 from .checkpoint import check_state_dict, parameter_names, place_state
 from .checks import check_parameter, check_step
+from .hooks import QuietStep
 from .members import Pass
 from .options import Options
 from .state import KEYS, GradStats, Records, grad_stats
 from .stepper import Stepper, closing_of, serve
 
 
-class BNGD(Optimizer):
+class BNGD(QuietStep):
     r"""Batch-normalised gradient descent: every batch's gradient is standardised before it is used.
 
     For each slice :math:`g` of each gradient::

@@ -19,7 +19,8 @@ from ..members import (
     slices_of,
 )
 from ..options import Options
-from .launch import Inputs, encode, on_device, statistics, tuning_for, why_not
+from .architectures import tuning_for
+from .launch import Inputs, encode, on_device, statistics, why_not
 from .layout import walk
 from .plan import Entry, Tuning, build
 from .prepared import FusedStep

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from ..options import Options
-from .plan import Batch, Plan, Tuning, gpu_tuning
+from . import direct
+from .architectures import dependent_launches
+from .plan import Batch, Plan, Tuning
 
-# NVIDIA compute capabilities whose float64 runs at half the float32 rate; elsewhere 1/32 or less
-FULL_RATE_FP64 = {(6, 0), (7, 0), (8, 0), (9, 0), (10, 0)}
 FUSED_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 COLUMNS = 16
 FORMS = ("two-launch", "single-launch")
@@ -61,27 +61,6 @@ def why_not(tensor: Tensor) -> str | None:
     if kind == "xpu" and not torch.xpu.get_device_properties(tensor.device).has_fp64:
         return f"{tensor.device} has no float64 for the statistics; use fused=None or fused=False"
     return None
-
-
-@functools.cache
-def tuning_for(device: torch.device) -> Tuning:
-    """The sizes for a device."""
-    if device.type == "cpu":
-        # a program costs the interpreter 50 us and a trip 0.1 ms, whatever its width
-        return Tuning(block=4096, unroll=1, slice=65536, update_block=16384, chunk=65536)
-    wave = 32
-    if device.type == "cuda":
-        wave = torch.cuda.get_device_properties(device).warp_size
-    return gpu_tuning(wide=_full_rate_fp64(device), wave=wave)
-
-
-def _full_rate_fp64(device: torch.device) -> bool:
-    if device.type != "cuda":
-        return False
-    if torch.version.hip:
-        name = torch.cuda.get_device_properties(device).gcnArchName
-        return name.startswith(("gfx90a", "gfx94", "gfx95"))
-    return torch.cuda.get_device_capability(device) in FULL_RATE_FP64
 
 
 def encode(options: Options, closing: bool = True) -> list[float]:
@@ -160,27 +139,96 @@ def launch(plan: Plan, inputs: Inputs, form: str | None = None) -> None:
             for batch in plan.batches:
                 single(plan, batch, inputs)
             return
+        early = early_updates(plan)
         for batch in plan.batches:
-            statistics(plan, batch, inputs)
+            statistics(plan, batch, inputs, early=early)
+        for batch in plan.batches:
+            update(plan, batch, inputs, early=early)
+
+
+def early_updates(plan: Plan) -> bool:
+    """Whether updates start before the statistics have ended (programmatic dependent launch).
+
+    The first launch never starts early, so that no launch of one step overlaps the step before;
+    and it lets the next launch start early only where that is an update of this step.
+    """
+    wanted = plan.tuning.pdl and dependent_launches(plan.device)
+    return wanted and any(batch.n_chunks for batch in plan.batches)
+
+
+def measure(plan: Plan, inputs: Inputs) -> Tensor:
+    """The first half of a step whose segments lie on several processes, for plans without tiles.
+
+    Returns:
+        float64 [segments, 5]: entries, mean, sum of squared deviations, least, greatest, of the
+        parts at hand. Least and greatest are meaningless where `Tuning.wide`.
+    """
+    tables = torch.empty(len(plan.segments), 5, dtype=torch.float64, device=plan.device)
+    with on_device(plan.device):
+        for batch in plan.batches:
+            statistics(plan, batch, inputs, tables=tables)
+    return tables
+
+
+def move(plan: Plan, inputs: Inputs, tables: Tensor) -> None:
+    """The second half: fold the statistics of whole segments, and update.
+
+    Args:
+        plan: as for `measure`.
+        inputs: likewise.
+        tables: float64 [segments, 5], contiguous.
+    """
+    from .statistics import _publish_kernel
+
+    with on_device(plan.device):
+        _publish_kernel[(len(tables),)](
+            tables_ptr=tables,
+            n_segments=len(tables),
+            segments_ptr=plan.segments,
+            folds_ptr=plan.folds,
+            options_ptr=inputs.options,
+            scale_ptr=inputs.grad_scale,
+            found_ptr=inputs.found_inf,
+            WIDE=plan.tuning.wide,
+            WINDOWS=bool(plan.windows),
+            num_warps=1,
+            enable_fp_fusion=False,
+        )
         for batch in plan.batches:
             update(plan, batch, inputs)
 
 
-def statistics(plan: Plan, batch: Batch, inputs: Inputs) -> None:
-    """First launch: statistics and folds of the segments; tiles from start to end."""
+def statistics(
+    plan: Plan,
+    batch: Batch,
+    inputs: Inputs,
+    *,
+    early: bool = False,
+    tables: Tensor | None = None,
+) -> None:
+    """First launch: statistics and folds of the segments, or tables; tiles from start to end."""
     from .statistics import _statistics_kernel
 
     programs = batch.n_slices + batch.n_tiles
     if programs == 0:
         return
-    _statistics_kernel[(programs,)](
-        slices_ptr=batch.slices,
-        n_slices=batch.n_slices,
-        tiles_ptr=batch.tiles,
+    arguments = {
+        "slices_ptr": batch.slices,
+        "n_slices": batch.n_slices,
+        "tiles_ptr": batch.tiles,
         **_statistics_arguments(plan, batch, inputs),
-        num_warps=plan.tuning.warps,
-        enable_fp_fusion=False,
-    )
+        "tables_ptr": plan.partials if tables is None else tables,
+        "TABLES": tables is not None,
+        "PDL": early,
+    }
+    _run(_statistics_kernel, programs, arguments, plan, batch, num_warps=plan.tuning.warps)
+
+
+def _run(
+    kernel: Any, programs: int, arguments: dict[str, Any], plan: Plan, batch: Batch, **options: Any
+) -> None:
+    handles = batch.handles if plan.tuning.direct else None
+    direct.launch(kernel, programs, arguments, {**options, "enable_fp_fusion": False}, handles)
 
 
 def _statistics_arguments(plan: Plan, batch: Batch, inputs: Inputs) -> dict[str, Any]:
@@ -207,23 +255,26 @@ def _statistics_arguments(plan: Plan, batch: Batch, inputs: Inputs) -> dict[str,
     }
 
 
-def update(plan: Plan, batch: Batch, inputs: Inputs) -> None:
+def update(plan: Plan, batch: Batch, inputs: Inputs, *, early: bool = False) -> None:
     """Second launch: normalise and move the segments."""
     from .update import _update_kernel
 
     if batch.n_chunks == 0:
         return
-    _update_kernel[(batch.n_chunks,)](
-        chunks_ptr=batch.chunks,
-        segments_ptr=plan.segments,
-        folds_ptr=plan.folds,
-        options_ptr=inputs.options,
-        clocks_ptr=inputs.clocks,
+    arguments = {
+        "chunks_ptr": batch.chunks,
+        "segments_ptr": plan.segments,
+        "folds_ptr": plan.folds,
+        "options_ptr": inputs.options,
+        "clocks_ptr": inputs.clocks,
         **_tensors(plan, batch),
-        BLOCK=plan.tuning.update_block,
-        num_warps=plan.tuning.update_warps,
-        enable_fp_fusion=False,
-    )
+        "BLOCK": plan.tuning.update_block,
+        "PDL": early,
+    }
+    # an option of the CUDA backend alone
+    more = {"launch_pdl": True} if early else {}
+    warps = plan.tuning.update_warps
+    _run(_update_kernel, batch.n_chunks, arguments, plan, batch, num_warps=warps, **more)
 
 
 def single(plan: Plan, batch: Batch, inputs: Inputs) -> None:
@@ -234,18 +285,18 @@ def single(plan: Plan, batch: Batch, inputs: Inputs) -> None:
     work = batch.work(tuning)
     if len(work.items) == 0:
         return
-    _single_kernel[(min(len(work.items), programs(plan.device, tuning)),)](
-        items_ptr=work.items,
-        n_items=len(work.items),
-        counters_ptr=work.counters,
-        first_segment=work.first_segment,
-        n_segments=len(work.counters) - 1,
+    arguments = {
+        "items_ptr": work.items,
+        "n_items": len(work.items),
+        "counters_ptr": work.counters,
+        "first_segment": work.first_segment,
+        "n_segments": len(work.counters) - 1,
         **_statistics_arguments(plan, batch, inputs),
-        UPDATE_BLOCK=tuning.update_block,
-        # those of the first launch: the order of its sums depends on them, the update's bits do not
-        num_warps=tuning.warps,
-        enable_fp_fusion=False,
-    )
+        "UPDATE_BLOCK": tuning.update_block,
+    }
+    grid = min(len(work.items), programs(plan.device, tuning))
+    # warps of the first launch: the order of its sums depends on them, the update's bits do not
+    _run(_single_kernel, grid, arguments, plan, batch, num_warps=tuning.warps)
 
 
 def programs(device: torch.device, tuning: Tuning) -> int:

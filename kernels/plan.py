@@ -22,6 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .direct import Handle
 from .work import Work, lay_out
 
 # what the kernels' tables have to a row
@@ -57,6 +58,9 @@ class Tuning:
             data from its far half twice. Programs wait where a wave has fewer slices than there
             are programs: 4 MiB are 512 slices of 2048 float32, and an H200 runs 528 programs.
         programs_per_sm: of the single launch; 4 fit the registers of an SM, 3 with tiles.
+        pdl: let the updates start while the statistics end (NVIDIA's programmatic dependent
+            launch, from sm_90 on; of no effect elsewhere). Compiled, never run or timed.
+        direct: launch compiled kernels by their handles (`direct.py`). Never run or timed.
     """
 
     wide: bool = True
@@ -73,6 +77,8 @@ class Tuning:
     form: str | None = None
     wave: int = 4 << 20
     programs_per_sm: int = 4
+    pdl: bool = False
+    direct: bool = False
 
     @property
     def tile_columns(self) -> tuple[int, ...]:
@@ -151,6 +157,8 @@ class Batch:
     master_ptrs: Tensor
     grad_ptrs: Tensor
     _work: Work | None = None
+    # of this batch's compiled kernels: see `direct.launch`
+    handles: dict[int, Handle] = field(default_factory=dict)
 
     def work(self, tuning: Tuning) -> Work:
         """The work list of a single launch, laid out when first asked for."""

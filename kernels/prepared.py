@@ -9,7 +9,8 @@ from torch import Tensor
 
 from ..members import Member, Pass, rounds_stochastically, slices_of
 from ..options import Options
-from .launch import Inputs, encode, launch, on_a_device, tuning_for, write_rates
+from .architectures import tuning_for
+from .launch import Inputs, encode, launch, measure, move, on_a_device, write_rates
 from .layout import Walk, walk
 from .plan import ALIGNMENT, Entry, Plan, Tuning, build, capturing, upload
 
@@ -21,17 +22,24 @@ class FusedStep:
         members: the tensors; those of one device share launches.
         groups: the options, one `Options` for each group that a member names.
         tuning: sizes of the work items; None takes those of the device.
+        apart: every tensor is a slice, or rows of slices, of which other processes may hold more:
+            for `measure` and `move` in the place of `run`.
     """
 
     def __init__(
-        self, members: Sequence[Member], groups: Sequence[Options], tuning: Tuning | None = None
+        self,
+        members: Sequence[Member],
+        groups: Sequence[Options],
+        tuning: Tuning | None = None,
+        *,
+        apart: bool = False,
     ) -> None:
         self.signature = self.sign(members, groups)
         self.params = [member.param for member in members]
         self._devices: list[_Device] = []
         for device in dict.fromkeys(member.param.device for member in members):
             here = [i for i, member in enumerate(members) if member.param.device == device]
-            self._devices.append(_Device(device, here, members, groups, tuning))
+            self._devices.append(_Device(device, here, members, groups, tuning, apart))
 
     @staticmethod
     def sign(members: Sequence[Member], groups: Sequence[Options]) -> list[object]:
@@ -47,7 +55,9 @@ class FusedStep:
                 ),
                 grad.dtype, grad.stride(), grad.data_ptr() % ALIGNMENT, key,
             )
-            for param, grad, momentum, group, record, master, window, key in members
+            for member in members
+            for param, _, momentum, group, record, master, window, key in (member,)
+            for grad in (gradient_of(member),)
         ]  # fmt: skip
         return parts
 
@@ -72,6 +82,35 @@ class FusedStep:
         self.write(groups, this.closing)
         for device in self._devices:
             device.run(members, this)
+        torch.autograd.graph.increment_version(self.params)
+
+    def measure(
+        self, members: Sequence[Member], groups: Sequence[Options], this: Pass
+    ) -> list[Tensor]:
+        """The statistics of what is at hand of each member's slices; see `launch.measure`.
+
+        Args:
+            members: as for `run`, like what follows.
+            groups: see there.
+            this: see there.
+
+        Returns:
+            float64 [slices, 5] for each member, in order.
+        """
+        self.write(groups, this.closing)
+        found: dict[int, Tensor] = {}
+        for device in self._devices:
+            device.stage(members)
+            tables = measure(device.plan, device.inputs(this))
+            found |= dict(zip(device.order, tables.split([path.rows for path in device.walks])))
+        return [found[i] for i in range(len(members))]
+
+    def move(self, tables: Sequence[Tensor], this: Pass) -> None:
+        """Move the parameters by the statistics of whole slices, after `measure`."""
+        for device in self._devices:
+            whole = torch.cat([tables[i] for i in device.order])
+            move(device.plan, device.inputs(this), whole)
+            device.unstage()
         torch.autograd.graph.increment_version(self.params)
 
     def run_at(self, addresses: list[int], this: Pass) -> None:
@@ -108,6 +147,7 @@ class _Device:
         members: Sequence[Member],
         groups: Sequence[Options],
         tuning: Tuning | None,
+        apart: bool,
     ) -> None:
         self.device = device
         self.order = order
@@ -115,14 +155,15 @@ class _Device:
         entries: list[Entry] = []
         copied = False
         for i in order:
-            param, grad, momentum, group, record, master, window, key = members[i]
+            param, _, momentum, group, record, master, window, key = members[i]
+            grad = gradient_of(members[i])
             options = groups[group]
             path = walk(param, momentum, master, slices_of(param.shape, options.granularity))
             self.walks.append(path)
             values = path.gradient(grad)
             copied |= path.param is not param or path.momentum is not momentum
             copied |= path.master is not master
-            copied |= values is not grad or grad.data_ptr() % ALIGNMENT != 0
+            copied |= values is not grad or values.data_ptr() % ALIGNMENT != 0
             entries.append(
                 Entry(
                     param=path.param,
@@ -135,11 +176,11 @@ class _Device:
                     option=group,
                     rows=path.rows,
                     centred=options.centres(param.dim()),
-                    shared=group if options.granularity == "global" else None,
+                    shared=group if options.granularity == "global" and not apart else None,
                 )
             )
         self.in_place = not copied
-        self.plan: Plan = build(entries, tuning or tuning_for(device))
+        self.plan: Plan = build(entries, tuning or tuning_for(device), tiles=not apart)
         self.rows: list[tuple[list[float], bool]] = []
         self.table = torch.empty(len(groups), 16, dtype=torch.float64, device=device)
         self.unscaled = torch.ones(1, device=device)
@@ -176,10 +217,17 @@ class _Device:
         return default if given is None else given.to(default)
 
     def run(self, members: Sequence[Member], this: Pass) -> None:
+        self.stage(members)
+        launch(self.plan, self.inputs(this))
+        self.unstage()
+
+    def stage(self, members: Sequence[Member]) -> None:
+        """Point the plan at the gradients, and fill the copies that are walked in their place."""
         here = [members[i] for i in self.order]
-        # copies live until the launches are queued; the allocator orders their reuse after them
-        grads = [path.gradient(member.grad) for path, member in zip(self.walks, here)]
-        copies = [
+        self._staged = [
+            path.gradient(gradient_of(member)) for path, member in zip(self.walks, here)
+        ]
+        self._copies = [
             (mine, theirs)
             for path, member in zip(self.walks, here)
             for mine, theirs in (
@@ -189,9 +237,18 @@ class _Device:
             )
             if mine is not None and theirs is not None and mine.data_ptr() != theirs.data_ptr()
         ]
-        for mine, theirs in copies:
+        for mine, theirs in self._copies:
             mine.copy_(theirs)
-        self.plan.point_at([grad.data_ptr() for grad in grads])
-        launch(self.plan, self.inputs(this))
-        for mine, theirs in copies:
+        self.plan.point_at([grad.data_ptr() for grad in self._staged])
+
+    def unstage(self) -> None:
+        """Copy back; the launches are queued, and the allocator orders reuse after them."""
+        for mine, theirs in self._copies:
             theirs.copy_(mine)
+        self._staged, self._copies = [], []
+
+
+def gradient_of(member: Member) -> Tensor:
+    """The gradient, which the kernels cannot do without."""
+    assert member.grad is not None, "a member without gradient is the reference's"
+    return member.grad

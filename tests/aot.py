@@ -82,6 +82,7 @@ BUDGETS = {
     "stream+tiles": (96, 144),
     "column_moments": (56, 56),
     "standardize": (80, 80),
+    "publish": (64, 64),
     # the loop over tickets keeps values for every kind of item; 128 leave 4 programs, 168 leave 3
     "single lanes": (120, 144),
     "single lanes+tiles": (168, 216),
@@ -92,6 +93,8 @@ BUDGETS = {
 MASTER_REGISTERS = 24
 # ptxas trades a few bytes outside the loops for a register step; where depends on its version
 SPILL_BYTES = {"update": 16, "statistics": 16, "single": 56}
+# with programmatic dependent launch, what is in the PTX of each kernel
+DEPENDENCE = {"statistics": "griddepcontrol.launch_dependents", "update": "griddepcontrol.wait"}
 # releases and acquires: around the counter that elects a segment's last program, and on its flag
 FENCES = {"statistics": 1, "single": 2}
 
@@ -100,6 +103,7 @@ SIGNATURES = {
         "slices_ptr": "*i64",
         "n_slices": "i32",
         "tiles_ptr": "*i64",
+        "tables_ptr": "*fp64",
         "rows_ptr": "*i64",
         "segments_ptr": "*i64",
         "partials_ptr": "*fp64",
@@ -147,6 +151,15 @@ SIGNATURES = {
         "momentum_ptrs": "*i64",
         "master_ptrs": "*i64",
     },
+    "publish": {
+        "tables_ptr": "*fp64",
+        "n_segments": "i32",
+        "segments_ptr": "*i64",
+        "folds_ptr": "*fp32",
+        "options_ptr": "*fp64",
+        "scale_ptr": "*fp32",
+        "found_ptr": "*fp32",
+    },
     # x and out have the storage type of the case
     "column_moments": {
         "x_ptr": "*x",
@@ -164,9 +177,11 @@ SIGNATURES = {
         "n_columns": "i32",
     },
 }
-COLUMN_KERNELS = {
-    "column_moments": ({"UNROLL": 8, "COLUMNS": 32}, 1),
-    "standardize": ({"SOFT": False, "ROWS": 64, "COLUMNS": 32}, 4),
+# kernels of one form: module, constants, warps
+SIMPLE_KERNELS: dict[str, tuple[str, dict[str, Any], int]] = {
+    "column_moments": ("columns", {"UNROLL": 8, "COLUMNS": 32}, 1),
+    "standardize": ("columns", {"SOFT": False, "ROWS": 64, "COLUMNS": 32}, 4),
+    "publish": ("statistics", {"WIDE": True, "WINDOWS": True}, 1),
 }
 
 
@@ -184,11 +199,13 @@ class Case:
     tiles: bool = False
     master: str = "plain"
     windows: bool = False
+    pdl: bool = False
+    tables: bool = False
 
     @property
     def variant(self) -> str:
         """The kernel and its form: a key of `BUDGETS`."""
-        if self.kernel == "update" or self.kernel in COLUMN_KERNELS:
+        if self.kernel == "update" or self.kernel in SIMPLE_KERNELS:
             return self.kernel
         form = "single " if self.kernel == "single" else ""
         return form + ("lanes" if self.wide else "stream") + ("+tiles" if self.tiles else "")
@@ -200,7 +217,7 @@ class Case:
         return BUDGETS[self.variant][0 if self.aligned else 1] + extra
 
     def __str__(self) -> str:
-        kind = "aligned" if self.aligned else "any"
+        kind = "pdl" if self.pdl else "aligned" if self.aligned else "any"
         dtypes = ",".join((self.param, self.grad, self.buffer))
         extras = f"{self.master}{' windows' if self.windows else ''}"
         return f"{self.variant:19s} {dtypes:14s} {extras:18s} {kind:7s} {self.target:6s}"
@@ -224,6 +241,8 @@ class Report:
         atomics: atomic operations on global memory.
         releases: fences before them.
         acquires: cache invalidations after them.
+        dependence: how programs depend on other launches: ``griddepcontrol`` in the PTX.
+        too_soon: accesses to global memory before the wait for the launch before.
         seconds: to compile.
     """
 
@@ -239,6 +258,8 @@ class Report:
     atomics: int
     releases: int
     acquires: int
+    dependence: list[str]
+    too_soon: int
     seconds: float
 
     def complaints(self, case: Case) -> list[str]:
@@ -260,6 +281,11 @@ class Report:
                 ]
         if min(self.atomics, self.releases, self.acquires) < FENCES.get(case.kernel, 0):
             found.append("an acquire, a release or the atomic between them is missing")
+        dependence = [DEPENDENCE[case.kernel]] if case.pdl else []
+        if self.dependence != dependence:
+            found.append(f"dependence on other launches {self.dependence}, not {dependence}")
+        if self.too_soon:
+            found.append(f"{self.too_soon} accesses before the wait for the launch before")
         return found
 
 
@@ -269,13 +295,14 @@ def load_kernels(folder: Path) -> dict[str, Any]:
     package = types.ModuleType("aot_kernels")
     package.__path__ = [str(folder)]
     sys.modules[package.__name__] = package
-    parts = ("statistics", "update", "single", "columns", "plan")
+    parts = ("statistics", "update", "single", "columns", "architectures", "plan")
     return {part: importlib.import_module(f"{package.__name__}.{part}") for part in parts}
 
 
 def build(case: Case, tuning: Any, modules: dict[str, Any]) -> Any:
     """Compile one case as `launch` would; pointer arguments are not assumed to be aligned."""
-    module = "columns" if case.kernel in COLUMN_KERNELS else case.kernel
+    simple = SIMPLE_KERNELS.get(case.kernel)
+    module = simple[0] if simple else case.kernel
     fn = getattr(modules[module], f"_{case.kernel}_kernel")
     constants: dict[str, Any] = {
         "GRAD": DTYPES[case.grad],
@@ -286,8 +313,10 @@ def build(case: Case, tuning: Any, modules: dict[str, Any]) -> Any:
         "WINDOWS": case.windows,
         "SOFT": False,
     }
-    if case.kernel in COLUMN_KERNELS:
-        constants, warps = COLUMN_KERNELS[case.kernel]
+    if case.kernel in DEPENDENCE:
+        constants["PDL"] = case.pdl
+    if simple:
+        _, constants, warps = simple
     elif case.kernel == "update":
         constants |= {"BLOCK": tuning.update_block}
         warps = tuning.update_warps
@@ -296,6 +325,8 @@ def build(case: Case, tuning: Any, modules: dict[str, Any]) -> Any:
         constants |= {"UNROLL": tuning.unroll, "MERGE": tuning.merge, "TILE": tuning.tile}
         if case.kernel == "single":
             constants |= {"UPDATE_BLOCK": tuning.update_block}
+        else:
+            constants["TABLES"] = case.tables
         warps = tuning.warps
     storage = f"*{case.param}"
     typed = {n: storage if t == "*x" else t for n, t in SIGNATURES[case.kernel].items()}
@@ -306,6 +337,8 @@ def build(case: Case, tuning: Any, modules: dict[str, Any]) -> Any:
     signature = {name: typed.get(name, "constexpr") for name in fn.arg_names}
     source = ASTSource(fn=fn, signature=signature, constexprs=constants)
     options = {"num_warps": warps, "enable_fp_fusion": False}
+    if case.pdl and case.kernel == "update":
+        options["launch_pdl"] = True
     return triton.compile(source, target=TARGETS[case.target], options=options)
 
 
@@ -406,6 +439,8 @@ def inspect(compiled: Any, backend: str, seconds: float) -> Report:
     def matching(pattern: str, lines: list[str]) -> list[str]:
         return [code for code in lines if re.match(pattern, code)]
 
+    dependence = re.findall(r"griddepcontrol\.\w+", compiled.asm.get("ptx", ""))
+    wait = next((i for i, code in enumerate(codes) if code.startswith("ACQBULK")), 0)
     bodies = [codes[first : last + 1] for first, last in loops]
     atomics, releases, acquires = (len(matching(pattern, codes)) for pattern in patterns)
     lanes = compiled.metadata.target.warp_size
@@ -423,6 +458,8 @@ def inspect(compiled: Any, backend: str, seconds: float) -> Report:
         atomics=atomics,
         releases=releases,
         acquires=acquires,
+        dependence=dependence,
+        too_soon=len(matching(r"(LDG|STG|ATOMG?|RED)\b", codes[:wait])),
         seconds=seconds,
     )
 
@@ -432,8 +469,8 @@ def run(folder: Path, case: Case) -> tuple[Case, Report | None, list[str]]:
     modules = load_kernels(folder)
     begin = time.perf_counter()
     try:
-        wave = TARGETS[case.target].warp_size
-        tuning = modules["plan"].gpu_tuning(wide=case.wide, wave=wave)
+        row = modules["architectures"].TABLE[case.target]
+        tuning = dataclasses.replace(row.tuning, wide=case.wide)
         compiled = build(case, tuning, modules)
     except Exception as error:  # whatever the compiler raises is this case's failure
         return case, None, [f"does not compile: {str(error).splitlines()[-1]}"]
@@ -455,19 +492,22 @@ def cases(quick: bool, only: list[str]) -> Iterator[Case]:
         for tiles in (True, False)
         for wide in (True, False)
     ]
-    variants += [{"kernel": kernel} for kernel in ("update", *COLUMN_KERNELS)]
+    variants += [{"kernel": kernel} for kernel in ("update", *SIMPLE_KERNELS)]
     for variant in variants:
         for target, dtypes in itertools.product(targets, combinations):
             named = dict(zip(("param", "grad", "buffer"), dtypes))
             case = Case(target=target, **named, **variant)
             if case.variant not in only or (quick and case.variant in skipped):
                 continue
-            if case.kernel in ("single", *COLUMN_KERNELS) and dtypes not in COMBINATIONS[:2]:
+            if case.kernel in ("single", *SIMPLE_KERNELS) and dtypes not in COMBINATIONS[:2]:
                 continue
             yield case
-            narrow = target in unaligned and case.kernel not in COLUMN_KERNELS
+            narrow = target in unaligned and case.kernel not in SIMPLE_KERNELS
             if narrow and set(dtypes) == {"fp32"}:
                 yield dataclasses.replace(case, aligned=False)
+            dependent = target in ("sm_90", "sm_100") and case.kernel in DEPENDENCE
+            if dependent and set(dtypes) == {"fp32"}:
+                yield dataclasses.replace(case, pdl=True)
     extras = [{"kernel": "update"}, {"kernel": "statistics", "tiles": True}][: 1 if quick else None]
     narrow = MASTER_COMBINATIONS[: 1 if quick else None]
     kinds = [(*kind, False) for kind in narrow]
@@ -477,6 +517,8 @@ def cases(quick: bool, only: list[str]) -> Iterator[Case]:
         case = Case(target=target, **named, **variant, master=master, windows=windows)
         if case.variant in only and not (quick and windows):
             yield case
+    for target in targets if "lanes" in only else ():
+        yield Case("statistics", target, "fp32", "fp32", "fp32", tables=True)
 
 
 def widths_text(widths: Counter[int]) -> str:

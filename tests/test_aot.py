@@ -58,3 +58,19 @@ def test_missing_hints_are_found(tmp_path: Path) -> None:
     for variant in variants:
         line = rf"FAIL {variant} +\S+ +plain +aligned +sm_90 .* loads < "
         assert re.search(line, done.stdout), done.stdout
+
+
+def test_an_update_that_reads_before_it_waits_is_found(tmp_path: Path) -> None:
+    for source in KERNELS.glob("*.py"):
+        tree = ast.parse(source.read_text())
+        for node in tree.body:
+            if isinstance(node, ast.FunctionDef) and node.name == "_update_kernel":
+                node.body.append(node.body.pop(0))
+        (tmp_path / source.name).write_text(ast.unparse(tree))
+
+    done = run_check("--kernels", str(tmp_path), "--only", "update")
+
+    assert done.returncode == 1, done.stdout + done.stderr
+    failed = [line for line in done.stdout.splitlines() if line.startswith("FAIL")]
+    assert failed
+    assert all("pdl" in line and "before the wait" in line for line in failed)

@@ -89,6 +89,25 @@ def replace_state(params: list[Parameter], optimizer: BNGD) -> None:
     optimizer.load_state_dict(optimizer.state_dict())
 
 
+def swap_equal_states(params: list[Parameter], optimizer: BNGD) -> None:
+    state = optimizer.state
+    state[params[0]], state[params[1]] = dict(state[params[0]]), dict(state[params[1]])
+    state[params[0]]["momentum_buffer"] = state[params[0]]["momentum_buffer"].clone()
+
+
+def pass_state_on(params: list[Parameter], optimizer: BNGD) -> None:
+    """The last parameter's state, under another key: in its place, so values are the same."""
+    entry = optimizer.state.pop(params[2])
+    optimizer.state[Parameter(params[2].detach().clone())] = entry
+
+
+def same_memory(params: list[Parameter], optimizer: BNGD) -> None:
+    """Another parameter in the memory of the first; it has no momentum yet."""
+    new = Parameter(params[0].data)
+    new.grad = params[0].grad
+    optimizer.param_groups[0]["params"][0] = new
+
+
 def drop_gradient(params: list[Parameter], optimizer: BNGD) -> None:
     params[1].grad = None
 
@@ -135,7 +154,8 @@ def raise_on_nonfinite(params: list[Parameter], optimizer: BNGD) -> None:
 
 
 CHANGES = [
-    swap_storage, replace_momentum, replace_entry, replace_state, drop_gradient, other_strides,
+    swap_storage, replace_momentum, replace_entry, replace_state, swap_equal_states, pass_state_on,
+    same_memory, drop_gradient, other_strides,
     unaligned, no_momentum, by_row, centre_vectors, fewer_parameters, another_parameter,
     another_group, raise_on_nonfinite,
 ]  # fmt: skip
@@ -159,6 +179,94 @@ def test_a_change_is_noticed(
                 assert layouts() == 1
         done.append(params)
     assert_same(*done)
+
+
+def grad_transposed(square: Parameter) -> None:
+    assert square.grad is not None
+    square.grad.t_()
+
+
+def grad_data_transposed(square: Parameter) -> None:
+    assert square.grad is not None
+    square.grad.data = square.grad.data.t()
+
+
+def grad_data_halved(square: Parameter) -> None:
+    assert square.grad is not None
+    square.grad.data = square.grad.data.view(torch.float16)[:, ::2]
+
+
+def grad_set(square: Parameter) -> None:
+    grad = square.grad
+    assert grad is not None
+    grad.set_(grad.untyped_storage(), 0, (8, 8), (1, 8))  # type: ignore[call-overload]
+
+
+def param_data_transposed(square: Parameter) -> None:
+    square.data = square.data.t()
+
+
+def param_set(square: Parameter) -> None:
+    with torch.no_grad():
+        square.set_(square.untyped_storage(), 0, (8, 8), (1, 8))  # type: ignore[call-overload]
+
+
+IN_PLACE = [
+    grad_transposed, grad_data_transposed, grad_data_halved, grad_set, param_data_transposed,
+    param_set,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", IN_PLACE, ids=lambda change: change.__name__)
+def test_another_layout_of_the_same_object_at_the_same_address_is_noticed(
+    change: Callable[[Parameter], None], device: torch.device, layouts: Callable[[], int]
+) -> None:
+    done = []
+    for fused in (True, False):
+        torch.manual_seed(0)
+        square = Parameter(torch.randn(8, 8, device=device))
+        rest = Parameter(torch.randn(16, device=device))
+        optimizer = BNGD([square, rest], 1e-2, granularity="row", fused=fused)
+        give_gradients([square, rest], 0)
+        for step in range(3):
+            optimizer.step()
+            assert layouts() == (step == 0 or not fused)
+        addresses = square.data_ptr(), square.grad.data_ptr()
+        change(square)
+        assert (square.data_ptr(), square.grad.data_ptr()) == addresses
+        optimizer.step()
+        assert layouts() == 1
+        done.append([square, rest])
+    assert_same(*done)
+
+
+@pytest.mark.parametrize("size", [1, 8])
+def test_equal_values_are_not_the_same_momentum(
+    size: int, device: torch.device, layouts: Callable[[], int]
+) -> None:
+    param = Parameter(torch.randn(size, device=device))
+    optimizer = BNGD([param], fused=True)
+    give_gradients([param], 0)
+    for _ in range(2):
+        optimizer.step()
+    assert layouts() == 1
+    old = optimizer.state[param]["momentum_buffer"]
+    new = optimizer.state[param]["momentum_buffer"] = old.clone()
+    optimizer.step()
+    assert layouts() == 1
+    assert not torch.equal(new, old)
+
+
+def test_swapped_momentum_data_does_not_free_what_the_kernels_write(device: torch.device) -> None:
+    param = Parameter(torch.randn(600, 5, device=device))
+    optimizer = BNGD([param], fused=True)
+    give_gradients([param], 0)
+    optimizer.step()
+    buffer = optimizer.state[param]["momentum_buffer"] = torch.zeros_like(param)
+    optimizer.step()
+    storage = torch.multiprocessing.reductions.StorageWeakRef(buffer.untyped_storage())
+    buffer.data = buffer.data.clone()
+    assert not storage.expired()
 
 
 def test_a_late_gradient_is_noticed(device: torch.device, layouts: Callable[[], int]) -> None:

@@ -1,0 +1,101 @@
+"""The table of sizes: which row a device gets."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from bngd_triton.kernels import architectures
+from bngd_triton.kernels.architectures import TABLE, dependent_launches, row_for, tuning_for
+
+GPU = torch.device("cuda", 5)
+
+
+@pytest.fixture
+def pretend(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Makes `GPU` a device of the given kind."""
+
+    def become(
+        capability: tuple[int, int] = (9, 0), gfx: str | None = None, wave: int = 32
+    ) -> None:
+        for cached in (architectures.architecture_of, tuning_for, dependent_launches):
+            cached.cache_clear()
+        properties = SimpleNamespace(gcnArchName=gfx, warp_size=wave)
+        monkeypatch.setattr(torch.version, "hip", "7.0" if gfx else None)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+
+    yield become
+    for cached in (architectures.architecture_of, tuning_for, dependent_launches):
+        cached.cache_clear()
+
+
+def compiled_targets() -> dict[str, int]:
+    """Names and lanes of the targets of `aot.py`, which cannot be imported beside the tests."""
+    tree = ast.parse(Path(__file__).with_name("aot.py").read_text())
+    (table,) = (
+        node.value
+        for node in tree.body
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "TARGETS"
+    )
+    assert isinstance(table, ast.Dict)
+    return {
+        ast.literal_eval(key): ast.literal_eval(value.args[2])  # type: ignore[arg-type, attr-defined]
+        for key, value in zip(table.keys, table.values)
+    }
+
+
+@pytest.mark.parametrize("name", compiled_targets())
+def test_what_is_compiled_ahead_of_time_has_a_row_of_its_own(name: str) -> None:
+    # a program has as many threads whatever the lanes of a wave
+    assert TABLE[name].tuning.warps * compiled_targets()[name] == 128
+    assert TABLE[name].reason
+
+
+@pytest.mark.parametrize(
+    ("capability", "wide", "dependent"),
+    [
+        ((8, 0), True, False),
+        ((8, 6), False, False),
+        ((8, 7), False, False),
+        ((8, 9), False, False),
+        ((9, 0), True, True),
+        ((10, 0), True, True),
+        ((10, 3), False, True),
+        ((12, 0), False, True),
+    ],
+)
+def test_nvidia(pretend: Any, capability: tuple[int, int], wide: bool, dependent: bool) -> None:
+    pretend(capability)
+    assert tuning_for(GPU).wide is wide
+    assert tuning_for(GPU).warps == 4
+    assert dependent_launches(GPU) is dependent
+
+
+@pytest.mark.parametrize(
+    ("name", "wave", "wide"),
+    [
+        ("gfx90a:sramecc+:xnack-", 64, True),
+        ("gfx942:sramecc+", 64, True),
+        ("gfx950", 64, True),
+        ("gfx908", 64, False),
+        ("gfx1100", 32, False),
+    ],
+)
+def test_amd(pretend: Any, name: str, wave: int, wide: bool) -> None:
+    pretend(gfx=name, wave=wave)
+    assert tuning_for(GPU).wide is wide
+    assert tuning_for(GPU).warps * wave == 128
+    assert not dependent_launches(GPU)
+
+
+def test_others_and_the_interpreter() -> None:
+    assert tuning_for(torch.device("cpu")) is TABLE["interpreter"].tuning
+    assert not dependent_launches(torch.device("cpu"))
+    assert not tuning_for(torch.device("xpu")).wide
+    assert row_for("sm_999") is architectures.OTHERS[32]

@@ -1,0 +1,43 @@
+"""Launches by compiled handles are those that Triton's own dispatch makes."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+CHECK = Path(__file__).with_name("direct.py")
+
+
+@pytest.mark.parametrize("backend", ["cuda", "hip"])
+def test_launches_agree_with_tritons(backend: str) -> None:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, str(CHECK), backend]
+    done = subprocess.run(command, text=True, capture_output=True, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "launches agree" in done.stdout
+
+
+def test_the_interpreters_kernels_are_launched_as_ever() -> None:
+    """No handle is made of what is not compiled."""
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("kernels are compiled here")
+    import torch
+
+    from bngd_triton.kernels import Tuning
+    from bngd_triton.kernels.prepared import FusedStep
+    from bngd_triton.members import functional_members, functional_pass
+    from bngd_triton.options import Options
+
+    params, grads, options = [torch.zeros(5000)], [torch.randn(5000)], [Options(momentum=0.0)]
+    members = functional_members(params, grads, None, None, None, options[0])
+    step = FusedStep(members, options, Tuning(block=4096, unroll=1, direct=True))
+    this = functional_pass(params, True, None, None, None)
+    step.run(members, options, this)
+    once = params[0].clone()
+    step.run(members, options, this)
+    torch.testing.assert_close(params[0], 2 * once)
+    assert not step._devices[0].plan.batches[0].handles
