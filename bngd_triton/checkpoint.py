@@ -18,8 +18,9 @@ from torch.optim import Optimizer
 from .buffers import zeros_like
 from .checks import FLOAT_DTYPES
 from .members import NARROW, slices_of
+from .memory import is_sharded, local
 from .options import Options
-from .state import KEYS, MASTER, MOMENTUM, REMAINDER, WINDOW
+from .state import KEYS, MASTER, MOMENTUM, REMAINDER, WINDOW, as_state, as_window
 
 
 def parameter_names(group: dict[str, Any], index: int) -> list[str]:
@@ -86,22 +87,40 @@ def _check_entry(entry: dict[str, Any], param: Tensor, name: str, options: Optio
             )
 
 
+@torch.no_grad()
 def place_state(optimizer: Optimizer, saved: dict[str, Any]) -> None:
     """Copy a checkpoint's tensors, in their dtypes, beside the parameters."""
     found = [
-        (key, param, saved["state"][number][key])
+        (key, param, saved["state"][number][key], new)
         for index, (old, new) in enumerate(zip(saved["param_groups"], optimizer.param_groups))
         for number, param, _ in _pair(old, new, index)
         for key in KEYS
         if saved["state"].get(number, {}).get(key) is not None
     ]
-    flat = [(key, param, value) for key, param, value in found if key != WINDOW]
-    made = zeros_like([param for _, param, _ in flat], [value.dtype for _, _, value in flat])
+    flat = [(key, param, value) for key, param, value, _ in found if key != WINDOW]
+    parts = [local(param) for _, param, _ in flat]
+    made = zeros_like(parts, [value.dtype for _, _, value in flat])
     for (key, param, value), tensor in zip(flat, made):
-        optimizer.state[param][key] = tensor.copy_(value)
-    for key, param, value in found:
+        place = as_state(param, tensor)
+        tensor.copy_(_part_of(value, place))
+        optimizer.state[param][key] = place
+    for key, param, value, group in found:
         if key == WINDOW:
-            optimizer.state[param][key] = value.to(param.device, copy=True).contiguous()
+            options = Options.of(group)
+            rows = slices_of(local(param).shape, options.granularity)
+            zeros = torch.zeros(rows, dtype=value.dtype, device=param.device)
+            place = as_window(param, zeros, options)
+            zeros.copy_(_part_of(value, place))
+            optimizer.state[param][key] = place
+
+
+def _part_of(value: Tensor, place: Tensor) -> Tensor:
+    """What belongs here of a checkpoint's tensor."""
+    if not is_sharded(place) and not is_sharded(value):
+        return value
+    from .distributed import local_value
+
+    return local_value(value, place)
 
 
 def _pair(old: dict[str, Any], new: dict[str, Any], index: int) -> list[tuple[Any, Tensor, str]]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .members import slices_of
+from .memory import is_sharded
 from .options import Options
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -18,7 +19,7 @@ def check_float(what: str, tensor: Tensor) -> None:
 
     Raises:
         TypeError: sparse, complex, integer or 8-bit float; the message starts with `what`.
-        NotImplementedError: a sharded tensor, or a device without float64.
+        NotImplementedError: a DTensor, or a device without float64.
     """
     if tensor.layout is not torch.strided:
         raise TypeError(
@@ -38,10 +39,10 @@ def check_float(what: str, tensor: Tensor) -> None:
             f"{what} is on {tensor.device}, which has no float64 for the statistics; "
             "keep the model on the CPU"
         )
-    if hasattr(tensor, "placements"):
+    if is_sharded(tensor):
         raise NotImplementedError(
-            f"{what} is sharded (DTensor): statistics of a local shard would be wrong, and those "
-            "of the whole tensor are not supported yet; use whole (DDP) parameters"
+            f"{what} is sharded (DTensor), whose statistics need all ranks: step it with BNGD, or "
+            "pass the whole tensor (.full_tensor())"
         )
 
 
@@ -173,7 +174,7 @@ def check_step(
     options: Options,
     *,
     names: Sequence[str] | None = None,
-    finite: bool = True,
+    finite: Sequence[bool] | None = None,
 ) -> None:
     """Refuse what only this combination of options and tensors rules out.
 
@@ -182,7 +183,8 @@ def check_step(
         grads: of the parameters.
         options: the group's.
         names: what to call the parameters in an error.
-        finite: whether to look for non-finite gradients under ``nonfinite="raise"``.
+        finite: in which gradients to look for non-finite entries under ``nonfinite="raise"``;
+            None for all.
 
     Raises:
         ValueError: ``granularity="global"`` with parameters on several devices.
@@ -196,9 +198,10 @@ def check_step(
                 "granularity='global' needs all parameters of a group on one device, "
                 f"got {', '.join(devices)}: make one group per device"
             )
-    if options.nonfinite == "raise" and finite:
-        flags = [torch.isfinite(grad).all() for grad in grads]
-        for i, flag in enumerate(flags):
+    if options.nonfinite == "raise":
+        looked = [i for i in range(len(grads)) if finite is None or finite[i]]
+        flags = [torch.isfinite(grads[i]).all() for i in looked]
+        for i, flag in zip(looked, flags):
             if not flag:
                 name = names[i] if names else f"params[{i}]"
                 raise FloatingPointError(

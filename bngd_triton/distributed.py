@@ -142,6 +142,53 @@ def like(param: DTensor, local: Tensor) -> DTensor:
     )  # fmt: skip
 
 
+def rows_like(param: DTensor, local: Tensor) -> Tensor:
+    """One entry for each local slice as state: a DTensor where slices are dealt out by rows."""
+    cuts = _cut_dims("param", param)
+    if len(local) == param.shape[0] and 0 not in cuts:
+        return local
+    placements = [place if dim == 0 else Replicate() for place, dim in zip(param.placements, cuts)]
+    return DTensor.from_local(
+        local, param.device_mesh, placements, run_check=False, shape=param.shape[:1], stride=(1,)
+    )
+
+
+@torch.no_grad()
+def local_value(value: Tensor, like: Tensor) -> Tensor:
+    """This rank's part of a checkpoint's tensor.
+
+    Args:
+        value: a DTensor of any placements on the mesh of `like`, or the whole tensor.
+        like: the tensor whose place it takes.
+
+    Raises:
+        ValueError: another mesh.
+    """
+    if not isinstance(like, DTensor):
+        return value.full_tensor() if isinstance(value, DTensor) else value
+    if not isinstance(value, DTensor):
+        value = distribute_tensor(
+            value.to(like.device), like.device_mesh, like.placements, src_data_rank=None
+        )
+    if value.device_mesh != like.device_mesh:
+        raise ValueError(
+            f"the checkpoint's tensors are on {value.device_mesh}, the parameters on "
+            f"{like.device_mesh}; use torch.distributed.checkpoint, which brings them over"
+        )
+    return value.redistribute(like.device_mesh, like.placements).to_local()
+
+
+def ordinal(param: Tensor) -> int:
+    """Tells the parts of a parameter apart, but not its replicas; 0 for a plain tensor."""
+    number = 0
+    if isinstance(param, DTensor):
+        for mesh_dim, dim in enumerate(_cut_dims("param", param)):
+            if dim is not None:
+                number = number * param.device_mesh.size(mesh_dim)
+                number += param.device_mesh.get_local_rank(mesh_dim)
+    return number
+
+
 def signature(param: Tensor, grad: Tensor) -> tuple[object, ...]:
     """Changes whenever `share_of` would: a cached `Exchange` serves while it is the same."""
     place = (param.device_mesh, param.placements) if isinstance(param, DTensor) else ()

@@ -255,7 +255,12 @@ class Exchange:
         for share, table in zip(self.shares, merged):
             n = entries if self.together else share.entries
             wide = self._wide is not None if self.together else share.wide
-            shape = (table.shape[0], *[1] * (share.ndim - 1))[: share.ndim]
-            _, mean, m2, least, greatest = (column.reshape(shape) for column in table.unbind(1))
-            found.append(Moments(n, mean, m2, _exponent_within(least, greatest) if wide else 0))
+            found.append(moments_of(table, n, share.ndim, wide=wide))
         return found
+
+
+def moments_of(table: Tensor, n: int, ndim: int, *, wide: bool) -> Moments:
+    """A table's columns, shaped to broadcast against a gradient of `ndim` dimensions."""
+    shape = (table.shape[0], *[1] * (ndim - 1))[:ndim]
+    _, mean, m2, least, greatest = (column.reshape(shape) for column in table.unbind(1))
+    return Moments(n, mean, m2, _exponent_within(least, greatest) if wide else 0)

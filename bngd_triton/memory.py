@@ -2,7 +2,25 @@
 
 from __future__ import annotations
 
+from typing import Any, TypeGuard
+
 from torch import Tensor
+
+
+def is_sharded(tensor: object) -> TypeGuard[Any]:
+    """Whether a tensor is a DTensor; without the second that importing it takes."""
+    return hasattr(tensor, "placements")
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The part of a DTensor that this process holds; other tensors as they are.
+
+    Under `torch.no_grad`, or the part is a view that autograd guards.
+    """
+    if not is_sharded(tensor):
+        return tensor
+    part: Tensor = tensor.to_local()
+    return part
 
 
 def is_dense(tensor: Tensor) -> bool:

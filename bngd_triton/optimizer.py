@@ -15,6 +15,7 @@ from .checkpoint import check_state_dict, parameter_names, place_state
 from .checks import check_parameter, check_step
 from .hooks import QuietStep
 from .members import Pass
+from .memory import local
 from .options import Options
 from .state import KEYS, GradStats, Records, grad_stats
 from .stepper import Stepper, closing_of, serve
@@ -89,8 +90,11 @@ class BNGD(QuietStep):
 
     Note:
         Unlike `torch.optim.SGD`, momentum averages normalised gradients with weight
-        ``1 - momentum``, so its checkpoints do not load here. Sharded (DTensor) parameters are
-        not supported yet.
+        ``1 - momentum``, so its checkpoints do not load here.
+
+        Sharded parameters (DTensor: FSDP2, tensor parallelism) are normalised by the statistics of
+        the whole tensor; every rank must step the same parameters. `skipped` and `grad_stats` speak
+        of the slices of which this rank holds a part.
     """
 
     fused: bool | None
@@ -165,8 +169,9 @@ class BNGD(QuietStep):
             names = parameter_names(group, index)
             if len(set(map(id, group["params"]))) < len(group["params"]):
                 raise ValueError(f"a parameter is twice in group {index}; list every one once")
-            for name, param in zip(names, group["params"]):
-                check_parameter(name, param)
+            with torch.no_grad():
+                for name, param in zip(names, group["params"]):
+                    check_parameter(name, local(param))
             check_step(group["params"], [], options)
             serve(self.fused, group["params"], names, options)
             if self._constructed:

@@ -38,6 +38,7 @@ from .members import (
 )
 from .moments import (
     Fold,
+    Moments,
     admit,
     blocks,
     closing_fold,
@@ -131,9 +132,21 @@ def step_(
     return skipped_slices(members)
 
 
-def apply_(members: Sequence[Member], options: Options, this: Pass) -> None:
-    """`step_` on what was checked before, under `torch.no_grad`; members of one group."""
-    for member, fold in zip(members, folds(members, options, this)):
+def apply_(
+    members: Sequence[Member],
+    options: Options,
+    this: Pass,
+    found: Sequence[Moments] | None = None,
+) -> None:
+    """`step_` on what was checked before, under `torch.no_grad`.
+
+    Args:
+        members: of one group.
+        options: the group's.
+        this: what is new in this step.
+        found: statistics of each member's slices, where other processes hold parts of them.
+    """
+    for member, fold in zip(members, folds(members, options, this, found)):
         if fold is None:
             continue
         for block in blocks(member.param):
@@ -203,25 +216,34 @@ def normalize(grad: Tensor, fold: Fold, options: Options) -> Tensor:
     return ghat
 
 
-def folds(members: Sequence[Member], options: Options, this: Pass) -> Iterator[Fold | None]:
+def folds(
+    members: Sequence[Member],
+    options: Options,
+    this: Pass,
+    given: Sequence[Moments] | None = None,
+) -> Iterator[Fold | None]:
     """The `Fold` of each gradient in turn; None for a tensor without entries.
 
     Records statistics and windows on the way.
     """
     shared = None
-    if options.granularity == "global":
+    if options.granularity == "global" and given is None:
         shared = global_moments([member.grad for member in members if member.grad is not None])
     # a global slice is admitted and recorded once, with the first of its tensors
     leader: Fold | None = None
-    for member in members:
-        if member.param.numel() == 0:
+    for index, member in enumerate(members):
+        empty = member.param.numel() == 0
+        if empty and given is None:
             yield None
             continue
         if member.grad is None:
             yield closing_fold(member)
             continue
         dim = member.grad.dim()
-        found = shared or moments(member.grad, slice_dims(dim, options.granularity))
+        if given is not None:
+            found = given[index]
+        else:
+            found = shared or moments(member.grad, slice_dims(dim, options.granularity))
         wide = torch.promote_types(
             torch.promote_types(member.param.dtype, member.grad.dtype), torch.float32
         )
@@ -233,7 +255,7 @@ def folds(members: Sequence[Member], options: Options, this: Pass) -> Iterator[F
             leader = admitted if shared else None
         else:
             admitted = fold._replace(valid=leader.valid, beta=leader.beta, moves=leader.moves)
-        yield admitted
+        yield None if empty else admitted
 
 
 @torch.no_grad()

@@ -134,7 +134,9 @@ class GradientRelease:
             )
         options = _check_options(optimizer, index)
         this = self._pass(index, param.device)
-        (fused,) = check_group(optimizer, [param], [grad], [name], options, this)
+        (fused,) = check_group(
+            optimizer, [param], [param], [grad], [name], options, finite=False, apart=[False]
+        )
         prepare_state(optimizer, [param], options)
         clock = optimizer._clocks[param.device][index : index + 1]
         this = this._replace(clocks={param.device: clock})

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .buffers import zeros_like
 from .members import SKIPPED, new_record, slices_of
+from .memory import is_sharded, local
 from .options import Options
 from .precision import master_dtype, new_master
 
@@ -82,16 +83,36 @@ def make_state(state: dict[Tensor, Any], params: Sequence[Tensor], options: Opti
             # it would be stale when it is asked for again
             entry.pop(REMAINDER, None)
             entry.pop(MASTER, None)
-        slices = slices_of(param.shape, options.granularity)
+        slices = slices_of(local(param).shape, options.granularity)
         if options.accumulation_steps > 1:
             window = entry.get(WINDOW)
-            if window is None or window.numel() != slices:
-                state[param][WINDOW] = torch.zeros(slices, dtype=torch.uint8, device=param.device)
+            if window is None or local(window).numel() != slices:
+                zeros = torch.zeros(slices, dtype=torch.uint8, device=param.device)
+                state[param][WINDOW] = as_window(param, zeros, options)
         else:
             entry.pop(WINDOW, None)
-    made = zeros_like([param for _, param, _ in wanted], [dtype for _, _, dtype in wanted])
-    for (key, param, _), tensor in zip(wanted, made):
-        state[param][key] = tensor if key == MOMENTUM else new_master(param, tensor)
+    parts = [local(param) for _, param, _ in wanted]
+    made = zeros_like(parts, [dtype for _, _, dtype in wanted])
+    for (key, param, _), part, tensor in zip(wanted, parts, made):
+        state[param][key] = as_state(param, tensor if key == MOMENTUM else new_master(part, tensor))
+
+
+def as_state(param: Tensor, part: Tensor) -> Tensor:
+    """State shaped as a parameter: for a DTensor one with its placements."""
+    if not is_sharded(param):
+        return part
+    from .distributed import like
+
+    return like(param, part)
+
+
+def as_window(param: Tensor, part: Tensor, options: Options) -> Tensor:
+    """State with one entry for each slice; a tensor's only slice is every rank's."""
+    if not is_sharded(param) or options.granularity != "row" or param.dim() < 2:
+        return part
+    from .distributed import rows_like
+
+    return rows_like(param, part)
 
 
 class Records:
@@ -106,7 +127,7 @@ class Records:
         shared: Tensor | None = None
         new = []
         for param in params:
-            slices = slices_of(param.shape, options.granularity)
+            slices = slices_of(local(param).shape, options.granularity)
             old = self._of.get(param)
             if old is not None and len(old) != slices:
                 self._retired.append(self._of.pop(param))
@@ -132,7 +153,7 @@ class Records:
         return self._of.get(param)
 
     def skipped(self) -> int:
-        """Slices left as they were, so far; synchronises."""
+        """Slices left as they were, so far, as far as this process has parts of them; waits."""
         distinct = {id(record): record for record in (*self._of.values(), *self._retired)}
         counts = [record[:, SKIPPED].sum() for record in distinct.values()]
         return sum(int(count) for count in counts)

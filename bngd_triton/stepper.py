@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,10 +14,17 @@ from .checks import check_step, check_tensors
 from .kernels.launch import why_not
 from .kernels.plan import capturing
 from .kernels.prepared import FusedStep
-from .members import Member, Pass
+from .members import Member, Pass, rounds_stochastically
+from .memory import is_sharded, local
 from .options import Options
+from .precision import GOLDEN
 from .state import MOMENTUM, WINDOW, make_state, master_of
 from .steady import Steady
+
+if TYPE_CHECKING:
+    # torch may be built without torch.distributed
+    from .exchange import Share
+    from .spread import Part, Spread
 
 
 class _Work(NamedTuple):
@@ -25,9 +32,13 @@ class _Work(NamedTuple):
 
     options: Options
     params: list[Tensor]
+    # as this process holds them
     grads: list[Tensor]
+    names: list[str]
     # for each parameter, whether the kernels serve it
     fused: list[bool]
+    # and which part of which slices is here; None where nobody holds another part
+    shares: list[Share | None]
     # parameters without a gradient whose window ends
     ending: list[Tensor]
 
@@ -38,6 +49,7 @@ class Stepper:
     def __init__(self) -> None:
         self.prepared: FusedStep | None = None
         self.steady: Steady | None = None
+        self.spread: dict[torch.device, Spread] = {}
         # whether some group counts micro-batches; whether some group rounds stochastically
         self.windowed = False
         self.rounding = False
@@ -71,23 +83,43 @@ class Stepper:
             prepare_state(optimizer, part.params, part.options)
         keys = {id(p): i for i, p in enumerate(p for group in groups for p in group["params"])}
         served: list[Member] = []
+        rest: list[list[Member]] = []
+        spread: list[Part] = []
         for index, part in enumerate(work):
+            grads: list[Tensor | None] = [*part.grads, *[None] * len(part.ending)]
             of_group = [
                 member(optimizer, param, grad, part.options, index, keys[id(param)])
-                for param, grad in zip(
-                    [*part.params, *part.ending], [*part.grads, *[None] * len(part.ending)]
-                )
+                for param, grad in zip([*part.params, *part.ending], grads)
             ]
-            on = [*part.fused, *[False] * len(part.ending)]
-            served += [m for m, fused in zip(of_group, on) if fused and m.param.numel()]
-            rest = [m for m, fused in zip(of_group, on) if not fused]
-            if rest:
-                reference.apply_(rest, part.options, this)
+            rest.append(of_group[len(part.params) :])
+            for one, name, fused, share in zip(of_group, part.names, part.fused, part.shares):
+                if share is not None:
+                    from .spread import Part
+
+                    spread.append(Part(one, share, fused, name))
+                elif not fused:
+                    rest[-1].append(one)
+                elif one.param.numel():
+                    served.append(one)
+        # the other ranks wait for what is here: first
+        for device in dict.fromkeys(part.member.param.device for part in spread):
+            here = [part for part in spread if part.member.param.device == device]
+            if device not in self.spread:
+                from .spread import Spread
+
+                self.spread[device] = Spread()
+            self.spread[device].measure(here, options, this)
+        for members, part in zip(rest, work):
+            if members:
+                reference.apply_(members, part.options, this)
         if served:
             self.run(served, options, this)
-            alone = all(all(part.fused) and not part.ending for part in work)
+            whole = not any(is_sharded(param) for part in work for param in part.params)
+            alone = whole and all(all(part.fused) and not part.ending for part in work)
             if alone and self.prepared is not None and Steady.serves(self.prepared, options):
                 self.steady = Steady(optimizer, self.prepared, served, options, this.closing)
+        for device in dict.fromkeys(part.member.param.device for part in spread):
+            self.spread[device].move(options, this)
 
     def run(self, members: list[Member], options: list[Options], this: Pass) -> None:
         """A step by the kernels, laid out anew where the last layout does not fit."""
@@ -106,17 +138,23 @@ def prepare_state(optimizer: Any, params: Sequence[Tensor], options: Options) ->
 def member(
     optimizer: Any, param: Tensor, grad: Tensor | None, options: Options, group: int, key: int
 ) -> Member:
-    """A parameter with its gradient and state."""
+    """What this process holds of a parameter, its gradient and its state."""
     entry = optimizer.state.get(param, {})
+    master, window = master_of(entry, param, options), entry.get(WINDOW)
+    if is_sharded(param) and rounds_stochastically(param, options):
+        # parts round apart, replicas alike
+        from .distributed import ordinal
+
+        key += ordinal(param) * GOLDEN
     return Member(
-        param=param,
+        param=local(param),
         grad=grad,
-        momentum=entry[MOMENTUM] if options.buffered else None,
+        momentum=local(entry[MOMENTUM]) if options.buffered else None,
         group=group,
         record=optimizer._records[param],
-        master=master_of(entry, param, options),
-        window=entry.get(WINDOW),
-        key=key,
+        master=None if master is None else local(master),
+        window=None if window is None else local(window),
+        key=key & 0xFFFFFFFF,
     )
 
 
@@ -159,31 +197,94 @@ def gather(optimizer: Any, index: int, this: Pass, closed: Collection[Tensor]) -
     every = parameter_names(group, index)
     params = [param for param in group["params"] if param.grad is not None]
     names = [name for param, name in zip(group["params"], every) if param.grad is not None]
-    grads = [param.grad for param in params]
+    parts, grads = _local_parts(params, names)
     if options.granularity == "global" and options.accumulation_steps > 1:
         _check_complete(group["params"], every)
-    fused = check_group(optimizer, params, grads, names, options, this)
+    shares = _shares(params, grads, names, options)
+    # who looks for an inf alone would leave the others waiting: `Spread` looks with them
+    fused = check_group(
+        optimizer, params, parts, grads, names, options, finite=this.found_inf is None,
+        apart=[share is not None for share in shares],
+    )  # fmt: skip
     ending: list[Tensor] = []
     if options.accumulation_steps > 1 and this.closing[index]:
         waiting = [p for p in group["params"] if p.grad is None and p not in closed]
         ending = [p for p in waiting if WINDOW in state.get(p, ()) and p.numel()]
-    return _Work(options, params, grads, fused, ending)
+    return _Work(options, params, grads, names, fused, shares, ending)
+
+
+def _local_parts(
+    params: Sequence[Tensor], names: Sequence[str]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """What this process holds of parameters and their gradients."""
+    parts, grads = [], []
+    for param, name in zip(params, names):
+        part, grad = param, param.grad
+        assert grad is not None
+        if is_sharded(param) or is_sharded(grad):
+            from .distributed import local_parts
+
+            part, grad = local_parts(name, param, grad)
+        parts.append(part)
+        grads.append(grad)
+    return parts, grads
+
+
+def _shares(
+    params: Sequence[Tensor], grads: Sequence[Tensor], names: Sequence[str], options: Options
+) -> list[Share | None]:
+    """Which part of which slices is here; None for slices of which nobody holds another part."""
+    if not any(map(is_sharded, params)):
+        return [None] * len(params)
+    from .distributed import share_of
+
+    found = [
+        share_of(name, param, grad, options.granularity)
+        for name, param, grad in zip(names, params, grads)
+    ]
+    if options.granularity != "global":
+        return [share if share.groups else None for share in found]
+    if not any(share.groups for share in found):
+        return [None] * len(found)
+    if options.accumulation_steps > 1:
+        raise NotImplementedError(
+            "granularity='global' with accumulation_steps > 1 is not supported for sharded "
+            "parameters; use granularity='tensor' or 'row'"
+        )
+    return list(found)
 
 
 def check_group(
     optimizer: Any,
-    params: list[Tensor],
-    grads: list[Tensor],
-    names: list[str],
+    params: Sequence[Tensor],
+    parts: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    names: Sequence[str],
     options: Options,
-    this: Pass,
+    *,
+    finite: bool,
+    apart: Sequence[bool],
 ) -> list[bool]:
-    """Refuse what a step cannot do with parameters of one group; else say who the kernels serve."""
-    buffers = [optimizer.state.get(p, {}).get(MOMENTUM, p) for p in params]
-    check_tensors(params, grads, buffers, buffered=options.buffered, names=names)
-    # an overflow is no error where a GradScaler has seen it
-    scaled = this.found_inf is not None
-    check_step(params, grads, options, names=names, finite=not scaled)
+    """Refuse what a step cannot do with parameters of one group; else say who the kernels serve.
+
+    Args:
+        optimizer: its state and its choice of implementation.
+        params: of one group.
+        parts: what this process holds of them.
+        grads: of the parts.
+        names: of the parameters.
+        options: the group's.
+        finite: whether ``nonfinite="raise"`` looks for an inf or NaN; an overflow is no error
+            where a GradScaler has seen it.
+        apart: of which parameters it does not, since other processes hold parts of their slices.
+    """
+    state = optimizer.state
+    buffers = [
+        local(state[p][MOMENTUM]) if MOMENTUM in state.get(p, ()) else part
+        for p, part in zip(params, parts)
+    ]
+    check_tensors(parts, grads, buffers, buffered=options.buffered, names=names)
+    check_step(parts, grads, options, names=names, finite=[finite and not one for one in apart])
     fused = serve(optimizer.fused, params, names, options)
     # a float32 parameter may have a float64 gradient, or momentum from a float64 checkpoint
     others = [(g, b) if options.buffered else (g,) for g, b in zip(grads, buffers)]
