@@ -142,12 +142,10 @@ def like(param: DTensor, local: Tensor) -> DTensor:
     )  # fmt: skip
 
 
-def rows_like(param: DTensor, local: Tensor) -> Tensor:
-    """One entry for each local slice as state: a DTensor where slices are dealt out by rows."""
-    cuts = _cut_dims("param", param)
-    if len(local) == param.shape[0] and 0 not in cuts:
-        return local
-    placements = [place if dim == 0 else Replicate() for place, dim in zip(param.placements, cuts)]
+def rows_like(param: DTensor, local: Tensor) -> DTensor:
+    """One entry for each local row, as state of the shape [rows]."""
+    cuts = zip(param.placements, _cut_dims("param", param))
+    placements = [place if dim == 0 else Replicate() for place, dim in cuts]
     return DTensor.from_local(
         local, param.device_mesh, placements, run_check=False, shape=param.shape[:1], stride=(1,)
     )
