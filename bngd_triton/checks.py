@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 
 import torch
@@ -12,6 +13,12 @@ from .memory import is_sharded
 from .options import Options
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+# attributes by which wrappers know parameters that they merged into flat ones and cut into shards
+FLAT_MARKS = {
+    "_fsdp_flattened": "FSDP1 (FullyShardedDataParallel)",
+    "ds_id": "DeepSpeed ZeRO",
+    "_hp_mapping": "DeepSpeed ZeRO",
+}
 
 
 def check_float(what: str, tensor: Tensor) -> None:
@@ -47,19 +54,53 @@ def check_float(what: str, tensor: Tensor) -> None:
 
 
 def check_parameter(name: str, param: Tensor) -> None:
-    """Refuse what a step cannot write to.
+    """Refuse what a step cannot write to, and what is not one whole parameter.
+
+    FSDP1 and DeepSpeed ZeRO mark the parameters that they flatten, except for the partitions of
+    ZeRO 1 and 2: `check_unpartitioned` looks for those. Other libraries' flat shards that come as
+    plain tensors, such as those of Megatron's distributed optimizer, cannot be told from
+    parameters.
 
     Raises:
         TypeError: as `check_float`.
-        NotImplementedError: as `check_float`.
+        NotImplementedError: as `check_float`, or flattened by FSDP1 or DeepSpeed ZeRO.
         ValueError: entries share memory.
     """
     check_float(name, param)
+    for mark, wrapper in FLAT_MARKS.items():
+        if getattr(param, mark, None) is not None:
+            raise _flattened(name, param, wrapper)
     if overlaps(param):
         raise ValueError(
             f"{name} overlaps itself in memory (shape {tuple(param.shape)}, strides "
             f"{param.stride()}); a step cannot write to it: use .clone() or .contiguous()"
         )
+
+
+def _flattened(name: str, param: Tensor, wrapper: str) -> NotImplementedError:
+    return NotImplementedError(
+        f"{name}, of shape {tuple(param.shape)}, belongs to {wrapper}, which merges parameters "
+        "and cuts them where no tensor ends: statistics would be those of a piece; use "
+        "fully_shard (FSDP2) or DistributedDataParallel, which keep tensors apart"
+    )
+
+
+def check_unpartitioned(params: Sequence[Tensor], names: Sequence[str]) -> None:
+    """Refuse the flat partition that DeepSpeed ZeRO 1 and 2 put in place of a group's parameters.
+
+    It bears no mark. It is a plain tensor with one dimension, alone in its group, where DeepSpeed
+    is loaded; a vector of one's own that looks so is a `torch.nn.Parameter` as a rule.
+
+    Args:
+        params: the group's parameters.
+        names: what to call them in an error.
+
+    Raises:
+        NotImplementedError: the group looks like a flat partition.
+    """
+    alone = params[0] if len(params) == 1 else None
+    if type(alone) is Tensor and alone.dim() == 1 and "deepspeed" in sys.modules:
+        raise _flattened(names[0], alone, "DeepSpeed ZeRO")
 
 
 def check_tensors(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import reference
 from .checkpoint import parameter_names
-from .checks import check_step, check_tensors
+from .checks import check_step, check_tensors, check_unpartitioned
 from .kernels.launch import why_not
 from .kernels.plan import capturing
 from .kernels.prepared import FusedStep
@@ -195,6 +195,7 @@ def gather(optimizer: Any, index: int, this: Pass, closed: Collection[Tensor]) -
     group, state = optimizer.param_groups[index], optimizer.state
     options = Options.of(group)
     every = parameter_names(group, index)
+    check_unpartitioned(group["params"], every)
     params = [param for param in group["params"] if param.grad is not None]
     names = [name for param, name in zip(group["params"], every) if param.grad is not None]
     parts, grads = _local_parts(params, names)

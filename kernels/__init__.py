@@ -3,21 +3,21 @@
 Importing this package does not import Triton; launching a kernel does.
 """
 
-if __name__ == "kernels":  # a checkout's root on sys.path: make way for Hugging Face's `kernels`
-    raise ImportError("this folder is bngd_triton.kernels; import it by that name")
+# With a checkout's root on sys.path this folder also answers to `kernels`, Hugging Face's package,
+# which transformers imports if it finds it: under that name nothing is here, not even an error.
+if __name__ != "kernels":
+    from .fused import (
+        SegmentStatistics,
+        fused_normalize_gradient,
+        fused_step_,
+        segment_statistics,
+    )
+    from .plan import Tuning
 
-from .fused import (
-    SegmentStatistics,
-    fused_normalize_gradient,
-    fused_step_,
-    segment_statistics,
-)
-from .plan import Tuning
-
-__all__ = [
-    "SegmentStatistics",
-    "Tuning",
-    "fused_normalize_gradient",
-    "fused_step_",
-    "segment_statistics",
-]
+    __all__ = [
+        "SegmentStatistics",
+        "Tuning",
+        "fused_normalize_gradient",
+        "fused_step_",
+        "segment_statistics",
+    ]

@@ -1,62 +1,74 @@
-"""Several processes on one machine: `run` calls a function on every rank of a gloo world."""
+"""Several processes on this machine, joined by gloo: `run` calls a function on every rank."""
 
 from __future__ import annotations
 
-import os
+import pickle
 import tempfile
 import time
+import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+import torch.multiprocessing
+from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
-# seconds; a rank that misses a collective would keep the others waiting for ever
+# seconds until every worker is killed: a collective that one rank never joins would wait for ever
 LIMIT = 120.0
 
 
+class WorkerError(RuntimeError):
+    """A worker raised; the message is its traceback."""
+
+
 def run(world_size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
-    """What ``function(*args)`` returns on each of `world_size` ranks, in rank order.
+    """Call ``function(*args)`` in `world_size` processes, each with a gloo process group.
 
     Args:
-        world_size: number of new processes, joined by gloo.
-        function: a module's function; finds its rank with `torch.distributed.get_rank`.
-        *args: picklable, as is what `function` returns.
+        world_size: number of processes; each finds its rank with `torch.distributed.get_rank`.
+        function: importable by name, since a worker is a new interpreter.
+        *args: picklable.
+
+    Returns:
+        What every rank returned, in order of rank.
 
     Raises:
-        TimeoutError: not done after `LIMIT` seconds.
-        torch.multiprocessing.ProcessRaisedException: with the traceback of the rank that raised.
+        WorkerError: a worker raised; holds the traceback of the first that did.
+        torch.multiprocessing.ProcessExitedException: a worker died.
+        TimeoutError: the workers were not done after `LIMIT` seconds, and were killed.
     """
     with tempfile.TemporaryDirectory() as folder:
-        # inherited: read by the workers when they import torch
-        before = os.environ.get("OMP_NUM_THREADS")
-        os.environ["OMP_NUM_THREADS"] = "1"
-        try:
-            workers = mp.start_processes(
-                _work, (world_size, folder, function, args), world_size, join=False
+        # as many workers as cores: more threads would only wait for each other. Workers inherit
+        # the variable, and read it when they import torch
+        with pytest.MonkeyPatch.context() as environment:
+            environment.setenv("OMP_NUM_THREADS", "1")
+            context = torch.multiprocessing.spawn(
+                _work, (world_size, folder, function, args), nprocs=world_size, join=False
             )
-        finally:
-            if before is None:
-                del os.environ["OMP_NUM_THREADS"]
-            else:
-                os.environ["OMP_NUM_THREADS"] = before
-        assert workers is not None
+        assert context is not None
         end = time.monotonic() + LIMIT
         try:
-            while not workers.join(timeout=max(0.0, end - time.monotonic())):
-                if time.monotonic() > end:
-                    raise TimeoutError(
-                        f"{function.__name__} on {world_size} ranks took over {LIMIT} s"
-                    )
+            while not context.join(timeout=max(end - time.monotonic(), 0.0)):
+                if time.monotonic() >= end:
+                    raise TimeoutError(f"{function.__name__}: not done after {LIMIT:g} s")
+        except (ProcessRaisedException, ProcessExitedException):
+            # ranks that wait for one that raised fail after it, with errors of the connection
+            errors = [pickle.loads(file.read_bytes()) for file in Path(folder).glob("error*")]
+            if not errors:
+                raise
+            raise WorkerError(min(errors)[1]) from None
         finally:
-            for process in workers.processes:
-                process.kill()
+            for process in context.processes:
+                if process.is_alive():
+                    process.kill()
                 process.join()
-        files = [Path(folder, str(rank)) for rank in range(world_size)]
-        return [torch.load(file, weights_only=False) for file in files]
+        return [
+            pickle.loads((Path(folder) / f"rank{rank}").read_bytes()) for rank in range(world_size)
+        ]
 
 
 def _work(
@@ -69,7 +81,14 @@ def _work(
         world_size=world_size,
         timeout=timedelta(seconds=LIMIT),
     )
-    result = function(*args)
-    torch.save(result, Path(folder, str(rank)))
+    try:
+        result = function(*args)
+    except BaseException:  # pytest's own failures too
+        # written while the others still see this rank
+        error = (time.monotonic_ns(), f"rank {rank}:\n{traceback.format_exc()}")
+        (Path(folder) / f"error{rank}").write_bytes(pickle.dumps(error))
+        raise
+    # a rank that left early would be an error to those still at work
     dist.barrier()
     dist.destroy_process_group()
+    (Path(folder) / f"rank{rank}").write_bytes(pickle.dumps(result))

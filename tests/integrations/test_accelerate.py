@@ -1,0 +1,79 @@
+"""Accelerate's gradient accumulation divides by N, which the z-score does not see."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from bngd_triton import BNGD
+
+accelerate = pytest.importorskip("accelerate")
+MICRO_BATCHES = 4
+OPTIONS: dict[str, Any] = {"lr": 1e-2, "granularity": "row", "eps": 0.0}
+
+
+@pytest.fixture(autouse=True)
+def _fresh_state() -> Iterator[None]:
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
+
+
+def batches(count: int) -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(1)
+    return [
+        (torch.randn(4, 6, generator=generator), torch.randn(4, 3, generator=generator))
+        for _ in range(count)
+    ]
+
+
+def train(accelerator: Any, net: Any, optimizer: Any, data: list[tuple[Tensor, Tensor]]) -> None:
+    for x, y in data:
+        with accelerator.accumulate(net):
+            accelerator.backward(nn.functional.mse_loss(net(x), y))
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+def test_accumulation_is_the_sum_of_micro_batches() -> None:
+    want = model()
+    plain = BNGD(want.parameters(), **OPTIONS)
+    data = batches(3 * MICRO_BATCHES)
+    for step in range(3):
+        plain.zero_grad()
+        for x, y in data[step * MICRO_BATCHES : (step + 1) * MICRO_BATCHES]:
+            nn.functional.mse_loss(want(x), y).backward()
+        plain.step()
+
+    accelerator = accelerate.Accelerator(gradient_accumulation_steps=MICRO_BATCHES, cpu=True)
+    net = model()
+    net, optimizer = accelerator.prepare(net, BNGD(net.parameters(), **OPTIONS))
+    train(accelerator, net, optimizer, data)
+    # the sum against the mean: a factor of 4, a power of two, so not a bit differs
+    for ours, theirs in zip(net.parameters(), want.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_saved_state(tmp_path: Path) -> None:
+    data = batches(6)
+    accelerator = accelerate.Accelerator(cpu=True)
+    net = model()
+    net, optimizer = accelerator.prepare(net, BNGD(net.parameters(), **OPTIONS))
+    train(accelerator, net, optimizer, data[:3])
+    accelerator.save_state(str(tmp_path))
+    train(accelerator, net, optimizer, data[3:])
+    want = [param.detach().clone() for param in net.parameters()]
+    accelerator.load_state(str(tmp_path))
+    assert not torch.equal(next(net.parameters()), want[0])
+    train(accelerator, net, optimizer, data[3:])
+    assert all(map(torch.equal, net.parameters(), want))
