@@ -82,4 +82,6 @@ def test_both_commands_stand_on_lines_of_their_own() -> None:
     lines = (ROOT / "README.md").read_text().splitlines()
     setup = "python3 -m venv .venv && .venv/bin/pip install -q -c constraints.txt -e"
     assert f"{setup} '.[demo]' && .venv/bin/bngd demo" in lines[:40]
-    assert f"{setup} '.[test]' && .venv/bin/python -m pytest -q" in lines[:40]
+    assert (
+        f"{setup} '.[test]' && .venv/bin/python -m pytest -q -n auto --dist loadfile" in lines[:40]
+    )
