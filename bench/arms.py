@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -73,12 +72,12 @@ class Stepper:
         self.step()
 
 
-class FormStepper(Stepper):
-    """BNGD whose plan is laid out in a given form."""
+class TunedStepper(Stepper):
+    """BNGD whose plan is laid out with other sizes or in another form than the device's."""
 
-    def __init__(self, optimizer: BNGD, form: str):
+    def __init__(self, optimizer: BNGD, tuning: Mapping[str, Any]):
         super().__init__(optimizer.step, lambda: _state(optimizer))
-        self.form = form
+        self.tuning = tuning
 
     def first(self) -> None:
         asked = []
@@ -86,7 +85,7 @@ class FormStepper(Stepper):
 
         def forced(device: torch.device) -> Tuning:
             asked.append(device)
-            return replace(usual(device), form=self.form)  # type: ignore[call-arg]
+            return replace(usual(device), **self.tuning)
 
         with mock.patch.object(prepared, "tuning_for", forced):
             self.step()
@@ -166,40 +165,34 @@ def _state(optimizer: Any) -> Iterator[list[Tensor]]:
 
 
 def _bngd(
-    *, form: str | None = None, graph: bool = False, eager: bool = False, **options: Any
+    *,
+    tuning: Mapping[str, Any] | None = None,
+    graph: bool = False,
+    eager: bool = False,
+    **options: Any,
 ) -> Callable[[Groups, Storage, float], Stepper]:
     def build(groups: Groups, storage: Storage, lr: float) -> Stepper:
         device = groups[0]["params"][0].device
         if graph and device.type != "cuda":
             raise UnavailableError(f"CUDA graphs need a GPU, this is {device.type}")
-        if form == "single-launch" and not hasattr(Tuning, "form"):
-            raise UnavailableError("the package has no single-launch form")
         # the default never runs kernels on the CPU, a dry run must
         fused_option = False if eager else True if device.type == "cpu" else None
-        more = dict(options, fused=fused_option, **_storage_options(storage))
+        more = dict(options, fused=fused_option, **BNGD_OPTIONS[storage.label])
         optimizer = BNGD(groups, lr=lr, momentum=MOMENTUM, **more)
-        if form and hasattr(Tuning, "form"):
-            return FormStepper(optimizer, form)
+        if tuning:
+            return TunedStepper(optimizer, tuning)
         plain = Stepper(optimizer.step, lambda: _state(optimizer))
         return GraphStepper(plain) if graph else plain
 
     return build
 
 
-# the constructor's option for each storage that is not what BNGD keeps without being asked; where
-# the package has no such option the arm is reported as not available
 BNGD_OPTIONS: Mapping[str, dict[str, Any]] = {
-    "bf16": {"momentum_dtype": torch.bfloat16},
-    "bf16-split": {"master": "split"},
+    "fp32": {},
+    "bf16": {"momentum_dtype": torch.bfloat16, "master_weights": None},
+    "bf16-fp32m": {"master_weights": None},
+    "bf16-split": {"master_weights": "split"},
 }
-
-
-def _storage_options(storage: Storage) -> dict[str, Any]:
-    wanted = BNGD_OPTIONS.get(storage.label, {})
-    for name in wanted:
-        if name not in inspect.signature(BNGD).parameters:
-            raise UnavailableError(f"BNGD has no option {name!r}")
-    return wanted
 
 
 def _torch(name: str, **options: Any) -> Callable[[Groups, Storage, float], Stepper]:
@@ -251,11 +244,16 @@ ARMS = {
     for arm in (
         Arm("bngd", _bngd(), "bngd", again=_gradient, captures=True),
         Arm("torch-sgd-fused", _torch("SGD", momentum=MOMENTUM, fused=True), "sgd", captures=True),
-        Arm("bngd-two-launch", _bngd(form="two-launch"), "bngd", again=_gradient, captures=True),
         Arm(
-            "bngd-single-launch", _bngd(form="single-launch"), "bngd", again=_gradient,
+            "bngd-two-launch", _bngd(tuning={"form": "two-launch"}), "bngd", again=_gradient,
             captures=True,
         ),
+        Arm(
+            "bngd-single-launch", _bngd(tuning={"form": "single-launch"}), "bngd", again=_gradient,
+            captures=True,
+        ),
+        Arm("bngd-pdl", _bngd(tuning={"pdl": True}), "bngd", again=_gradient, captures=True),
+        Arm("bngd-direct", _bngd(tuning={"direct": True}), "bngd", again=_gradient, captures=True),
         Arm("bngd-graph", _bngd(graph=True), "bngd", again=_gradient),
         Arm("bngd-row", _bngd(granularity="row"), "bngd-row", again=_gradient, captures=True),
         Arm("eager", _bngd(eager=True, flatten=False), "bngd", again=None),

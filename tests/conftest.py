@@ -3,21 +3,14 @@
 from __future__ import annotations
 
 import os
-from typing import NamedTuple
 
 import pytest
 import torch
+from paths import StepPath
 
 # Triton reads it when kernels are defined, so it is set before any test imports them
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
-
-
-class StepPath(NamedTuple):
-    """One of the two implementations of a step: ``BNGD(..., fused=path.fused)``."""
-
-    fused: bool
-    device: torch.device
 
 
 @pytest.fixture(autouse=True)

@@ -1,6 +1,5 @@
 """bench/: its parameter lists, its gate, and the whole measuring code on the CPU."""
 
-import inspect
 import json
 import os
 import sys
@@ -10,7 +9,6 @@ import pytest
 import torch
 
 from bngd_triton import BNGD, cli
-from bngd_triton.kernels import Tuning
 
 ROOT = Path(__file__).resolve().parent.parent
 if (ROOT / "bench" / "gpu.py").is_file():
@@ -87,6 +85,8 @@ def test_workloads():
         ("bngd", (20, 10, 14, 18), (24, 12, 16, 20)),
         ("bngd-two-launch", (20, 10, 14, 18), (24, 12, 16, 20)),
         ("bngd-single-launch", (20, 10, 14, 18), (24, 12, 16, 20)),
+        ("bngd-pdl", (20, 10, 14, 18), (24, 12, 16, 20)),
+        ("bngd-direct", (20, 10, 14, 18), (24, 12, 16, 20)),
         ("bngd-graph", (20, 10, 14, 18), (24, 12, 16, 20)),
         ("bngd-row", (20, 10, 14, 18), (24, 12, 16, 20)),
         ("compile", (20, 10, 14, 18), (24, 12, 16, 20)),
@@ -106,7 +106,7 @@ def test_ledger(arm, once, issued):
 
 
 def test_every_arm_has_a_ledger_and_a_rule():
-    assert len(arms.ARMS) == 13
+    assert len(arms.ARMS) == 15
     assert {arm.rule for arm in arms.ARMS.values()} == set(gate.RULES)
 
 
@@ -220,27 +220,27 @@ def test_gate_passes(arm):
     gate.check(arms.ARMS[arm], FP32, CPU)
 
 
-@pytest.mark.parametrize("label", ["bf16", "bf16-split"])
-def test_storage_that_bngd_lacks_is_said(label):
-    options = arms.BNGD_OPTIONS[label]
-    if set(options) <= set(inspect.signature(BNGD).parameters):
-        pytest.skip(f"BNGD has {sorted(options)}")
-    with pytest.raises(arms.UnavailableError, match="BNGD has no option"):
-        gate.check(arms.ARMS["eager"], arms.STORAGES[label], CPU)
+@pytest.mark.parametrize("label", arms.STORAGES)
+def test_bngd_keeps_what_the_label_says(label):
+    gate.check(arms.ARMS["eager"], arms.STORAGES[label], CPU)
 
 
 @interpreted
-@pytest.mark.parametrize("form", ["two-launch", "single-launch"])
-def test_form_is_forced(form):
+@pytest.mark.parametrize("arm", ["two-launch", "single-launch", "pdl", "direct"])
+def test_tuning_is_forced(arm):
     params = cases.make_set([(24, 16), (130,)], FP32, CPU)
-    if hasattr(Tuning, "form"):
-        stepper = arms.start(arms.ARMS[f"bngd-{form}"], params, 1, FP32, 1e-3)
-        assert stepper.form == form
-    elif form == "single-launch":
-        with pytest.raises(arms.UnavailableError, match="no single-launch form"):
-            arms.start(arms.ARMS[f"bngd-{form}"], params, 1, FP32, 1e-3)
-    else:
-        arms.start(arms.ARMS[f"bngd-{form}"], params, 1, FP32, 1e-3)
+    optimizers = []
+
+    def noting(*args, **options):
+        optimizers.append(BNGD(*args, **options))
+        return optimizers[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(arms, "BNGD", noting)
+        stepper = arms.start(arms.ARMS[f"bngd-{arm}"], params, 1, FP32, 1e-3)
+    (device,) = optimizers[0]._stepper.prepared._devices
+    for name, value in stepper.tuning.items():
+        assert getattr(device.plan.tuning, name) == value
 
 
 def test_compile_keeps_the_fastest_variant(monkeypatch):

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from conftest import StepPath
+from paths import StepPath
 from torch import Tensor
 from torch.nn import Parameter
 

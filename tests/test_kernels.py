@@ -10,8 +10,8 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from conftest import StepPath
 from oracle import oracle_step
+from paths import StepPath
 from tolerances import GHAT, THETA, assert_close, step_bounds
 from torch import Tensor
 from work import entry, inputs, member, nothing_new

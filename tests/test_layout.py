@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from conftest import StepPath
 from oracle import oracle_step
+from paths import StepPath
 from torch import Tensor
 from torch.nn import Parameter
 

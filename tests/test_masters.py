@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import StepPath
+from paths import StepPath
 from torch import Tensor, nn
 
 from bngd_triton import BNGD, fp32_state_dict, load_fp32_state_dict

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
-from conftest import StepPath
 from oracle import oracle_step, snapshot
+from paths import StepPath
 from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import lr_scheduler

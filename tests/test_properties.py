@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import StepPath
 from oracle import normalized, oracle_step
+from paths import StepPath
 from tolerances import EPS, GHAT, assert_close, ghat_bound, step_bounds
 from torch import Tensor
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from conftest import StepPath
+from paths import StepPath
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
