@@ -508,17 +508,24 @@ def cases(quick: bool, only: list[str]) -> Iterator[Case]:
             dependent = target in ("sm_90", "sm_100") and case.kernel in DEPENDENCE
             if dependent and set(dtypes) == {"fp32"}:
                 yield dataclasses.replace(case, pdl=True)
-    extras = [{"kernel": "update"}, {"kernel": "statistics", "tiles": True}][: 1 if quick else None]
-    narrow = MASTER_COMBINATIONS[: 1 if quick else None]
-    kinds = [(*kind, False) for kind in narrow]
-    kinds += [("plain", COMBINATIONS[0], True), (*MASTER_COMBINATIONS[0], True)]
-    for variant, target, (master, dtypes, windows) in itertools.product(extras, targets, kinds):
-        named = dict(zip(("param", "grad", "buffer"), dtypes))
-        case = Case(target=target, **named, **variant, master=master, windows=windows)
-        if case.variant in only and not (quick and windows):
-            yield case
+    yield from narrow_cases(quick, only, targets)
     for target in targets if "lanes" in only else ():
         yield Case("statistics", target, "fp32", "fp32", "fp32", tables=True)
+
+
+def narrow_cases(quick: bool, only: list[str], targets: tuple[str, ...]) -> Iterator[Case]:
+    """With masters, stochastic rounding or micro-batches."""
+    kinds = [(*kind, False) for kind in MASTER_COMBINATIONS[: 1 if quick else None]]
+    if not quick:
+        kinds += [("plain", COMBINATIONS[0], True), (*MASTER_COMBINATIONS[0], True)]
+    for kernel, (master, dtypes, windows) in itertools.product(("statistics", "update"), kinds):
+        tiles = kernel == "statistics"
+        # tiles take up to a minute each
+        for target in ("sm_90", "gfx942") if tiles else targets:
+            named = dict(zip(("param", "grad", "buffer"), dtypes))
+            case = Case(kernel, target, **named, tiles=tiles, master=master, windows=windows)
+            if case.variant in only and not (quick and tiles):
+                yield case
 
 
 def widths_text(widths: Counter[int]) -> str:
