@@ -199,7 +199,7 @@ def without_tiles(members: list[Member], options: Options, tuning: Tuning) -> Fu
     """A prepared step in which every slice has its statistics in the tables."""
     with pytest.MonkeyPatch.context() as patch:
         build = plan.build
-        patch.setattr(prepared_module, "build", lambda *args: build(*args, tiles=False))
+        patch.setattr(prepared_module, "build", lambda *args, **_: build(*args, tiles=False))
         return FusedStep(members, [options], tuning)
 
 
