@@ -22,6 +22,9 @@ from .memory import is_sharded, local
 from .options import Options
 from .state import KEYS, MASTER, MOMENTUM, REMAINDER, WINDOW, as_state, as_window
 
+# of a group: micro-batches in the window that is open; steps that rounded stochastically
+COUNTERS = ("micro_step", "rounding_steps")
+
 
 def parameter_names(group: dict[str, Any], index: int) -> list[str]:
     """The parameters' own names where group number `index` has them, else their places."""
@@ -46,6 +49,10 @@ def check_state_dict(optimizer: Optimizer, incoming: dict[str, Any]) -> None:
                 "(momentum of other optimizers is in other units; start without it)"
             )
         Options.of({**{field.name: field.default for field in fields(Options)}, **group})
+        for key in COUNTERS:
+            count = group.get(key, 0)
+            if type(count) is not int or count < 0:
+                raise ValueError(f"{key} of param_groups[{i}] must be a count, got {count!r}")
     sizes = [len(group["params"]) for group in groups]
     if sizes != [len(group["params"]) for group in optimizer.param_groups]:
         return

@@ -192,21 +192,20 @@ def admit(fold: Fold, member: Member, options: Options, this: Pass) -> Fold:
     if member.window is None:
         return fold._replace(valid=valid, moves=valid)
     seen = member.window.view(valid.shape) != 0
-    beta = torch.where(valid & ~seen, options.momentum, 1.0).to(fold.inverse.dtype)
+    beta = torch.ones_like(fold.inverse).masked_fill(valid & ~seen, options.momentum)
     seen = seen | valid
     member.window.copy_((seen & (not this.closing[member.group])).view(-1))
     return fold._replace(valid=valid, beta=beta, moves=seen)
 
 
-def closing_fold(member: Member) -> Fold:
+def closing_fold(member: Member, window: Tensor | None) -> Fold:
     """For the end of a window without one more gradient: move by what momentum holds."""
-    assert member.window is not None, "a member without gradient is there to close its window"
+    assert window is not None, "a member without gradient is there to close its window"
     wide = torch.promote_types(member.param.dtype, torch.float32)
-    rows = member.window.numel()
-    seen = member.window.view([rows] + [1] * (member.param.dim() - 1) if rows > 1 else []) != 0
+    rows = window.numel()
+    seen = window.view([rows] + [1] * (member.param.dim() - 1) if rows > 1 else []) != 0
     zero = torch.zeros((), dtype=wide, device=member.param.device)
     none = torch.zeros_like(seen)
-    member.window.zero_()
     return Fold(zero, zero, zero, zero, zero, none, none, none, 1.0, seen)
 
 

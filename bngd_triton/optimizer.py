@@ -245,14 +245,12 @@ class BNGD(QuietStep):
 
     def _pass(self, closing: list[bool]) -> Pass:
         """What this step brings, with what a GradScaler has left here."""
-        scale, found = self.__dict__.get("grad_scale"), self.__dict__.get("found_inf")
-        return Pass(
-            closing,
-            self._clocks,
-            scale if isinstance(scale, Tensor) else None,
-            # a sum over no devices at all is the number 0
-            found if isinstance(found, Tensor) else None,
+        scale, found = (
+            # a number: set by hand, or what was found on no device at all
+            torch.tensor(float(value)) if isinstance(value, (int, float)) else value
+            for value in (self.__dict__.get("grad_scale"), self.__dict__.get("found_inf"))
         )
+        return Pass(closing, self._clocks, scale, found)
 
     def _count_micro_batch(self) -> None:
         closing = closing_of(self.param_groups)

@@ -46,7 +46,9 @@ def widen(param: Tensor, master: Tensor | None) -> Tensor:
         return param
     if master.dtype is torch.int16:
         high = param.view(torch.int16).int() << 16
-        return (high + master.int()).view(torch.float32)
+        wide = (high + master.int()).view(torch.float32)
+        # a zero or an infinity that someone wrote beside a remainder of the other sign
+        return torch.where(wide.isnan(), high.view(torch.float32), wide)
     # whoever wrote to the parameter since meant that value
     return torch.where(master.to(param.dtype) == param, master, param.float())
 

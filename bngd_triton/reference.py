@@ -229,7 +229,8 @@ def folds(
     shared = None
     if options.granularity == "global" and given is None:
         shared = global_moments([member.grad for member in members if member.grad is not None])
-    # a global slice is admitted and recorded once, with the first of its tensors
+    # a global slice is admitted and recorded once, with the first of its tensors, which keeps the
+    # window of all
     leader: Fold | None = None
     for index, member in enumerate(members):
         empty = member.param.numel() == 0
@@ -237,7 +238,8 @@ def folds(
             yield None
             continue
         if member.grad is None:
-            yield closing_fold(member)
+            keeper = members[0] if options.granularity == "global" else member
+            yield closing_fold(member, keeper.window)
             continue
         dim = member.grad.dim()
         if given is not None:

@@ -50,7 +50,8 @@ class GradStats(NamedTuple):
 def grad_stats(record: Tensor, *, scalar: bool) -> GradStats:
     """The statistics that a record holds, as new tensors; nothing waits for the device."""
     copy = record.clone()
-    mean, std, skipped = (copy[0] if scalar else copy).unbind(-1)
+    # rows that a group had before its granularity was changed remain rows
+    mean, std, skipped = (copy[0] if scalar and len(copy) == 1 else copy).unbind(-1)
     rms = torch.hypot(mean, std)
     return GradStats(mean, std, rms, rms / std, skipped)
 
@@ -79,10 +80,10 @@ def make_state(state: dict[Tensor, Any], params: Sequence[Tensor], options: Opti
         dtype_of_master = master_dtype(param, options.master_weights)
         if dtype_of_master is not None and master_key(param) not in entry:
             wanted.append((master_key(param), param, dtype_of_master))
-        elif dtype_of_master is None:
-            # it would be stale when it is asked for again
-            entry.pop(REMAINDER, None)
-            entry.pop(MASTER, None)
+        for key in (REMAINDER, MASTER):
+            if dtype_of_master is None or key != master_key(param):
+                # it would be stale when it is asked for again
+                entry.pop(key, None)
         slices = slices_of(local(param).shape, options.granularity)
         if options.accumulation_steps > 1:
             window = entry.get(WINDOW)
@@ -120,30 +121,44 @@ class Records:
 
     def __init__(self) -> None:
         self._of: dict[Tensor, Tensor] = {}
+        # ids of records that a global group shares, and records whose counts alone are wanted still
+        self._shared: set[int] = set()
         self._retired: list[Tensor] = []
 
     def make(self, params: Sequence[Tensor], options: Options) -> None:
         """Give each parameter a record of its slices; those of a global group share one."""
-        shared: Tensor | None = None
+        if options.granularity == "global":
+            self._share(params)
+            return
         new = []
         for param in params:
             slices = slices_of(local(param).shape, options.granularity)
             old = self._of.get(param)
-            if old is not None and len(old) != slices:
-                self._retired.append(self._of.pop(param))
-                old = None
-            if options.granularity == "global":
-                if shared is None:
-                    shared = old if old is not None else new_record(1, param.device)
-                if old is not shared:
-                    self._of[param] = shared
-            elif old is None:
+            fits = old is not None and len(old) == slices and old.device == param.device
+            if not fits or id(old) in self._shared:
                 new.append((param, slices))
         for device in {param.device for param, _ in new}:
             here = [(param, slices) for param, slices in new if param.device == device]
             flat = new_record(sum(slices for _, slices in here), device)
             parts = flat.split([slices for _, slices in here])
-            self._of.update((param, part) for (param, _), part in zip(here, parts))
+            for (param, _), part in zip(here, parts):
+                self._replace(param, part)
+
+    def _share(self, params: Sequence[Tensor]) -> None:
+        """One record for all: that of an earlier step if there is one."""
+        held = [self._of[param] for param in params if id(self._of.get(param)) in self._shared]
+        held = [record for record in held if record.device == params[0].device]
+        if params:
+            record = held[0] if held else new_record(1, params[0].device)
+            self._shared.add(id(record))
+            for param in params:
+                self._replace(param, record)
+
+    def _replace(self, param: Tensor, record: Tensor) -> None:
+        old = self._of.get(param)
+        if old is not None and old is not record:
+            self._retired.append(old)
+        self._of[param] = record
 
     def __getitem__(self, param: Tensor) -> Tensor:
         return self._of[param]

@@ -39,7 +39,8 @@ class _Work(NamedTuple):
     fused: list[bool]
     # and which part of which slices is here; None where nobody holds another part
     shares: list[Share | None]
-    # parameters without a gradient whose window ends
+    # parameters without a gradient whose window is open, or may be; those whose window ends now
+    waiting: list[Tensor]
     ending: list[Tensor]
 
 
@@ -57,7 +58,9 @@ class Stepper:
     def step(self, optimizer: Any) -> None:
         """Move every parameter that has a gradient."""
         steady = self.steady
-        if steady is not None:
+        # the full check refuses to capture windows
+        captured = self.windowed and steady is not None and capturing(steady.device)
+        if steady is not None and not captured:
             closing = closing_of(optimizer.param_groups) if self.windowed else steady.closing
             if steady.run(optimizer, optimizer._pass(closing)):
                 return
@@ -79,8 +82,11 @@ class Stepper:
         options = [part.options for part in work]
         self.windowed = any(one.accumulation_steps > 1 for one in options)
         self.rounding = any(one.master_weights == "stochastic" for one in options)
-        for part in work:
-            prepare_state(optimizer, part.params, part.options)
+        for group, part in zip(groups, work):
+            prepare_state(optimizer, [*part.params, *part.ending], part.options)
+            if part.options.accumulation_steps == 1:
+                # of a window that was given up
+                group.pop("micro_step", None)
         keys = {id(p): i for i, p in enumerate(p for group in groups for p in group["params"])}
         served: list[Member] = []
         rest: list[list[Member]] = []
@@ -112,10 +118,13 @@ class Stepper:
         for members, part in zip(rest, work):
             if members:
                 reference.apply_(members, part.options, this)
+            for param in part.ending:
+                # the next gradient makes it anew; until then steps can be recognised
+                del optimizer.state[param][WINDOW]
         if served:
             self.run(served, options, this)
             whole = not any(is_sharded(param) for part in work for param in part.params)
-            alone = whole and all(all(part.fused) and not part.ending for part in work)
+            alone = whole and all(all(part.fused) and not part.waiting for part in work)
             if alone and self.prepared is not None and Steady.serves(self.prepared, options):
                 self.steady = Steady(optimizer, self.prepared, served, options, this.closing)
         for device in dict.fromkeys(part.member.param.device for part in spread):
@@ -207,11 +216,12 @@ def gather(optimizer: Any, index: int, this: Pass, closed: Collection[Tensor]) -
         optimizer, params, parts, grads, names, options, finite=this.found_inf is None,
         apart=[share is not None for share in shares],
     )  # fmt: skip
-    ending: list[Tensor] = []
-    if options.accumulation_steps > 1 and this.closing[index]:
+    waiting: list[Tensor] = []
+    if options.accumulation_steps > 1:
         waiting = [p for p in group["params"] if p.grad is None and p not in closed]
-        ending = [p for p in waiting if WINDOW in state.get(p, ()) and p.numel()]
-    return _Work(options, params, grads, names, fused, shares, ending)
+        waiting = [p for p in waiting if WINDOW in state.get(p, ()) and p.numel()]
+    ending = waiting if this.closing[index] else []
+    return _Work(options, params, grads, names, fused, shares, waiting, ending)
 
 
 def _local_parts(

@@ -39,10 +39,15 @@ def widen(param, master, KIND: tl.constexpr, SOFT: tl.constexpr):
     """The float32 values that a step starts from."""
     if KIND == REMAINDER:
         high = param.to(tl.int16, bitcast=True).to(tl.int32) << 16
-        return (high + master.to(tl.int32)).to(tl.float32, bitcast=True)
+        wide = (high + master.to(tl.int32)).to(tl.float32, bitcast=True)
+        # a zero or an infinity that someone wrote beside a remainder of the other sign
+        return tl.where(wide != wide, high.to(tl.float32, bitcast=True), wide)
     elif KIND == MASTER_COPY:
-        # whoever wrote to the parameter since meant that value
-        return tl.where(store_as(master, param.dtype, SOFT) == param, master, param.to(tl.float32))
+        # whoever wrote to the parameter since meant that value; compared in float32, since the
+        # interpreter compares the bits of bfloat16
+        wide = param.to(tl.float32)
+        kept = store_as(master, param.dtype, SOFT).to(tl.float32)
+        return tl.where(kept == wide, master, wide)
     else:
         return param.to(tl.float32)
 

@@ -311,7 +311,8 @@ def _tile(
     nesterov = tl.load(option + NESTEROV).to(tl.float32)
 
     ghat = (((x * up) * more - high) - low) * inverse
-    if tl.max(mode) == THROUGH_CDF:
+    # CLOSE_ONLY, of another row, is greater
+    if tl.max(mode) >= THROUGH_CDF:
         ghat = tl.where(mode == THROUGH_CDF, bounded(ghat), ghat)
     live = x_live & (mode != LEAVE)
     held = live & (tl.load(option + BUFFERED) != 0)
