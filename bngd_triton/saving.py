@@ -116,7 +116,7 @@ def load_checkpoint(
 
 def replace_file(
     path: str | os.PathLike[str],
-    write: Callable[[IO[bytes]], None],
+    write: Callable[[IO[bytes]], object],
     check: Callable[[Path], None] = lambda written: None,
 ) -> None:
     """Write a file beside `path`, and put it in the place of `path` when it is on the disk.
