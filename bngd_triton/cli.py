@@ -59,7 +59,7 @@ def _parser() -> argparse.ArgumentParser:
         help="train on scikit-learn's digits beside SGD and AdamW",
         description="Train on scikit-learn's digits beside SGD and AdamW: an exploding network, "
         "and a loss scaled over 27 decades. About a minute on two CPU cores. Ctrl-C keeps what is "
-        "done so far.",
+        "done so far; --resume goes on from there.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -72,6 +72,11 @@ def _parser() -> argparse.ArgumentParser:
         help="stop a run after the first epoch whose mean training loss is below this",
     )
     demo.add_argument("--out", type=Path, default=Path("bngd-demo"), help="folder for PNG and JSON")
+    demo.add_argument(
+        "--resume",
+        action="store_true",
+        help="keep the runs that an interrupted demo of the same arguments finished in --out",
+    )
     bench = commands.add_parser(
         "bench",
         help="time BNGD beside other optimizers on a GPU; needs a checkout",
@@ -117,6 +122,7 @@ def _bench(args: argparse.Namespace) -> int:
 def _demo(args: argparse.Namespace) -> int:
     try:
         from .demo import Settings, demo
+        from .demo_resume import NAME, finished_runs
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
         if package not in _DEMO_PACKAGES:
@@ -125,7 +131,11 @@ def _demo(args: argparse.Namespace) -> int:
     settings = Settings(
         device=args.device, seed=args.seed, epochs=args.epochs, target_loss=args.target_loss
     )
-    return demo(settings, args.out)
+    try:
+        results = finished_runs(settings, args.out / NAME) if args.resume else None
+    except ValueError as error:
+        return _fail(str(error), 2)
+    return demo(settings, args.out, results=results)
 
 
 def _check(args: argparse.Namespace) -> None:

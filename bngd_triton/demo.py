@@ -22,6 +22,8 @@ from torch.nn import functional as F
 from torch.optim import SGD, AdamW, Optimizer
 
 from .demo_plot import draw, print_tables, write_json
+from .demo_resume import NAME as RESUME_NAME
+from .demo_resume import keep
 from .demo_tasks import Split, exploding_task, generator, loss_scale_task
 from .optimizer import BNGD
 
@@ -195,9 +197,16 @@ def _record(
 
 
 def compare(
-    settings: Settings, results: Results, progress: Progress, watch: Callable[[Run], None]
+    settings: Settings,
+    results: Results,
+    progress: Progress,
+    watch: Callable[[Run], None],
+    finished: Callable[[], None],
 ) -> None:
-    """Train every arm of both experiments; `results` holds what is done at any time."""
+    """Train what `results` lacks of both experiments; it holds what is done at any time.
+
+    `watch` sees a run after each epoch, `finished` is called after each run.
+    """
     first = [(results.exploding, arm, 1.0, settings.epochs, exploding_task) for arm in EXPLODING]
     second = [
         (results.loss_scale, arm, scale, settings.scale_epochs, loss_scale_task)
@@ -209,9 +218,11 @@ def compare(
         name: progress.add_task(name, total=sum(job[3] for job in jobs), now="")
         for name, jobs in parts.items()
     }
-    for name, jobs in parts.items():
-        ended = 0
-        for runs, arm, scale, epochs, task in jobs:
+    for (name, jobs), there in zip(parts.items(), (results.exploding, results.loss_scale)):
+        earlier = len(there)
+        ended = sum(job[3] for job in jobs[:earlier])
+        progress.update(bars[name], completed=ended)
+        for runs, arm, scale, epochs, task in jobs[earlier:]:
             run = Run(arm.name, arm.lr, arm.clip, scale)
             runs.append(run)
             label = arm.name if task is exploding_task else f"{arm.name}, c = {scale:g}"
@@ -222,6 +233,7 @@ def compare(
                 watch(run)
 
             train(run, arm, task(settings.seed), epochs, settings, show)
+            finished()
             # a run that stopped early leaves a gap
             ended += epochs
             progress.update(bars[name], completed=ended)
@@ -232,20 +244,28 @@ def demo(
     out: Path,
     console: Console | None = None,
     watch: Callable[[Run], None] = lambda run: None,
+    results: Results | None = None,
 ) -> int:
     """Train, print the tables and write the JSON and the PNG, after Ctrl-C too.
+
+    Until all is done the finished runs are in a file, for `demo_resume.finished_runs`.
 
     Args:
         settings: what to train.
         out: an existing folder.
         console: where to print.
         watch: called after each epoch of each run.
+        results: finished runs, which are not trained again.
 
     Returns:
         The exit code: 0, or 130 after Ctrl-C.
     """
     console = console or Console()
-    results = Results()
+    results = results or Results()
+    kept = out / RESUME_NAME
+    # a file of runs that are not to be resumed
+    if not results.exploding:
+        kept.unlink(missing_ok=True)
     code = 0
     columns = (
         TextColumn("{task.description}"),
@@ -255,7 +275,7 @@ def demo(
     )
     try:
         with _one_thread(), Progress(*columns, console=console) as progress:
-            compare(settings, results, progress, watch)
+            compare(settings, results, progress, watch, lambda: keep(results, settings, kept))
     except KeyboardInterrupt:
         code = 130
         for run in results.exploding + results.loss_scale:
@@ -266,6 +286,8 @@ def demo(
     write_json(results, settings, shared, out / JSON_NAME, interrupted=code != 0)
     draw(results, settings, out / PNG_NAME)
     print_tables(results, settings, console)
+    if code == 0:
+        kept.unlink(missing_ok=True)
     console.print(f"Wrote {out / PNG_NAME} and {out / JSON_NAME}", soft_wrap=True)
     return code
 
