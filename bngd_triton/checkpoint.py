@@ -17,13 +17,16 @@ from torch.optim import Optimizer
 
 from .buffers import zeros_like
 from .checks import FLOAT_DTYPES
+from .kernels.launch import on_a_device
+from .kernels.plan import capturing
 from .members import NARROW, slices_of
 from .memory import is_sharded, local
 from .options import Options
 from .state import KEYS, MASTER, MOMENTUM, REMAINDER, WINDOW, as_state, as_window
 
-# of a group: micro-batches in the window that is open; steps that rounded stochastically
-COUNTERS = ("micro_step", "rounding_steps")
+# a group's place in its window of micro-batches, and how often it has rounded stochastically:
+# always there, since torch.distributed.checkpoint loads only the keys that a group has
+COUNTS = ("micro_step", "rounding_steps")
 
 
 def parameter_names(group: dict[str, Any], index: int) -> list[str]:
@@ -49,7 +52,7 @@ def check_state_dict(optimizer: Optimizer, incoming: dict[str, Any]) -> None:
                 "(momentum of other optimizers is in other units; start without it)"
             )
         Options.of({**{field.name: field.default for field in fields(Options)}, **group})
-        for key in COUNTERS:
+        for key in COUNTS:
             count = group.get(key, 0)
             if type(count) is not int or count < 0:
                 raise ValueError(f"{key} of param_groups[{i}] must be a count, got {count!r}")
@@ -92,6 +95,31 @@ def _check_entry(entry: dict[str, Any], param: Tensor, name: str, options: Optio
                 f"{name} is {param.dtype}, but the checkpoint holds a {key}, which belongs to "
                 f"{dtype} parameters; load it into a model of that dtype"
             )
+
+
+@torch.no_grad()
+def asks_for_state(optimizer: Optimizer) -> bool:
+    """Whether a step is only there to make state.
+
+    `torch.distributed.checkpoint` makes it where an optimizer has none: with ``lr`` 0 and
+    gradients of zeros. It must not count as a micro-batch or as a rounding. Gradients are read
+    only where all of that may be so.
+    """
+    rates = [group["lr"] for group in optimizer.param_groups]
+    if optimizer.state or any(on_a_device(lr) or lr != 0 for lr in rates):
+        return False
+    grads = [p.grad for group in optimizer.param_groups for p in group["params"]]
+    there = [grad for grad in grads if grad is not None]
+    if not there or any(grad.layout is not torch.strided for grad in there):
+        return False
+    if any(capturing(grad.device) for grad in there):
+        return False
+    flags = [local(grad).count_nonzero() == 0 for grad in there]
+    if not any(map(is_sharded, there)):
+        return all(map(bool, flags))
+    from .distributed import everywhere
+
+    return all(everywhere(there, flags))
 
 
 @torch.no_grad()

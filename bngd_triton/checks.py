@@ -194,6 +194,14 @@ def check_masters(
             raise ValueError(f"windows[{i}] must be contiguous and on {param.device}")
 
 
+def nonfinite_somewhere(name: str) -> FloatingPointError:
+    """The error of every rank where one of them has a non-finite part of a gradient."""
+    return FloatingPointError(
+        f"the gradient of {name} has an inf or a NaN, here or on another rank; "
+        "nothing was changed (nonfinite='skip' leaves such slices as they are)"
+    )
+
+
 def overlaps(tensor: Tensor) -> bool:
     """Whether two indices of `tensor` may share memory.
 

@@ -12,7 +12,10 @@ Every rank of a mesh must step the same parameters in the same order.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
@@ -185,6 +188,30 @@ def ordinal(param: Tensor) -> int:
                 number = number * param.device_mesh.size(mesh_dim)
                 number += param.device_mesh.get_local_rank(mesh_dim)
     return number
+
+
+@torch.no_grad()
+def everywhere(tensors: Sequence[Tensor], flags: Sequence[Tensor]) -> list[bool]:
+    """Which flags hold on every rank that has a part of their tensor; waits for the device.
+
+    Args:
+        tensors: the same on every rank, in the same order.
+        flags: 0-dim bool, one for each tensor: of this rank's part.
+    """
+    held = [flag.int() for flag in flags]
+    cut: dict[str, tuple[ProcessGroup, list[int]]] = {}
+    for i, tensor in enumerate(tensors):
+        if isinstance(tensor, DTensor):
+            for mesh_dim, placement in enumerate(tensor.placements):
+                if not placement.is_replicate():
+                    group = tensor.device_mesh.get_group(mesh_dim)
+                    cut.setdefault(group.group_name, (group, []))[1].append(i)
+    for group, rows in cut.values():
+        packed = torch.stack([held[i].to(held[rows[0]].device) for i in rows])
+        dist.all_reduce(packed, dist.ReduceOp.MIN, group=group)
+        for i, flag in zip(rows, packed.unbind()):
+            held[i] = flag
+    return [bool(flag) for flag in held]
 
 
 def signature(param: Tensor, grad: Tensor) -> tuple[object, ...]:

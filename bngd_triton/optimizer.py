@@ -11,14 +11,14 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .buffers import flatten_, why_not_flat
-from .checkpoint import check_state_dict, parameter_names, place_state
+from .checkpoint import COUNTS, asks_for_state, check_state_dict, parameter_names, place_state
 from .checks import check_parameter, check_step
 from .hooks import QuietStep
 from .members import Pass
 from .memory import local
 from .options import Options
 from .state import KEYS, GradStats, Records, grad_stats
-from .stepper import Stepper, closing_of, serve
+from .stepper import Stepper, closing_of, prepare_state, serve
 
 
 class BNGD(QuietStep):
@@ -164,6 +164,8 @@ class BNGD(QuietStep):
         super().add_param_group(param_group)
         index = len(self.param_groups) - 1
         group = self.param_groups[index]
+        for count in COUNTS:
+            group.setdefault(count, 0)
         try:
             options = Options.of(group)
             names = parameter_names(group, index)
@@ -233,6 +235,12 @@ class BNGD(QuietStep):
     # depends on an option's value
     @torch._disable_dynamo  # type: ignore[attr-defined]
     def _step(self) -> None:
+        if not self.state and asks_for_state(self):
+            with torch.no_grad():
+                for group in self.param_groups:
+                    params = [param for param in group["params"] if param.grad is not None]
+                    prepare_state(self, params, Options.of(group))
+            return
         if self._release is None:
             self._stepper.step(self)
         else:
@@ -256,7 +264,7 @@ class BNGD(QuietStep):
         closing = closing_of(self.param_groups)
         for group, closed in zip(self.param_groups, closing):
             if group["accumulation_steps"] > 1:
-                group["micro_step"] = 0 if closed else group.get("micro_step", 0) + 1
+                group["micro_step"] = 0 if closed else group["micro_step"] + 1
 
     @property
     def skipped(self) -> int:
@@ -347,7 +355,7 @@ class BNGD(QuietStep):
             self._clocks.clear()
             self._seeds = seeds
         for device in devices - set(self._clocks):
-            values = [(g["seed"] << 32) + g.get("rounding_steps", 0) for g in groups]
+            values = [(g["seed"] << 32) + g["rounding_steps"] for g in groups]
             self._clocks[device] = torch.tensor(values, device=device)
 
     def _forget(self) -> None:
@@ -370,6 +378,8 @@ class BNGD(QuietStep):
         self.__dict__.setdefault("_release", None)
         self._constructed = True
         for group in self.param_groups:
+            for count in COUNTS:
+                group.setdefault(count, 0)
             for field in fields(Options):
                 group.setdefault(field.name, field.default)
                 self.defaults.setdefault(field.name, field.default)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from . import reference
+from .checks import nonfinite_somewhere
 from .exchange import Exchange, Share, local_table, merge, moments_of
 from .kernels.prepared import FusedStep
 from .members import Member, Pass, new_record
@@ -88,10 +89,7 @@ class Spread:
             if options[part.member.group].nonfinite != "raise":
                 continue
             if not bool(table[:, 1:3].isfinite().all()):
-                raise FloatingPointError(
-                    f"the gradient of {part.name} has an inf or a NaN, here or on another rank; "
-                    "nothing was changed (nonfinite='skip' leaves such slices as they are)"
-                )
+                raise nonfinite_somewhere(part.name)
 
     def move(self, options: list[Options], this: Pass) -> None:
         """Move the parts by the statistics that were found."""

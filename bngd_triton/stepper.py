@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import reference
 from .checkpoint import parameter_names
-from .checks import check_step, check_tensors, check_unpartitioned
+from .checks import check_step, check_tensors, check_unpartitioned, nonfinite_somewhere
 from .kernels.launch import why_not
 from .kernels.plan import capturing
 from .kernels.prepared import FusedStep
@@ -86,7 +86,7 @@ class Stepper:
             prepare_state(optimizer, [*part.params, *part.ending], part.options)
             if part.options.accumulation_steps == 1:
                 # of a window that was given up
-                group.pop("micro_step", None)
+                group["micro_step"] = 0
         keys = {id(p): i for i, p in enumerate(p for group in groups for p in group["params"])}
         served: list[Member] = []
         rest: list[list[Member]] = []
@@ -169,7 +169,7 @@ def member(
 
 def closing_of(groups: Sequence[dict[str, Any]]) -> list[bool]:
     """For each group, whether the next micro-batch is the last of its window."""
-    return [g.get("micro_step", 0) + 1 >= g["accumulation_steps"] for g in groups]
+    return [g["micro_step"] + 1 >= g["accumulation_steps"] for g in groups]
 
 
 def refuse_capture(optimizer: Any) -> None:
@@ -211,17 +211,36 @@ def gather(optimizer: Any, index: int, this: Pass, closed: Collection[Tensor]) -
     if options.granularity == "global" and options.accumulation_steps > 1:
         _check_complete(group["params"], every)
     shares = _shares(params, grads, names, options)
-    # who looks for an inf alone would leave the others waiting: `Spread` looks with them
+    # who looks for an inf alone would leave the others waiting: `Spread` looks with them, and
+    # below are looked at the rows that nobody else has a part of, but others have rows beside
+    finite = this.found_inf is None
     fused = check_group(
-        optimizer, params, parts, grads, names, options, finite=this.found_inf is None,
-        apart=[share is not None for share in shares],
+        optimizer, params, parts, grads, names, options, finite=finite,
+        apart=[share is not None or is_sharded(p) for share, p in zip(shares, params)],
     )  # fmt: skip
+    if options.nonfinite == "raise" and finite:
+        _refuse_nonfinite(
+            [(p, grad, name) for p, grad, name, share in zip(params, grads, names, shares)
+             if share is None and is_sharded(p)]
+        )  # fmt: skip
     waiting: list[Tensor] = []
     if options.accumulation_steps > 1:
         waiting = [p for p in group["params"] if p.grad is None and p not in closed]
         waiting = [p for p in waiting if WINDOW in state.get(p, ()) and p.numel()]
     ending = waiting if this.closing[index] else []
     return _Work(options, params, grads, names, fused, shares, waiting, ending)
+
+
+def _refuse_nonfinite(sharded: Sequence[tuple[Tensor, Tensor, str]]) -> None:
+    """On every rank where one has an inf or a NaN: of parameters, their gradients' parts, names."""
+    if not sharded:
+        return
+    from .distributed import everywhere
+
+    flags = [grad.isfinite().all() for _, grad, _ in sharded]
+    for finite, (_, _, name) in zip(everywhere([p for p, _, _ in sharded], flags), sharded):
+        if not finite:
+            raise nonfinite_somewhere(name)
 
 
 def _local_parts(
