@@ -25,6 +25,7 @@ from torch.optim.optimizer import (
 )
 
 from bngd_triton import BNGD
+from bngd_triton.checkpoint import COUNTS
 
 # parameters are below 4, where half a unit of float32 is 1.2e-7; a few steps of rounding
 ATOL = 2e-6
@@ -447,7 +448,7 @@ def test_add_param_group_takes_defaults_and_steps(path: StepPath) -> None:
     buffers = values(momenta(optimizer, params))
     optimizer.add_param_group({"params": more, "momentum": 0.5})
     added = {key: value for key, value in optimizer.param_groups[1].items() if key != "params"}
-    kept = {key: optimizer.param_groups[0][key] for key in OPTION_NAMES}
+    kept = {key: optimizer.param_groups[0][key] for key in (*OPTION_NAMES, *COUNTS)}
     assert added == {**kept, "momentum": 0.5}
 
     set_grads(more, 7)
@@ -478,7 +479,7 @@ def test_fused_and_flatten_are_attributes_only(path: StepPath) -> None:
     assert (optimizer.fused, optimizer.flatten) == (path.fused, False)
     (group,) = optimizer.param_groups
     (saved,) = optimizer.state_dict()["param_groups"]
-    assert set(group) == set(saved) == {"params", *OPTION_NAMES}
+    assert set(group) == set(saved) == {"params", *OPTION_NAMES, *COUNTS}
     assert set(optimizer.defaults) == set(OPTION_NAMES)
 
 

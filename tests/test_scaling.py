@@ -137,7 +137,7 @@ def poison(run: Run, value: float = torch.inf) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "unscale"), zip(OPTION_SETS, [False, True, False, True]), ids=str
+    ("options", "unscale"), list(zip(OPTION_SETS, [False, True, False, True])), ids=str
 )
 def test_an_overflow_skips_the_whole_step(
     options: dict[str, Any], unscale: bool, path: StepPath
