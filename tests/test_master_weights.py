@@ -329,6 +329,21 @@ def test_a_seed_changed_between_steps(dtype: torch.dtype, device: torch.device) 
     assert not torch.equal(done[11][0][0], done[12][0][0])
 
 
+def test_parameters_of_an_optimizer_round_apart(path: StepPath) -> None:
+    params = [Parameter(torch.ones(256, dtype=BFLOAT16, device=path.device)) for _ in range(3)]
+    groups = [{"params": params[:2]}, {"params": params[2:]}]
+    # halfway to the next value below 1
+    optimizer = BNGD(
+        groups, 2.0**-9, 0.0, weight_decay=1.0, master_weights="stochastic", fused=path.fused
+    )
+    for param in params:
+        param.grad = torch.zeros_like(param)
+    optimizer.step()
+    one, other, of_another_group = (param.detach() == 1 for param in params)
+    for more in (other, of_another_group):
+        assert not torch.equal(one, more)
+
+
 def test_a_model_cast_to_the_other_narrow_type(path: StepPath) -> None:
     params, optimizer = run("split", FLOAT16, path.fused, path.device)
     model = torch.nn.ParameterList(params)
