@@ -2,6 +2,7 @@
 
 import json
 import math
+import signal
 import subprocess
 import sys
 from io import StringIO
@@ -11,16 +12,16 @@ import torch
 from rich.console import Console
 
 import bngd_triton
-from bngd_triton import cli, demo
+from bngd_triton import cli, demo, demo_resume
 
 TINY = demo.Settings(epochs=1, scales=(1e-12, 1e15), scale_epochs=1)
 
 
-def run(settings, out, watch=lambda run: None):
+def run(settings, out, watch=lambda run: None, results=None):
     """The exit code, the JSON (strict: no NaN) and what was printed."""
     text = StringIO()
     out.mkdir(exist_ok=True)
-    code = demo.demo(settings, out, Console(file=text, width=100), watch)
+    code = demo.demo(settings, out, Console(file=text, width=100), watch, results)
 
     def refuse(constant):
         raise AssertionError(f"{constant} is not JSON")
@@ -167,6 +168,86 @@ def test_ctrl_c_before_any_epoch(two_arms, tmp_path, monkeypatch):
     assert document["exploding"][0]["losses"] == []
 
 
+KILLED_AFTER = """
+import os, signal, sys
+from pathlib import Path
+from bngd_triton import cli, demo
+demo.EXPLODING, demo.LOSS_SCALE = (demo.EXPLODING[0], demo.EXPLODING[5]), (demo.LOSS_SCALE[3],)
+epochs = int(sys.argv[1])
+
+def die(run, seen=[]):
+    seen.append(run)
+    if len(seen) == epochs:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+settings = demo.Settings(epochs=1, scales=(1.0, 10.0), scale_epochs=1)
+demo.demo(settings, Path(sys.argv[2]), watch=die)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="has no SIGKILL")
+@pytest.mark.parametrize(("epochs", "left"), [(2, 3), (4, 1)])
+def test_a_killed_demo_goes_on(two_arms, tmp_path, monkeypatch, epochs, left):
+    settings = demo.Settings(epochs=1, scales=(1.0, 10.0), scale_epochs=1)
+    want = run(settings, tmp_path / "whole")[1]
+    assert sorted(path.name for path in (tmp_path / "whole").iterdir()) == [
+        demo.JSON_NAME,
+        demo.PNG_NAME,
+    ]
+    out = tmp_path / "killed"
+    out.mkdir()
+    done = subprocess.run([sys.executable, "-c", KILLED_AFTER, str(epochs), str(out)])
+    assert done.returncode == -signal.SIGKILL
+    assert [path.name for path in out.iterdir()] == [demo_resume.NAME]
+    trained = []
+    monkeypatch.setattr(
+        demo, "train", lambda *args, train=demo.train: trained.append(args[0]) or train(*args)
+    )
+    results = demo_resume.finished_runs(settings, out / demo_resume.NAME)
+    document = run(settings, out, results=results)[1]
+    assert len(trained) == left
+    assert document == want
+    assert not (out / demo_resume.NAME).exists()
+
+
+def test_resume_is_refused_for_other_settings(two_arms, tmp_path, capsys):
+    def interrupt(run):
+        if run.loss_scale != 1:
+            raise KeyboardInterrupt
+
+    settings = demo.Settings(epochs=1, scales=(10.0,), scale_epochs=1)
+    assert run(settings, tmp_path, interrupt)[0] == 130
+    before = (tmp_path / demo_resume.NAME).read_bytes()
+    assert cli.main(["demo", "--resume", "--epochs", "3", "--out", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert f"{demo_resume.NAME} is of a demo with epochs = 1, not 3: give it the same arg" in error
+    assert (tmp_path / demo_resume.NAME).read_bytes() == before
+    (tmp_path / demo_resume.NAME).write_bytes(before[:500])
+    assert cli.main(["demo", "--resume", "--epochs", "1", "--out", str(tmp_path)]) == 2
+    assert f"{demo_resume.NAME} (500 bytes) is incomplete" in capsys.readouterr().err
+
+
+def test_resume_reaches_the_demo(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(demo, "demo", lambda *args, results: calls.append(results) or 0)
+    # what is to resume is there, or nothing is
+    assert cli.main(["demo", "--resume", "--out", str(tmp_path), "--device", "cpu"]) == 0
+    results = demo.Results([demo.Run("SGD", 0.1, None, 1.0, "finished", losses=[math.inf])])
+    demo_resume.keep(results, demo.Settings(), tmp_path / demo_resume.NAME)
+    assert cli.main(["demo", "--resume", "--out", str(tmp_path), "--device", "cpu"]) == 0
+    assert calls[0] == demo.Results()
+    assert repr(calls[1]) == repr(results)
+
+
+def test_a_new_demo_forgets_what_was_left(two_arms, tmp_path):
+    path = tmp_path / demo_resume.NAME
+    demo_resume.keep(demo.Results(), TINY, path)
+    seen = []
+    run(TINY, tmp_path, lambda run: seen.append(path.exists()))
+    # the first run of the new one has finished before its second
+    assert seen[:2] == [False, True]
+
+
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
@@ -191,10 +272,10 @@ def test_bad_arguments(arguments, text, tmp_path, monkeypatch, capsys):
 
 def test_arguments_reach_the_demo(tmp_path, monkeypatch):
     calls = []
-    monkeypatch.setattr(demo, "demo", lambda *args: calls.append(args) or 7)
+    monkeypatch.setattr(demo, "demo", lambda *args, results: calls.append((args, results)) or 7)
     given = ["--device", "cpu", "--seed", "3", "--epochs", "4", "--target-loss", "0.5"]
     assert cli.main(["demo", *given, "--out", str(tmp_path / "a" / "b")]) == 7
-    assert calls == [(demo.Settings("cpu", 3, 4, 0.5), tmp_path / "a" / "b")]
+    assert calls == [((demo.Settings("cpu", 3, 4, 0.5), tmp_path / "a" / "b"), None)]
     assert (tmp_path / "a" / "b").is_dir()
 
 
