@@ -214,6 +214,39 @@ def everywhere(tensors: Sequence[Tensor], flags: Sequence[Tensor]) -> list[bool]
     return [bool(flag) for flag in held]
 
 
+def check_found_inf(params: Sequence[Tensor], names: Sequence[str]) -> None:
+    """Refuse a GradScaler's verdict that may not be every rank's.
+
+    A GradScaler looks at all gradients of one dtype together, and tells of an overflow the ranks
+    over which the first of them is cut (`torch.distributed.tensor`, as of torch 2.13).
+
+    Args:
+        params: all of an optimizer's that have a gradient, in its order.
+        names: what to call them in an error.
+
+    Raises:
+        RuntimeError: a later gradient is cut over other ranks too.
+    """
+    leaders: dict[tuple[torch.device, torch.dtype], tuple[str, set[str]]] = {}
+    for param, name in zip(params, names):
+        grad = param.grad
+        if not isinstance(grad, DTensor):
+            continue
+        mesh = grad.device_mesh
+        cut: set[str] = {
+            mesh.get_group(mesh_dim).group_name
+            for mesh_dim, placement in enumerate(grad.placements)
+            if mesh.size(mesh_dim) > 1 and not placement.is_replicate()
+        }
+        leader, told = leaders.setdefault((grad.device, grad.dtype), (name, cut))
+        if not cut <= told:
+            raise RuntimeError(
+                f"GradScaler tells of an overflow only the ranks over which {leader} is cut, and "
+                f"{name}, placed by {grad.placements}, is cut over others: list a parameter first "
+                "that is cut over all of them, or train in bfloat16 without a GradScaler"
+            )
+
+
 def signature(param: Tensor, grad: Tensor) -> tuple[object, ...]:
     """Changes whenever `share_of` would: a cached `Exchange` serves while it is the same."""
     place = (param.device_mesh, param.placements) if isinstance(param, DTensor) else ()

@@ -78,6 +78,8 @@ class Stepper:
         """
         refuse_capture(optimizer)
         groups = optimizer.param_groups
+        if this.found_inf is not None:
+            _check_found_inf(groups)
         work = [gather(optimizer, i, this, closed) for i in range(len(groups))]
         options = [part.options for part in work]
         self.windowed = any(one.accumulation_steps > 1 for one in options)
@@ -229,6 +231,20 @@ def gather(optimizer: Any, index: int, this: Pass, closed: Collection[Tensor]) -
         waiting = [p for p in waiting if WINDOW in state.get(p, ()) and p.numel()]
     ending = waiting if this.closing[index] else []
     return _Work(options, params, grads, names, fused, shares, waiting, ending)
+
+
+def _check_found_inf(groups: Sequence[dict[str, Any]]) -> None:
+    """Refuse a GradScaler where it cannot tell all ranks what one has found."""
+    named = [
+        (param, name)
+        for index, group in enumerate(groups)
+        for param, name in zip(group["params"], parameter_names(group, index))
+        if param.grad is not None
+    ]
+    if any(is_sharded(param) for param, _ in named):
+        from .distributed import check_found_inf
+
+        check_found_inf([param for param, _ in named], [name for _, name in named])
 
 
 def _refuse_nonfinite(sharded: Sequence[tuple[Tensor, Tensor, str]]) -> None:

@@ -331,6 +331,43 @@ def rounded(layout: str, world: int, fused: bool) -> tuple[int, Tensor]:
     return distributed.ordinal(module.weight), local(module.weight.detach()).clone()
 
 
+def scaled_refused(world: int) -> tuple[str, bool]:
+    """A GradScaler over a replicated parameter, then a sharded one; and the other way round."""
+    mesh = mesh_of((world,))
+    model = nn.ModuleDict({"replicated": Block(), "cut": Block()})
+    distribute_module(model["replicated"], mesh)
+    fully_shard(model["cut"], mesh=mesh)
+    words = ""
+    for first, second in (("cut", "replicated"), ("replicated", "cut")):
+        params = [*model[first].parameters(), *model[second].parameters()]
+        optimizer = BNGD(params, fused=False)
+        for param in params:
+            param.grad = torch.ones_like(param)
+        before = [local(param.detach()).clone() for param in params]
+        scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+        scaler.scale(torch.ones(()))
+        try:
+            scaler.step(optimizer)
+        except RuntimeError as error:
+            words = str(error)
+        same = all(torch.equal(local(p.detach()), old) for p, old in zip(params, before))
+        if first == "cut":
+            assert not words
+            assert not same
+    return words, same
+
+
+def refused(layout: str, world: int) -> str:
+    held = parts(layout, world, F32)
+    optimizer = BNGD(held.params, granularity="global", accumulation_steps=2)
+    held.give(gradients(0))
+    try:
+        optimizer.step()
+    except NotImplementedError as error:
+        return str(error)
+    return ""
+
+
 class Result(NamedTuple):
     """What one rank returns; keys are a layout and whether kernels were used, then as it says."""
 
@@ -341,6 +378,8 @@ class Result(NamedTuple):
     raised: dict[tuple[str, bool, str], Raised]
     scaled: dict[bool, Scaled]
     rounded: dict[tuple[str, bool], tuple[int, Tensor]]
+    refused: str
+    scaled_refused: tuple[str, bool]
 
 
 def visit(world: int) -> Result:
@@ -364,6 +403,8 @@ def visit(world: int) -> Result:
             if name in layouts
             for fused in paths
         },
+        refused("fsdp", world),
+        scaled_refused(world),
     )
 
 

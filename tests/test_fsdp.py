@@ -28,7 +28,7 @@ from sharded_steps import (
     scaled,
     visited,
 )
-from tolerances import LRE
+from tolerances import LRE, ULP, ulps
 from torch import Tensor
 
 pytestmark = [
@@ -38,9 +38,6 @@ pytestmark = [
     pytest.mark.skipif(torch.cuda.is_available(), reason="gloo ranks run kernels interpreted"),
 ]
 
-# statistics are summed in another order, and move a weight by 1e-15: a unit in the last place
-# wherever it lay next to the middle of two floats, once in so many steps
-ULP = 2
 WORLDS = sorted(LAYOUTS)
 RUNS = [
     pytest.param(w, run, id=f"{w}: {run.layout}{', fused' * run.fused}")
@@ -48,15 +45,6 @@ RUNS = [
     for run in runs(w)
 ]
 PLACES = [(w, layout) for w, layouts in LAYOUTS.items() for layout in layouts]
-
-
-def ulps(ours: Tensor, theirs: Tensor) -> int:
-    """The largest distance in float32 numbers."""
-    ordered = []
-    for values in (ours, theirs):
-        bits = values.float().contiguous().view(torch.int32).long()
-        ordered.append(torch.where(bits < 0, -(bits & 0x7FFFFFFF), bits))
-    return int((ordered[0] - ordered[1]).abs().max()) if ours.numel() else 0
 
 
 def joined(ranks: Sequence[Group], i: int) -> Tensor:
@@ -186,3 +174,17 @@ def test_replicas_round_alike_and_shards_apart(world: int) -> None:
         assert len(parts) == world - replicas
         for i, part in enumerate(parts):
             assert not any(torch.equal(part, other) for other in parts[:i])
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_refuses_global_micro_batches(world: int) -> None:
+    for rank in visited(world):
+        assert "granularity='global' with accumulation_steps > 1" in rank.refused
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_refuses_an_overflow_of_which_some_ranks_are_not_told(world: int) -> None:
+    for rank in visited(world):
+        words, unchanged = rank.scaled_refused
+        assert "param_groups[0]['params'][0] is cut, and param_groups[0]['params'][7]" in words
+        assert unchanged

@@ -61,3 +61,18 @@ def step_bounds(
     exact = lr * (momentum + THETA * size) + THETA * (theta.abs() + new_theta.abs())
     stored = STORE[dtype] * (new_theta.abs() + exact) + FLOOR[dtype]
     return exact + stored, momentum
+
+
+# Float32 numbers between weights of sharded and of whole parameters after 20 steps: statistics are
+# summed in another order and move a weight by 1e-15 of a step, which shows where it lay next to
+# the middle of two floats
+ULP = 2
+
+
+def ulps(ours: Tensor, theirs: Tensor) -> int:
+    """The largest distance of two tensors' entries, in float32 numbers."""
+    ordered = []
+    for values in (ours, theirs):
+        bits = values.float().contiguous().view(torch.int32).long()
+        ordered.append(torch.where(bits < 0, -(bits & 0x7FFFFFFF), bits))
+    return int((ordered[0] - ordered[1]).abs().max()) if ours.numel() else 0
