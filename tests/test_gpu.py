@@ -1,0 +1,167 @@
+"""What only a GPU can show: graphs that replay, programs that run at the same time."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from test_kernels import LANES, LR
+from torch import Tensor, nn
+from work import member, nothing_new
+
+from bngd_triton import BNGD
+from bngd_triton.kernels.architectures import tuning_for
+from bngd_triton.kernels.prepared import FusedStep
+from bngd_triton.options import Options
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+# of a captured and an ordinary backward pass, whose matrix products may be summed differently
+PRODUCTS = 2.0**-12
+
+
+def captured(iteration: Callable[[], Any]) -> torch.cuda.CUDAGraph:
+    """A graph of one iteration, after three ordinary ones."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            iteration()
+        side.synchronize()
+        with torch.cuda.graph(graph, stream=side):
+            iteration()
+    torch.cuda.current_stream().wait_stream(side)
+    return graph
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"weight_decay": 0.1},
+        {"granularity": "row", "nesterov": True},
+        {"granularity": "global", "normalizer": "cdf"},
+        {"dtype": torch.bfloat16},
+        {"dtype": torch.bfloat16, "master_weights": "stochastic"},
+        {"tensor_lr": True},
+    ],
+    ids=str,
+)
+def test_a_captured_step_follows_a_schedule(options: dict[str, Any]) -> None:
+    """Replays equal ordinary steps bit for bit, at learning rates set after the capture."""
+    more = dict(options)
+    dtype, tensor_lr = more.pop("dtype", torch.float32), more.pop("tensor_lr", False)
+    shapes = [(300, 70), (70,), (5,), (3, 2048), (200_000,)]
+    start = [torch.randn(shape, device="cuda").to(dtype) for shape in shapes]
+    runs = []
+    for graphed in (False, True):
+        torch.manual_seed(1)
+        params = [nn.Parameter(value.clone()) for value in start]
+        lr = torch.tensor(LR, device="cuda") if tensor_lr else LR
+        optimizer = BNGD(params, lr, **more)
+        for param in params:
+            param.grad = torch.randn_like(param)
+        if graphed:
+            replay = captured(optimizer.step).replay
+        else:
+            for _ in range(3):
+                optimizer.step()
+            replay = optimizer.step
+        for step in range(6):
+            rate = LR * (6 - step) / 6
+            if isinstance(lr, Tensor):
+                lr.fill_(rate)
+            else:
+                optimizer.param_groups[0]["lr"] = rate
+            optimizer.sync_hyperparameters()
+            for param in params:
+                param.grad.copy_(torch.randn_like(param))
+            if step == 3:
+                params[1].grad[2] = torch.inf
+            replay()
+        runs.append((params, optimizer))
+    for a, b in zip(runs[0][0], runs[1][0]):
+        assert torch.equal(a, b)
+    assert runs[0][1].skipped == runs[1][1].skipped > 0
+
+
+def test_a_whole_training_iteration_is_captured() -> None:
+    data = torch.randn(10, 32, 24, device="cuda")
+    losses = []
+    for graphed in (False, True):
+        torch.manual_seed(2)
+        model = nn.Sequential(nn.Linear(24, 64), nn.GELU(), nn.Linear(64, 24)).cuda()
+        optimizer = BNGD(model.parameters(), 1e-2)
+        x, loss = data[0].clone(), torch.zeros((), device="cuda")
+
+        def iteration(model=model, optimizer=optimizer, x=x, loss=loss) -> None:
+            optimizer.zero_grad(set_to_none=False)
+            found = (model(x) - x).square().mean()
+            found.backward()
+            optimizer.step()
+            loss.copy_(found.detach())
+
+        if graphed:
+            run = captured(iteration).replay
+        else:
+            for _ in range(3):
+                iteration()
+            run = iteration
+        seen = []
+        for batch in data:
+            x.copy_(batch)
+            run()
+            seen.append(float(loss))
+        losses.append(seen)
+    assert losses[1] == pytest.approx(losses[0], rel=PRODUCTS)
+    assert losses[1][-1] < losses[1][0]
+
+
+def test_a_hundred_runs_give_the_same_bits() -> None:
+    shapes = [(1000, 1000), (3000,), (64, 3, 3, 3), (300_001,)]
+    torch.manual_seed(3)
+    start = [torch.randn(shape, device="cuda") for shape in shapes]
+    grads = [torch.randn_like(value) for value in start]
+    first: list[Tensor] | None = None
+    for _ in range(100):
+        params = [nn.Parameter(value.clone()) for value in start]
+        for param, grad in zip(params, grads):
+            param.grad = grad
+        optimizer = BNGD(params, LR)
+        optimizer.step()
+        optimizer.step()
+        found = [param.detach() for param in params]
+        first = first or found
+        assert all(torch.equal(a, b) for a, b in zip(found, first))
+
+
+@pytest.mark.parametrize("programs", [1, 2, 7, 132, 1000, 10_000])
+@pytest.mark.parametrize("small", [False, True], ids=["device's sizes", "small sizes"])
+def test_waiting_programs_always_end(programs: int, small: bool) -> None:
+    """The single launch beside a busy stream, against two launches."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    options = Options(LR)
+    base = dataclasses.replace(LANES if small else tuning_for(device), wave=1 << 16)
+    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    per_processor = -(-programs // processors)
+    forms = [
+        dataclasses.replace(base, form="two-launch"),
+        dataclasses.replace(base, form="single-launch", programs_per_sm=per_processor),
+    ]
+    torch.manual_seed(4)
+    tensors = [torch.randn(n, device=device) for n in (400_003, 17, 5000, 90_000, 3, 16_384)]
+    steps = []
+    for form in forms:
+        members = [member(t.clone(), t.roll(1), torch.zeros_like(t)) for t in tensors]
+        steps.append((members, FusedStep(members, [options], form)))
+    busy, noise = torch.cuda.Stream(), torch.randn(2048, 2048, device=device)
+    for _ in range(20):
+        with torch.cuda.stream(busy):
+            noise = (noise @ noise).tanh()
+        for members, prepared in steps:
+            prepared.run(members, [options], nothing_new(device))
+    torch.cuda.synchronize()
+    for a, b in zip(steps[0][0], steps[1][0]):
+        assert torch.equal(a.param, b.param)
