@@ -39,9 +39,9 @@ def save_checkpoint(path: str | os.PathLike[str], **objects: Any) -> None:
 
     Example:
         >>> model = torch.nn.Linear(3, 1)
-        >>> save_checkpoint("run.pt", model=model, step=7)  # doctest: +SKIP
-        >>> saved = load_checkpoint("run.pt")  # doctest: +SKIP
-        >>> model.load_state_dict(saved["model"])  # doctest: +SKIP
+        >>> save_checkpoint("run.pt", model=model, step=7)
+        >>> saved = load_checkpoint("run.pt")
+        >>> model.load_state_dict(saved["model"])
     """
     if not objects:
         raise ValueError("there is nothing to save: give objects by name, as in model=model")

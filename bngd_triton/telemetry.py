@@ -42,8 +42,8 @@ class GradStatsLog:
         steps: `LoggedStep` each; a list, to cut or to extend.
 
     Example:
-        >>> log = GradStatsLog.load("stats.json")  # doctest: +SKIP
-        >>> names, numbers, std = log.table("std")  # doctest: +SKIP
+        >>> log = GradStatsLog.load("stats.json")
+        >>> names, numbers, std = log.table("std")
     """
 
     def __init__(self) -> None:
@@ -149,10 +149,10 @@ class GradStatsLogger:
 
     Example:
         >>> model = torch.nn.Linear(3, 1)
-        >>> optimizer = BNGD(model.named_parameters(), lr=1e-2)  # doctest: +SKIP
-        >>> logger = GradStatsLogger(optimizer, every=100)  # doctest: +SKIP
-        >>> optimizer.step()  # doctest: +SKIP
-        >>> logger.step()  # after every step of the optimizer  # doctest: +SKIP
+        >>> optimizer = BNGD(model.named_parameters(), lr=1e-2)
+        >>> logger = GradStatsLogger(optimizer, every=100)
+        >>> optimizer.step()
+        >>> logger.step()  # after every step of the optimizer
     """
 
     def __init__(

@@ -43,7 +43,10 @@ def finder(monkeypatch):
     monkeypatch.syspath_prepend(str(EXAMPLES))
     import find_exploding_layer
 
-    return find_exploding_layer
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield find_exploding_layer
+    torch.set_num_threads(before)
 
 
 def stds_of_gradients(split, model, rows):

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import StepPath
+from paths import StepPath
 from torch import Tensor
 from torch.nn import Parameter
 

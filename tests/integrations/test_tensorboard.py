@@ -12,6 +12,8 @@ from bngd_triton import BNGD, GradStatsLogger
 
 accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
 
+SummaryWriter = pytest.importorskip("torch.utils.tensorboard").SummaryWriter
+
 
 def train(folder: Path, steps: int, first_step: int = 0) -> GradStatsLogger:
     torch.manual_seed(first_step)
@@ -54,3 +56,15 @@ def test_a_resumed_run_hides_what_the_dead_one_wrote_beyond(tmp_path: Path) -> N
     assert [event.step for event in events] == [0, 2, 4, 6]
     stds = resumed.table("std")[2][0].tolist()
     assert [event.value for event in events][2:] == pytest.approx(stds, rel=1e-6)
+
+
+def test_it_closes_its_own_files_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    closed = []
+    monkeypatch.setattr(SummaryWriter, "close", lambda writer: closed.append(writer))
+    optimizer = BNGD([nn.Parameter(torch.ones(2))])
+    own = GradStatsLogger(optimizer, path=tmp_path)
+    given = GradStatsLogger(optimizer, writer=SummaryWriter(str(tmp_path)))
+    assert not closed
+    own.close()
+    given.close()
+    assert len(closed) == 1
