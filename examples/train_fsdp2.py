@@ -30,7 +30,7 @@ from torch.distributed.tensor import DTensor
 from bngd_triton import BNGD
 
 CONTEXT, BATCH, WIDTH, LAYERS = 32, 16, 64, 2
-LR = 1e-2
+LR = 3e-3
 
 
 class Transformer(nn.Module):
@@ -59,7 +59,7 @@ class Transformer(nn.Module):
 
 def corpus() -> Tensor:
     """Sources of two modules that every Python has, as bytes."""
-    text = "".join(Path(module.__file__).read_text() for module in (argparse, textwrap))
+    text = "".join(Path(module.__file__).read_text("utf-8") for module in (argparse, textwrap))
     return torch.tensor(list(text.encode()))
 
 
@@ -167,8 +167,8 @@ def compare(losses: dict[int, float], weights: list[Tensor], steps: int) -> None
 def main() -> None:
     """Train, save, and compare."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--save-every", type=int, default=50)
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--save-every", type=int, default=20)
     parser.add_argument("--folder", type=Path, default=Path("fsdp2-checkpoints"))
     parser.add_argument("--resume", action="store_true", help="from the newest checkpoint, if any")
     options = parser.parse_args()

@@ -40,10 +40,15 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.multiprocessing import ProcessExitedException
 
 from bngd_triton import BNGD
+from bngd_triton.checkpoint import COUNTS
 
-pytestmark = pytest.mark.skipif(
-    not (dist.is_available() and dist.is_gloo_available()), reason="this torch has no gloo"
-)
+pytestmark = [
+    pytest.mark.skipif(
+        not (dist.is_available() and dist.is_gloo_available()), reason="this torch has no gloo"
+    ),
+    # loading in one process, without a group, is meant
+    pytest.mark.filterwarnings("ignore:torch.distributed is disabled"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -179,7 +184,6 @@ def test_asking_for_state_between_steps_without_any() -> None:
     assert torch.equal(weights(ask=True), weights(ask=False))
 
 
-@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_state_that_a_parameter_never_had(tmp_path: Path) -> None:
     def fresh() -> tuple[nn.Linear, BNGD]:
         model = nn.Linear(3, 2)
@@ -200,6 +204,18 @@ def test_state_that_a_parameter_never_had(tmp_path: Path) -> None:
     momentum = loaded.state[again.weight]["momentum_buffer"]
     assert torch.equal(momentum, optimizer.state[model.weight]["momentum_buffer"])
     assert not loaded.state[again.bias]["momentum_buffer"].any()
+
+
+def test_a_checkpoint_without_counts_starts_them_at_0() -> None:
+    param = nn.Parameter(torch.ones(2, 3))
+    optimizer = BNGD([param], accumulation_steps=2)
+    saved = optimizer.state_dict()
+    for key in COUNTS:
+        del saved["param_groups"][0][key]
+    optimizer.load_state_dict(saved)
+    param.grad = torch.randn(2, 3)
+    optimizer.step()
+    assert [optimizer.param_groups[0][key] for key in COUNTS] == [1, 0]
 
 
 def example() -> Any:
@@ -251,10 +267,12 @@ def test_example_is_stopped_and_resumed(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     (resumed,) = re.findall(r"resumed .* at step (\d+)", done.stdout)
     assert int(resumed) == stopped
-    (apart, last) = re.findall(
+    ((apart, last),) = re.findall(
         r"losses differ by at most (\S+), the last one is (\S+)", done.stdout
-    )[0]
-    # bytes drawn evenly would be at log(256) = 5.5; in 40 steps the ranks' sums have come to 1e-4
+    )
+    # bytes drawn evenly would be at log(256) = 5.5
     assert float(last) < 3.5
-    assert float(apart) < 1e-2
-    assert re.search(r"weights differ by at most \S+, \d+ ulp", done.stdout)
+    # seen: 5e-7 and 8 units; statistics of the shards would end at 1e-1
+    assert float(apart) < 1e-5
+    (units,) = re.findall(r"weights differ by at most \S+, (\d+) ulp", done.stdout)
+    assert int(units) < 1000
