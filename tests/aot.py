@@ -85,7 +85,7 @@ BUDGETS = {
     "publish": (64, 64),
     # the loop over tickets keeps values for every kind of item; 128 leave 4 programs, 168 leave 3
     "single lanes": (120, 144),
-    "single lanes+tiles": (168, 216),
+    "single lanes+tiles": (168, 232),
     "single stream": (136, 168),
     "single stream+tiles": (168, 232),
 }
