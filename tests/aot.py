@@ -79,7 +79,7 @@ BUDGETS = {
     "lanes": (80, 80),
     "lanes+tiles": (96, 160),
     "stream": (80, 88),
-    "stream+tiles": (96, 144),
+    "stream+tiles": (112, 160),
     "column_moments": (56, 56),
     "standardize": (80, 80),
     "publish": (64, 64),
