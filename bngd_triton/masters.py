@@ -16,19 +16,41 @@ from .precision import master_dtype, store_, widen
 from .state import as_state, master_key, master_of
 
 
+def check_pair(model: nn.Module, optimizer: BNGD) -> None:
+    """Refuse what is not a module and the optimizer of its parameters.
+
+    Raises:
+        TypeError: other kinds of objects.
+        ValueError: no parameter of the model is the optimizer's.
+    """
+    if not isinstance(model, nn.Module) or not isinstance(optimizer, BNGD):
+        found = f"{type(model).__name__} and {type(optimizer).__name__}"
+        raise TypeError(f"need a torch.nn.Module and a BNGD, in this order; got {found}")
+    known = {id(param) for group in optimizer.param_groups for param in group["params"]}
+    if not any(id(param) in known for param in model.parameters()):
+        raise ValueError(
+            "the optimizer has none of the model's parameters; give the model that it was made for"
+        )
+
+
 @torch.no_grad()
 def fp32_state_dict(model: nn.Module, optimizer: BNGD) -> dict[str, Any]:
     """`model.state_dict` with every parameter that has a master in float32.
 
     Args:
         model: the model.
-        optimizer: its optimizer, with ``master_weights="split"``. Parameters that have had no
-            gradient yet are their own masters.
+        optimizer: its optimizer. Parameters whose group has another ``master_weights`` than
+            ``"split"`` keep their dtype; those that have had no gradient yet are their own masters.
 
     Returns:
         A new dict; float32 tensors of the shapes of the parameters (for a DTensor with its
         placements), all other entries as `model.state_dict` has them.
+
+    Raises:
+        TypeError: the arguments are not a module and a `BNGD`.
+        ValueError: no parameter of the model is the optimizer's.
     """
+    check_pair(model, optimizer)
     found = dict(model.state_dict())
     for name, param, options in _with_masters(model, optimizer):
         master = None
@@ -50,7 +72,12 @@ def load_fp32_state_dict(
         optimizer: its optimizer, whose masters then hold the float32 values exactly.
         state_dict: names to tensors.
         strict: as in `torch.nn.Module.load_state_dict`, whose errors it raises.
+
+    Raises:
+        TypeError: the arguments are not a module and a `BNGD`.
+        ValueError: no parameter of the model is the optimizer's.
     """
+    check_pair(model, optimizer)
     model.load_state_dict(dict(state_dict), strict=strict)
     for name, param, options in _with_masters(model, optimizer):
         value = state_dict.get(name)

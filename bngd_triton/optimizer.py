@@ -161,6 +161,12 @@ class BNGD(QuietStep):
         Args:
             param_group: ``{"params": ...}`` and any of the per-group options.
         """
+        for name in ("fused", "flatten"):
+            if name in param_group:
+                raise ValueError(
+                    f"{name} is an option of the whole optimizer, not of a group; "
+                    f"use BNGD(params, {name}={param_group[name]!r})"
+                )
         super().add_param_group(param_group)
         index = len(self.param_groups) - 1
         group = self.param_groups[index]

@@ -6,14 +6,19 @@ that of the few which exist at the same time.
 
 from __future__ import annotations
 
+import gc
 import weakref
+from collections.abc import Iterable
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.amp import GradScaler
 
 from . import reference
 from .checkpoint import parameter_names
+from .masters import check_pair
 from .members import SKIPPED, Pass
 from .optimizer import BNGD
 from .options import Options
@@ -41,6 +46,7 @@ def release_gradients(
         A handle; its `remove` ends the release.
 
     Raises:
+        TypeError: the arguments are not a module and a `BNGD`.
         ValueError: an option or a parameter cannot be served.
         RuntimeError: the model is replicated or sharded, or the optimizer is released already.
 
@@ -53,15 +59,10 @@ def release_gradients(
         True
         >>> optimizer.step()
     """
+    check_pair(model, optimizer)
     if optimizer._release is not None:
         raise RuntimeError("this optimizer's gradients are released already; remove() that first")
-    for module in model.modules():
-        name = type(module).__name__
-        if name in ("DistributedDataParallel", "FullyShardedDataParallel"):
-            raise RuntimeError(
-                f"{name} writes the reduced gradient back after backward: a parameter would move "
-                "by the gradient of its own rank; train without gradient release"
-            )
+    _refuse_wrappers(model.modules(), set(map(id, model.parameters())))
     inside = set(map(id, model.parameters()))
     for index, group in enumerate(optimizer.param_groups):
         for name, param in zip(parameter_names(group, index), group["params"]):
@@ -77,6 +78,19 @@ def release_gradients(
     return GradientRelease(optimizer, grad_scaler)
 
 
+def _refuse_wrappers(objects: Iterable[Any], params: set[int]) -> None:
+    """Refuse parameters whose gradients some module among the objects reduces over processes."""
+    for module in objects:
+        name = type(module).__name__
+        if name not in ("DistributedDataParallel", "FullyShardedDataParallel"):
+            continue
+        if any(id(param) in params for param in module.parameters()):
+            raise RuntimeError(
+                f"{name} writes the reduced gradient back after backward: a parameter would move "
+                "by the gradient of its own rank; train without gradient release"
+            )
+
+
 class GradientRelease:
     """A running gradient release; see `release_gradients`."""
 
@@ -86,6 +100,7 @@ class GradientRelease:
         self._optimizer = optimizer
         self._scaler = grad_scaler
         self._steppers: dict[Tensor, Stepper] = {}
+        self._looked = False
         # moved by a backward that no `step` has followed yet
         self._moved: set[Tensor] = set()
         self._skipped: dict[Tensor, Tensor] = {}
@@ -123,6 +138,12 @@ class GradientRelease:
         optimizer, grad = self._optimizer, param.grad
         if grad is None:
             return
+        # a refused gradient must not be there for the next step
+        param.grad = None
+        if not self._looked and dist.is_available() and dist.is_initialized():
+            # the model inside a wrapper does not know of it, nor one that is wrapped later
+            _refuse_wrappers(gc.get_objects(), set(map(id, self._places)))
+        self._looked = True
         index, at = self._places[param]
         group = optimizer.param_groups[index]
         name = parameter_names(group, index)[at]
@@ -149,7 +170,6 @@ class GradientRelease:
         else:
             reference.apply_([mine], options, this)
         self._moved.add(param)
-        param.grad = None
 
     def _pass(self, index: int, device: torch.device) -> Pass:
         """As for a step of one group, alone."""
@@ -162,6 +182,11 @@ class GradientRelease:
     def finish(self) -> None:
         """What is left for `optimizer.step`: windows to close, parameters that had no hook."""
         optimizer = self._optimizer
+        if self._scaler is None and "found_inf" in optimizer.__dict__:
+            raise RuntimeError(
+                "a GradScaler steps an optimizer whose gradients are released without it; call "
+                "release_gradients(model, optimizer, grad_scaler=scaler)"
+            )
         optimizer._stepper.steady = None
         this = optimizer._pass(closing_of(optimizer.param_groups))
         optimizer._stepper.lay_out_and_step(optimizer, this, self._moved)

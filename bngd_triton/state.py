@@ -36,7 +36,7 @@ class GradStats(NamedTuple):
         std: population standard deviation.
         rms: ``sqrt(mean**2 + std**2)``.
         kappa: ``sqrt(1 + mean**2 / std**2)``, at least 1; the cosine of gradient and centred
-            gradient is ``1 / kappa``.
+            gradient is ``1 / kappa``. Infinite without spread, NaN for zeros.
         skipped: how often the slice was left as it was because of an inf or NaN.
     """
 

@@ -97,19 +97,23 @@ def latest_checkpoint(folder: Path) -> Path | None:
     return max(complete, key=lambda path: int(path.name.removeprefix("step-")), default=None)
 
 
-def save(folder: Path, step: int, model: nn.Module, optimizer: BNGD) -> None:
+def save(folder: Path, step: int, steps: int, model: nn.Module, optimizer: BNGD) -> None:
     """Every checkpoint into a folder of its own: a crash leaves those before it as they are."""
     weights, state = get_state_dict(model, optimizer)
-    dcp.save(
-        {"model": weights, "optimizer": state, "step": step}, checkpoint_id=folder / f"step-{step}"
-    )
+    saved = {"model": weights, "optimizer": state, "step": step, "steps": steps}
+    dcp.save(saved, checkpoint_id=folder / f"step-{step}")
 
 
-def load(path: Path, model: nn.Module, optimizer: BNGD) -> int:
+def load(path: Path, steps: int, model: nn.Module, optimizer: BNGD) -> int:
     """Model and optimizer in place; returns the number of steps made."""
     weights, state = get_state_dict(model, optimizer)
-    saved = {"model": weights, "optimizer": state, "step": 0}
+    saved = {"model": weights, "optimizer": state, "step": 0, "steps": 0}
     dcp.load(saved, checkpoint_id=path)
+    if saved["steps"] != steps:
+        raise SystemExit(
+            f"{path} is of a run of {saved['steps']} steps, whose learning rate falls to 0 there; "
+            f"resume it with --steps {saved['steps']}, or start anew without --resume"
+        )
     set_state_dict(
         model, optimizer, model_state_dict=saved["model"], optim_state_dict=saved["optimizer"]
     )
@@ -191,7 +195,7 @@ def main() -> None:
     optimizer = make_optimizer(model)
     start, found = 0, latest_checkpoint(options.folder)
     if options.resume and found:
-        start = load(found, model, optimizer)
+        start = load(found, options.steps, model, optimizer)
         if rank == 0:
             print(f"resumed {found} at step {start}", flush=True)
     losses: dict[int, float] = {}
@@ -202,7 +206,7 @@ def main() -> None:
             losses[step] = float(loss) / world
             show(step + 1, losses[step])
             if (step + 1) % options.save_every == 0:
-                save(options.folder, step + 1, model, optimizer)
+                save(options.folder, step + 1, options.steps, model, optimizer)
     with torch.no_grad():
         weights = [
             param.full_tensor() if isinstance(param, DTensor) else param

@@ -70,6 +70,14 @@ def test_without_a_master_parameters_stay_as_they_are(path: StepPath) -> None:
     assert bits(fp32_state_dict(model, optimizer)) == bits(model.state_dict())
 
 
+def test_another_model_is_refused(path: StepPath) -> None:
+    model, optimizer = make(path, torch.bfloat16)
+    with pytest.raises(ValueError, match="none of the model's parameters"):
+        fp32_state_dict(make(path, torch.bfloat16)[0], optimizer)
+    with pytest.raises(TypeError, match="got Sequential and SGD"):
+        load_fp32_state_dict(model, torch.optim.SGD(model.parameters(), 0.1), {})
+
+
 def test_wrong_names_are_torchs_error(path: StepPath) -> None:
     model, optimizer = make(path, torch.bfloat16)
     with pytest.raises(RuntimeError, match="Missing key"):

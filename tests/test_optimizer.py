@@ -1288,3 +1288,10 @@ def test_fused_on_the_cpu_needs_the_interpreter() -> None:
     assert "it is on the CPU" in done.stdout
     assert "TRITON_INTERPRET=1" in done.stdout
     assert "fused=False" in done.stdout
+
+
+@pytest.mark.parametrize("name", ["fused", "flatten"])
+def test_options_of_the_optimizer_are_refused_in_groups(name: str, device: torch.device) -> None:
+    params = make_params(device)
+    with pytest.raises(ValueError, match=f"{name} is an option of the whole optimizer"):
+        BNGD([{"params": params, name: False}])

@@ -145,6 +145,7 @@ def test_a_second_backward_is_refused(path: StepPath) -> None:
     before = [param.detach().clone() for param in model.parameters()]
     with pytest.raises(RuntimeError, match=r"has moved since the last optimizer.step\(\)"):
         model(x).sum().backward()
+    optimizer.step()
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters()))
 
 
@@ -171,7 +172,7 @@ def test_a_parameter_without_gradient_closes_its_window(path: StepPath) -> None:
     assert all(torch.equal(a, b) for a, b in zip(*runs))
 
 
-def test_what_cannot_be_served_is_refused(path: StepPath) -> None:
+def test_what_cannot_be_served_is_refused(path: StepPath, monkeypatch: pytest.MonkeyPatch) -> None:
     model, optimizer = make(path, granularity="global")
     with pytest.raises(ValueError, match="granularity='global', which needs all gradients"):
         release_gradients(model, optimizer)
@@ -192,6 +193,26 @@ def test_what_cannot_be_served_is_refused(path: StepPath) -> None:
 
     with pytest.raises(RuntimeError, match="DistributedDataParallel writes the reduced gradient"):
         release_gradients(DistributedDataParallel(model), optimizer)
+    with pytest.raises(TypeError, match=r"need a torch\.nn\.Module and a BNGD"):
+        release_gradients(model, torch.optim.SGD(model.parameters(), 0.1))
+
+    # who is wrapped later, or given without the wrapper, is refused in the first backward
+    release_gradients(model, optimizer)
+    before = [param.detach().clone() for param in model.parameters()]
+    wrapped = DistributedDataParallel(model)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    with pytest.raises(RuntimeError, match="DistributedDataParallel writes the reduced gradient"):
+        wrapped.module(torch.ones(2, WIDTH, device=path.device)).sum().backward()
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters()))
+
+
+def test_a_scaler_that_is_not_known_is_refused(path: StepPath) -> None:
+    model, optimizer = make(path)
+    release_gradients(model, optimizer)
+    scaler = torch.amp.GradScaler(path.device.type)
+    scaler.scale(model(torch.ones(2, WIDTH, device=path.device)).sum()).backward()
+    with pytest.raises(RuntimeError, match="grad_scaler=scaler"):
+        scaler.step(optimizer)
 
 
 def test_options_are_checked_again_in_backward(path: StepPath) -> None:
