@@ -227,7 +227,7 @@ def killed_while_saving(folder: Path) -> None:
         example.train_step(model, optimizer, text, step, 2, dist.get_rank(), 2)
         dies = step == 1 and dist.get_rank() == 1
         with mock.patch.object(FileSystemWriter, "write_data", write_and_die if dies else written):
-            example.save(folder, step + 1, model, optimizer)
+            example.save(folder, step + 1, 2, model, optimizer)
         weights = [param.full_tensor() for param in model.parameters()]
         if dist.get_rank() == 0:
             torch.save(weights, folder / "weights.pt")

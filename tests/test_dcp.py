@@ -234,7 +234,9 @@ def test_a_rank_killed_while_saving_leaves_the_last_checkpoint(tmp_path: Path) -
     assert newest == tmp_path / "step-1"
     model = example().make_model()
     optimizer = example().make_optimizer(model)
-    assert example().load(newest, model, optimizer) == 1
+    assert example().load(newest, 2, model, optimizer) == 1
+    with pytest.raises(SystemExit, match="resume it with --steps 2"):
+        example().load(newest, 3, model, optimizer)
     for param, saved in zip(model.parameters(), torch.load(tmp_path / "weights.pt")):
         assert torch.equal(param, saved)
 
