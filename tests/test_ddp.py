@@ -122,6 +122,38 @@ def accumulate(fused: bool) -> list[Tensor]:
     return weights(net)
 
 
+def micro_batch(rank: int, ranks: int, index: int) -> tuple[Tensor, Tensor]:
+    """One of the two micro-batches of a rank."""
+    x, y = (part.chunk(ranks)[rank].chunk(2)[index] for part in batch())
+    return x, y
+
+
+def windows(fused: bool) -> list[Tensor]:
+    """Two micro-batches to a step, each averaged over ranks and normalised by itself."""
+    net = model(seed=dist.get_rank())
+    ddp = DistributedDataParallel(net)
+    optimizer = BNGD(net.parameters(), LR, granularity="row", accumulation_steps=2, fused=fused)
+    for step in range(2 * STEPS):
+        x, y = micro_batch(dist.get_rank(), dist.get_world_size(), step % 2)
+        optimizer.zero_grad()
+        nn.functional.mse_loss(ddp(x), y).backward()
+        optimizer.step()
+    return weights(net)
+
+
+def windows_alone(ranks: int, *, fused: bool) -> list[Tensor]:
+    """The same in one process, with the micro-batches of all ranks together."""
+    net = model()
+    optimizer = BNGD(net.parameters(), LR, granularity="row", accumulation_steps=2, fused=fused)
+    for step in range(2 * STEPS):
+        parts = [micro_batch(rank, ranks, step % 2) for rank in range(ranks)]
+        x, y = (torch.cat(part) for part in zip(*parts))
+        optimizer.zero_grad()
+        nn.functional.mse_loss(net(x), y).backward()
+        optimizer.step()
+    return weights(net)
+
+
 def poison(fused: bool) -> tuple[int, list[Tensor], list[Tensor]]:
     """One step in which rank 1 finds a NaN in the gradient of the first weight matrix only."""
     net = model()
@@ -158,6 +190,7 @@ class Outcome(NamedTuple):
 
     trained: list[list[Tensor]]
     accumulated: list[list[Tensor]]
+    windowed: list[list[Tensor]]
     poisoned: list[tuple[int, list[Tensor], list[Tensor]]]
     narrow: list[list[Tensor]]
 
@@ -166,6 +199,7 @@ def everything() -> Outcome:
     return Outcome(
         [train(*case) for case in CASES],
         [accumulate(fused) for fused in (False, True)],
+        [windows(fused) for fused in (False, True)],
         [poison(fused) for fused in (False, True)],
         [train_narrow(fused) for fused in (False, True)],
     )
@@ -195,6 +229,16 @@ def test_micro_batches_summed_under_no_sync(ranks: list[Outcome]) -> None:
         assert_close(first, alone(fused=fused))
         for rank in ranks[1:]:
             assert same_bits(rank.accumulated[fused], first)
+
+
+def test_micro_batches_normalised_one_by_one(ranks: list[Outcome]) -> None:
+    for fused in (False, True):
+        first = ranks[0].windowed[fused]
+        assert_close(first, windows_alone(len(ranks), fused=fused))
+        # the sum of the micro-batches is another step
+        assert not all(map(torch.allclose, first, ranks[0].accumulated[fused]))
+        for rank in ranks[1:]:
+            assert same_bits(rank.windowed[fused], first)
 
 
 def test_a_nan_on_one_rank_is_skipped_on_all(ranks: list[Outcome]) -> None:
