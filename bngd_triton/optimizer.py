@@ -162,7 +162,8 @@ class BNGD(QuietStep):
             param_group: ``{"params": ...}`` and any of the per-group options.
         """
         for name in ("fused", "flatten"):
-            if name in param_group:
+            # wrappers such as ZeroRedundancyOptimizer repeat the constructor's in each group
+            if name in param_group and param_group[name] is not getattr(self, name):
                 raise ValueError(
                     f"{name} is an option of the whole optimizer, not of a group; "
                     f"use BNGD(params, {name}={param_group[name]!r})"

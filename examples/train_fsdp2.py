@@ -161,10 +161,12 @@ def compare(losses: dict[int, float], weights: list[Tensor], steps: int) -> None
             show(step + 1, alone[step])
     apart = max(abs(loss - alone[step]) for step, loss in losses.items())
     pairs = list(zip(weights, (param.detach() for param in model.parameters())))
-    print(f"losses differ by at most {apart:.1e}, the last one is {alone[steps - 1]:.3f}")
+    last = alone[steps - 1]
+    print(f"losses differ by at most {apart:.1e}, the last one is {last:.3f}", flush=True)
     print(
         f"weights differ by at most {max(float((a - b).abs().max()) for a, b in pairs):.1e}, "
-        f"{max(units(*pair) for pair in pairs):.0f} ulp of their tensor's largest"
+        f"{max(units(*pair) for pair in pairs):.0f} ulp of their tensor's largest",
+        flush=True,
     )
 
 

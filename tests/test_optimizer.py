@@ -1295,3 +1295,4 @@ def test_options_of_the_optimizer_are_refused_in_groups(name: str, device: torch
     params = make_params(device)
     with pytest.raises(ValueError, match=f"{name} is an option of the whole optimizer"):
         BNGD([{"params": params, name: False}])
+    BNGD([{"params": params, name: False}], **{name: False})
