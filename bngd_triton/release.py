@@ -20,6 +20,7 @@ from . import reference
 from .checkpoint import parameter_names
 from .masters import check_pair
 from .members import SKIPPED, Pass
+from .memory import is_sharded
 from .optimizer import BNGD
 from .options import Options
 from .stepper import Stepper, check_group, closing_of, member, prepare_state
@@ -62,13 +63,13 @@ def release_gradients(
     check_pair(model, optimizer)
     if optimizer._release is not None:
         raise RuntimeError("this optimizer's gradients are released already; remove() that first")
-    _refuse_wrappers(model.modules(), set(map(id, model.parameters())))
     inside = set(map(id, model.parameters()))
+    _refuse_wrappers(model.modules(), inside)
     for index, group in enumerate(optimizer.param_groups):
         for name, param in zip(parameter_names(group, index), group["params"]):
             if id(param) not in inside:
                 raise ValueError(f"{name} is not a parameter of the model; give the whole model")
-            if hasattr(param, "placements"):
+            if is_sharded(param):
                 raise RuntimeError(
                     f"{name} is sharded (DTensor), and its statistics need all ranks at once; "
                     "train without gradient release"
@@ -112,10 +113,11 @@ class GradientRelease:
             if owner is not None:
                 owner._move(param)
 
+        # group and name; making a group's names takes longer than a parameter's other checks
         self._places = {
-            param: (index, at)
+            param: (index, name)
             for index, group in enumerate(optimizer.param_groups)
-            for at, param in enumerate(group["params"])
+            for name, param in zip(parameter_names(group, index), group["params"])
         }
         self._keys = {param: key for key, param in enumerate(self._places)}
         self._handles = [
@@ -144,9 +146,7 @@ class GradientRelease:
             # the model inside a wrapper does not know of it, nor one that is wrapped later
             _refuse_wrappers(gc.get_objects(), set(map(id, self._places)))
         self._looked = True
-        index, at = self._places[param]
-        group = optimizer.param_groups[index]
-        name = parameter_names(group, index)[at]
+        index, name = self._places[param]
         if param in self._moved:
             raise RuntimeError(
                 f"{name} has moved since the last optimizer.step(): released gradients are not "
@@ -154,13 +154,11 @@ class GradientRelease:
                 "accumulation_steps=K for micro-batches), or remove() the release"
             )
         options = _check_options(optimizer, index)
-        this = self._pass(index, param.device)
         (fused,) = check_group(
             optimizer, [param], [param], [grad], [name], options, finite=False, apart=[False]
         )
         prepare_state(optimizer, [param], options)
-        clock = optimizer._clocks[param.device][index : index + 1]
-        this = this._replace(clocks={param.device: clock})
+        this = self._pass(index, param.device)
         mine = member(optimizer, param, grad, options, 0, self._keys[param])
         if self._scaler is not None and param not in self._skipped:
             self._skipped[param] = mine.record[:, SKIPPED].clone()
@@ -174,10 +172,10 @@ class GradientRelease:
     def _pass(self, index: int, device: torch.device) -> Pass:
         """As for a step of one group, alone."""
         closing = closing_of([self._optimizer.param_groups[index]])
-        scale = None
-        if self._scaler is not None and self._scaler.is_enabled():
-            scale = self._scaler._scale
-        return Pass(closing, {}, None if scale is None else scale.to(device))
+        clocks = {device: self._optimizer._clocks[device][index : index + 1]}
+        scaler = self._scaler
+        scale = scaler._scale if scaler is not None and scaler.is_enabled() else None
+        return Pass(closing, clocks, scale)
 
     def finish(self) -> None:
         """What is left for `optimizer.step`: windows to close, parameters that had no hook."""

@@ -53,9 +53,7 @@ class Spread:
         kernels = [part.member for part in self._parts if _by_kernels(part)]
         measured: list[Tensor] = []
         if kernels:
-            signature = FusedStep.sign(kernels, options)
-            if self._prepared is None or self._prepared.signature != signature:
-                self._prepared = FusedStep(kernels, options, apart=True)
+            self._prepared = FusedStep.fitting(self._prepared, kernels, options, apart=True)
             measured = self._prepared.measure(kernels, options, this)
         tables = []
         for part in self._parts:

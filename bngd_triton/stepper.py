@@ -134,8 +134,7 @@ class Stepper:
 
     def run(self, members: list[Member], options: list[Options], this: Pass) -> None:
         """A step by the kernels, laid out anew where the last layout does not fit."""
-        if self.prepared is None or self.prepared.signature != FusedStep.sign(members, options):
-            self.prepared = FusedStep(members, options)
+        self.prepared = FusedStep.fitting(self.prepared, members, options)
         self.prepared.run(members, options, this)
 
 

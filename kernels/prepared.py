@@ -41,6 +41,20 @@ class FusedStep:
             here = [i for i, member in enumerate(members) if member.param.device == device]
             self._devices.append(_Device(device, here, members, groups, tuning, apart))
 
+    @classmethod
+    def fitting(
+        cls,
+        prepared: FusedStep | None,
+        members: Sequence[Member],
+        groups: Sequence[Options],
+        *,
+        apart: bool = False,
+    ) -> FusedStep:
+        """`prepared` where it fits, else one laid out anew."""
+        if prepared is not None and prepared.signature == cls.sign(members, groups):
+            return prepared
+        return cls(members, groups, apart=apart)
+
     @staticmethod
     def sign(members: Sequence[Member], groups: Sequence[Options]) -> list[object]:
         """All that a prepared step depends on; equal lists may share one."""

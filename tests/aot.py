@@ -98,26 +98,34 @@ DEPENDENCE = {"statistics": "griddepcontrol.launch_dependents", "update": "gridd
 # releases and acquires: around the counter that elects a segment's last program, and on its flag
 FENCES = {"statistics": 1, "single": 2}
 
+# what a launch that moves parameters is told of them
+TENSORS = {
+    "options_ptr": "*fp64",
+    "clocks_ptr": "*i64",
+    "grad_ptrs": "*i64",
+    "param_ptrs": "*i64",
+    "momentum_ptrs": "*i64",
+    "master_ptrs": "*i64",
+}
+# what slices and tiles need in either form
+WORK = {
+    "rows_ptr": "*i64",
+    "segments_ptr": "*i64",
+    "partials_ptr": "*fp64",
+    "n_partials": "i32",
+    "arrived_ptr": "*i32",
+    "folds_ptr": "*fp32",
+    "scale_ptr": "*fp32",
+    "found_ptr": "*fp32",
+    **TENSORS,
+}
 SIGNATURES = {
     "statistics": {
         "slices_ptr": "*i64",
         "n_slices": "i32",
         "tiles_ptr": "*i64",
         "tables_ptr": "*fp64",
-        "rows_ptr": "*i64",
-        "segments_ptr": "*i64",
-        "partials_ptr": "*fp64",
-        "n_partials": "i32",
-        "arrived_ptr": "*i32",
-        "folds_ptr": "*fp32",
-        "options_ptr": "*fp64",
-        "clocks_ptr": "*i64",
-        "scale_ptr": "*fp32",
-        "found_ptr": "*fp32",
-        "grad_ptrs": "*i64",
-        "param_ptrs": "*i64",
-        "momentum_ptrs": "*i64",
-        "master_ptrs": "*i64",
+        **WORK,
     },
     "single": {
         "items_ptr": "*i64",
@@ -125,32 +133,9 @@ SIGNATURES = {
         "counters_ptr": "*i32",
         "first_segment": "i32",
         "n_segments": "i32",
-        "rows_ptr": "*i64",
-        "segments_ptr": "*i64",
-        "partials_ptr": "*fp64",
-        "n_partials": "i32",
-        "arrived_ptr": "*i32",
-        "folds_ptr": "*fp32",
-        "options_ptr": "*fp64",
-        "clocks_ptr": "*i64",
-        "scale_ptr": "*fp32",
-        "found_ptr": "*fp32",
-        "grad_ptrs": "*i64",
-        "param_ptrs": "*i64",
-        "momentum_ptrs": "*i64",
-        "master_ptrs": "*i64",
+        **WORK,
     },
-    "update": {
-        "chunks_ptr": "*i64",
-        "segments_ptr": "*i64",
-        "folds_ptr": "*fp32",
-        "options_ptr": "*fp64",
-        "clocks_ptr": "*i64",
-        "grad_ptrs": "*i64",
-        "param_ptrs": "*i64",
-        "momentum_ptrs": "*i64",
-        "master_ptrs": "*i64",
-    },
+    "update": {"chunks_ptr": "*i64", "segments_ptr": "*i64", "folds_ptr": "*fp32", **TENSORS},
     "publish": {
         "tables_ptr": "*fp64",
         "n_segments": "i32",
