@@ -301,7 +301,7 @@ class BNGD(QuietStep):
             ValueError: an option is out of bounds.
         """
         if self._stepper.prepared is not None:
-            options = [Options.of(group) for group in self.param_groups]
+            options = self._stepper.reader.read(self.param_groups)
             self._stepper.prepared.write(options, closing_of(self.param_groups))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -6,6 +6,7 @@ import math
 import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from operator import is_, itemgetter
 from typing import Any
 
 import torch
@@ -82,6 +83,13 @@ class Options:
         """The options of a parameter group; keys that are not ours are left alone."""
         return cls(**{f.name: group[f.name] for f in fields(cls)})
 
+    def at_rate(self, lr: float) -> Options:
+        """These options with another learning rate; nothing else is checked again."""
+        made = object.__new__(Options)
+        made.__dict__.update(self.__dict__)
+        made._set("lr", _bounded("lr", lr, 0.0))
+        return made
+
     def centres(self, ndim: int) -> bool:
         """Whether tensors of `ndim` dimensions are centred; vectors are not unless asked."""
         return ndim >= 2 or self.center_1d or self.granularity == "global"
@@ -95,6 +103,59 @@ class Options:
     def fresh(self) -> float:
         """Weight of a new ``ghat`` in the momentum buffer."""
         return (1 - self.momentum) / self.accumulation_steps
+
+
+_RATE = itemgetter("lr")
+_REST = itemgetter(*(field.name for field in fields(Options) if field.name != "lr"))
+
+
+class OptionsReader:
+    """Reads groups' options over and over, and checks only what changed: mostly the rate.
+
+    Attributes:
+        options: of each group, as last read.
+        by_value: some `lr` is a tensor, whose value may change in place.
+    """
+
+    def __init__(self) -> None:
+        self.options: list[Options] = []
+        self.by_value = False
+        self._rates: list[Any] = []
+        self._rest: list[tuple[Any, ...]] = []
+
+    def read(self, groups: Sequence[dict[str, Any]]) -> list[Options]:
+        """The options of every group.
+
+        Returns:
+            The same object for a group in which nothing changed.
+
+        Raises:
+            ValueError: an option is out of bounds.
+            TypeError: an option is of another type.
+        """
+        rates, rest = list(map(_RATE, groups)), list(map(_REST, groups))
+        if len(rates) == len(self._rates):
+            now = zip(groups, rates, rest, self._rates, self._rest, self.options)
+            options = [_follow(*one) for one in now]
+        else:
+            options = [Options.of(group) for group in groups]
+        self.options, self._rates, self._rest = options, rates, rest
+        self.by_value = any(isinstance(rate, Tensor) for rate in rates)
+        return options
+
+
+def _follow(
+    group: dict[str, Any],
+    rate: Any,
+    rest: tuple[Any, ...],
+    old_rate: Any,
+    old_rest: tuple[Any, ...],
+    old: Options,
+) -> Options:
+    # the same objects: True equals 1.0, but is refused
+    if isinstance(rate, Tensor) or not all(map(is_, rest, old_rest)):
+        return Options.of(group)
+    return old if rate is old_rate else old.at_rate(rate)
 
 
 def _bounded(

@@ -6,23 +6,21 @@ was. Here that is a handful of passes over the parameters, each a loop in C.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import fields
-from functools import reduce
+from collections.abc import Sequence
 from itertools import chain
-from operator import attrgetter, is_, itemgetter, or_
+from math import gcd
+from operator import attrgetter, itemgetter
 from typing import Any
 
-from torch import Tensor
-
+from .kept import Kept, Witness
 from .kernels.plan import ALIGNMENT, capturing
 from .kernels.prepared import FusedStep, gradient_of, structure
 from .members import Member, Pass
-from .options import Options
+from .options import Options, OptionsReader
 from .state import KEYS
+from .unchanged import Addresses, Same, same_dicts, same_kinds
 
 _PARAMS = itemgetter("params")
-_OPTIONS = itemgetter(*(field.name for field in fields(Options)))
 _GRAD = attrgetter("grad")
 
 
@@ -33,7 +31,7 @@ class Steady:
         optimizer: its groups, its state, and its choice of implementation.
         prepared: the step; all its tensors in place.
         members: what it was last run with.
-        options: of each group.
+        reader: has read the options of each group.
         closing: what was written to the tables with the options.
     """
 
@@ -42,44 +40,42 @@ class Steady:
         optimizer: Any,
         prepared: FusedStep,
         members: Sequence[Member],
-        options: list[Options],
+        reader: OptionsReader,
         closing: Sequence[bool],
     ) -> None:
         groups, entries = optimizer.param_groups, list(optimizer.state.values())
         self.prepared = prepared
         self.fused = optimizer.fused
-        params = _parameters(groups)
-        self.params = Same(params)
+        self.lists = list(map(_PARAMS, groups))
         # parameters of each group: one may move to its neighbour and stay where it was in the list
-        self.sizes = [len(group["params"]) for group in groups]
-        # all that groups hold is read soonest, but a count of micro-batches is no option
-        counting = any(one.accumulation_steps > 1 for one in options)
-        self.values_of = _OPTIONS if counting else dict.values
-        self.values = list(chain.from_iterable(map(self.values_of, groups)))
-        self.structure = [structure(one) for one in options]
-        self.tensor_lr = any(isinstance(one.lr, Tensor) for one in options)
+        self.sizes = list(map(len, self.lists))
+        params = list(chain.from_iterable(self.lists))
+        self.params = Same(params)
         stepped = {id(member.param) for member in members}
-        self.active = [i for i, param in enumerate(params) if id(param) in stepped]
+        self.moved = [param for param in params if id(param) in stepped]
         self.idle = [i for i, p in enumerate(params) if id(p) not in stepped and p.numel()]
         self.device = members[0].param.device
-        self.addresses = [member.param.data_ptr() for member in members]
-        self.owners = Same(list(optimizer.state))
+        self.same_groups = same_dicts(groups)
+        self.reader = reader
+        self.structure = [structure(one) for one in reader.options]
         self.closing = closing
-        # state tensors by key, each beside the entries that must still hold them: None is all
-        self.held: list[tuple[itemgetter[str], list[Any] | None, Same]] = []
+        self.same_owners = same_dicts([optimizer.state])
+        # state tensors by key, each beside the entries that must still hold them
+        self.held: list[tuple[itemgetter[str], list[Any], Same]] = []
         for key in KEYS:
             get, having = itemgetter(key), [entry for entry in entries if key in entry]
             if having:
-                some = having if len(having) < len(entries) else None
-                self.held.append((get, some, Same(list(map(get, having)))))
-        self.entries = entries if any(some for _, some, _ in self.held) else None
+                self.held.append((get, having, Same(list(map(get, having)))))
         # `buffer.data = ...` goes unseen, and would free memory that the kernels write
         self.memory = [one.detach() for _, _, same in self.held for one in same.tensors]
-        # of the gradients of the last step
-        self.found: list[int] = []
+        self.params_at = Addresses([member.param.data_ptr() for member in members])
+        # of the last step
+        self.grads_at = Addresses([])
+        self.kept: Kept | None = None
+        self.witness = Witness()
         # parameters too: `p.data = p.data.T` changes neither the address nor, if square, the shape
         grads = [gradient_of(member) for member in members]
-        self.same_kind = _kind_check([*grads, *(member.param for member in members)])
+        self.same_kinds = same_kinds([*grads, *(member.param for member in members)])
 
     @staticmethod
     def serves(prepared: FusedStep, options: Sequence[Options]) -> bool:
@@ -100,112 +96,69 @@ class Steady:
             ValueError: an option, changed since, is out of bounds.
             TypeError: likewise.
         """
-        groups, entries = optimizer.param_groups, list(optimizer.state.values())
-        params = _parameters(groups)
-        sizes = list(map(len, map(_PARAMS, groups)))
-        if sizes != self.sizes or not self.params(params) or optimizer.fused is not self.fused:
-            return False
-        if self.entries is not None and not all(map(is_, entries, self.entries)):
+        groups = optimizer.param_groups
+        same_groups = self.same_groups(groups)
+        if not same_groups:
+            self.lists = list(map(_PARAMS, groups))
+        if optimizer.fused is not self.fused:
             return False
         # a graph would leave them out of every replay: the full check refuses them by name
         if self.idle and capturing(self.device):
             return False
-        if self.idle and any(params[i].grad is not None for i in self.idle):
+        grads = None if self.kept is None else self.kept.grads(self.lists)
+        recognised = grads is not None
+        if grads is None:
+            grads = self._grads()
+        if grads is None:
             return False
-        if len(self.active) != len(params):
-            params = [params[i] for i in self.active]
-        grads = list(map(_GRAD, params))
         try:
             # None has no address and a sparse gradient none to give
-            found = list(map(Tensor.data_ptr, grads))
+            found = self.grads_at.of(grads)
         except (TypeError, RuntimeError):
             return False
-        kept = found == self.found
-        # where kept, the same list: it is compared once more, at less than half the cost
-        found = self.found if kept else found
+        stayed = found is self.grads_at.addresses
         as_before = (
-            self.same_kind(*grads, *params)
-            and list(map(Tensor.data_ptr, params)) == self.addresses
-            and self.owners(list(optimizer.state))
-            and self._holds(entries)
-            and (kept or not reduce(or_, found) % ALIGNMENT)
+            (recognised or self.same_kinds(*grads, *self.moved))
+            and self.params_at.of(self.moved) is self.params_at.addresses
+            and self.same_owners([optimizer.state])
+            and self._holds()
+            and (stayed or gcd(ALIGNMENT, *found) == ALIGNMENT)
         )
-        if not as_before or not self._follow(groups, this):
+        if not as_before or not self._follow(groups, this, same_groups):
             return False
-        self.found = found
+        if not stayed:
+            self.grads_at = Addresses(found)
+        if not recognised:
+            self.kept = self.witness.kept(self.lists, self.moved)
         self.prepared.run_at(found, this)
         return True
 
-    def _holds(self, entries: list[Any]) -> bool:
+    def _grads(self) -> list[Any] | None:
+        """The gradients, if parameters are as they were and still have one, or none."""
+        params = list(chain.from_iterable(self.lists))
+        if list(map(len, self.lists)) != self.sizes or not self.params(params):
+            return None
+        if self.idle and any(params[i].grad is not None for i in self.idle):
+            return None
+        return list(map(_GRAD, self.moved))
+
+    def _holds(self) -> bool:
         """Whether the state holds the tensors that it held."""
         try:
-            return all(same(list(map(get, some or entries))) for get, some, same in self.held)
+            return all(same(list(map(get, entries))) for get, entries, same in self.held)
         except KeyError:
             return False
 
-    def _follow(self, groups: list[dict[str, Any]], this: Pass) -> bool:
+    def _follow(self, groups: list[dict[str, Any]], this: Pass, same_groups: bool) -> bool:
         """Bring the option tables up to date; False where the layout of the work would change."""
-        values = list(chain.from_iterable(map(self.values_of, groups)))
-        # the same objects: True equals 1.0, but is refused
-        same = len(values) == len(self.values) and all(map(is_, values, self.values))
-        if same and not self.tensor_lr and this.closing == self.closing:
+        if same_groups and this.closing == self.closing and not self.reader.by_value:
             return True
-        options = [Options.of(group) for group in groups]
+        options = self.reader.read(groups)
         if [structure(one) for one in options] != self.structure:
             return False
         if any(one.nonfinite == "raise" for one in options):
             return False
         self.prepared.write(options, this.closing)
-        self.values = values
+        self.same_groups = same_dicts(groups)
         self.closing = this.closing
-        self.tensor_lr = any(isinstance(one.lr, Tensor) for one in options)
         return True
-
-
-class Same:
-    """Tells whether a list holds the very tensors that this one does, in their order.
-
-    Lists compare equal without asking their elements where these are the same objects, at 2 ns an
-    element against 17 ns for `is`. Elements that are not are asked, and a tensor's answer is a
-    tensor: its truth is an error, which is a no, unless it has a single entry.
-    """
-
-    def __init__(self, tensors: list[Tensor]) -> None:
-        self.tensors = tensors
-        self.single = [i for i, tensor in enumerate(tensors) if tensor.numel() < 2]
-
-    def __call__(self, found: list[Tensor]) -> bool:
-        """Whether `found` is the same list of objects."""
-        try:
-            equal = found == self.tensors
-        # whatever a stranger's comparison raises
-        except Exception:
-            return False
-        return equal and all(found[i] is self.tensors[i] for i in self.single)
-
-
-def _parameters(groups: Sequence[dict[str, Any]]) -> list[Tensor]:
-    params: list[Tensor] = []
-    for group in groups:
-        params += group["params"]
-    return params
-
-
-def _kind_check(tensors: list[Tensor]) -> Callable[..., bool]:
-    """A function that tells whether tensors are of these dtypes, devices, shapes and strides."""
-    try:
-        # torch.compile's own guard: one call in C, 50 ns a tensor
-        from torch._C._dynamo.guards import TensorGuards
-
-        guards = TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None)
-        check: Callable[..., bool] = guards.check
-        if check(*tensors):
-            return check
-    except (ImportError, AttributeError, TypeError):
-        pass
-
-    def kinds(found: Sequence[Tensor]) -> list[tuple[Any, ...]]:
-        return [(t.dtype, t.device, t.shape, t.stride(), t.layout, t.is_neg()) for t in found]
-
-    expected = kinds(tensors)
-    return lambda *found: kinds(found) == expected

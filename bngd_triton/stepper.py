@@ -16,7 +16,7 @@ from .kernels.plan import capturing
 from .kernels.prepared import FusedStep
 from .members import Member, Pass, rounds_stochastically
 from .memory import is_sharded, local
-from .options import Options
+from .options import Options, OptionsReader
 from .precision import GOLDEN
 from .state import MOMENTUM, WINDOW, make_state, master_of
 from .steady import Steady
@@ -50,6 +50,7 @@ class Stepper:
     def __init__(self) -> None:
         self.prepared: FusedStep | None = None
         self.steady: Steady | None = None
+        self.reader = OptionsReader()
         self.spread: dict[torch.device, Spread] = {}
         # whether some group counts micro-batches; whether some group rounds stochastically
         self.windowed = False
@@ -128,7 +129,8 @@ class Stepper:
             whole = not any(is_sharded(param) for part in work for param in part.params)
             alone = whole and all(all(part.fused) and not part.waiting for part in work)
             if alone and self.prepared is not None and Steady.serves(self.prepared, options):
-                self.steady = Steady(optimizer, self.prepared, served, options, this.closing)
+                self.reader.read(groups)
+                self.steady = Steady(optimizer, self.prepared, served, self.reader, this.closing)
         for device in dict.fromkeys(part.member.param.device for part in spread):
             self.spread[device].move(options, this)
 

@@ -19,6 +19,7 @@ from .plan import Batch, Plan, Tuning
 
 FUSED_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 COLUMNS = 16
+_FLOAT32 = struct.Struct("4f")
 FORMS = ("two-launch", "single-launch")
 
 
@@ -69,16 +70,12 @@ def encode(options: Options, closing: bool = True) -> list[float]:
     An `lr` on a device is left to `write_rates`, so that its value need not be read.
     """
     lr = 0.0 if on_a_device(options.lr) else float(options.lr)
-    rounded = (lr, 1 - lr * options.weight_decay, options.momentum, options.fresh)
-    row = [_float32(value) for value in rounded]
+    exact = (lr, 1 - lr * options.weight_decay, options.momentum, options.fresh)
+    row = [*_FLOAT32.unpack(_FLOAT32.pack(*exact))]
     row += [options.eps, options.centering, -1.0 if options.maximize else 1.0]
     row += [options.nesterov, options.normalizer == "cdf", options.nonfinite == "propagate"]
     row += [options.buffered, closing]
     return [float(value) for value in row] + [0.0] * (COLUMNS - len(row))
-
-
-def _float32(value: float) -> float:
-    return float(struct.unpack("f", struct.pack("f", value))[0])
 
 
 def on_a_device(lr: float | Tensor) -> TypeGuard[Tensor]:

@@ -193,7 +193,11 @@ class Plan:
 
     def point_at(self, addresses: list[int]) -> None:
         """Upload the gradients' addresses where one changed; they are in entry order."""
+        if addresses is self.addresses:
+            return
         if addresses == self.addresses:
+            # the list that will be given again
+            self.addresses = addresses
             return
         if capturing(self.device):
             raise RuntimeError(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -195,16 +197,21 @@ class _Device:
             )
         self.in_place = not copied
         self.plan: Plan = build(entries, tuning or tuning_for(device), tiles=not apart)
-        self.rows: list[tuple[list[float], bool]] = []
+        # of the table: what was written, and the options and ends of windows it was made from
+        self.rows: list[tuple[float, ...]] = [()] * len(groups)
+        self.written: Sequence[tuple[Options | None, bool]] = [(None, False)] * len(groups)
         self.table = torch.empty(len(groups), 16, dtype=torch.float64, device=device)
         self.unscaled = torch.ones(1, device=device)
         self.finite = torch.zeros(1, device=device)
 
     def write(self, groups: Sequence[Options], closing: Sequence[bool]) -> None:
-        # a row of a device lr differs from that of the float it may be replaced by
+        written = list(zip(groups, closing))
         rows = [
-            (encode(options, last), on_a_device(options.lr))
-            for options, last in zip(groups, closing)
+            row
+            if new is old and last == old_last and not isinstance(new.lr, Tensor)
+            # a row of a device lr differs from that of the float it may be replaced by
+            else (*encode(new, last), on_a_device(new.lr))
+            for (new, last), (old, old_last), row in zip(written, self.written, self.rows)
         ]
         if rows != self.rows:
             if capturing(self.device):
@@ -212,8 +219,9 @@ class _Device:
                     "an option changed while a CUDA graph is being captured; call "
                     "sync_hyperparameters() before the capture, and before each replay"
                 )
-            upload(self.table, torch.tensor([row for row, _ in rows], dtype=torch.float64))
-            self.rows = rows
+            values = array("d", chain.from_iterable(row[:-1] for row in rows))
+            upload(self.table, torch.frombuffer(values, dtype=torch.float64).view(len(rows), -1))
+        self.rows, self.written = rows, written
         for row, options in enumerate(groups):
             write_rates(self.table, row, options)
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from bngd_triton import BNGD, steady, stepper
+from bngd_triton import BNGD, kept, steady, stepper
 from bngd_triton.kernels import plan, prepared
 from bngd_triton.stepper import Stepper
 
@@ -281,19 +281,166 @@ def test_a_late_gradient_is_noticed(device: torch.device, layouts: Callable[[], 
     assert_same(*done)
 
 
-def test_fallback_without_torchs_guards(
-    device: torch.device, layouts: Callable[[], int], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("patience", [2, 10**9], ids=["known to stay", "looked at anew"])
+@pytest.mark.parametrize("change", [*CHANGES, *IN_PLACE], ids=lambda change: change.__name__)
+def test_a_change_is_noticed_among_gradients_that_stay(
+    change: Callable[..., None],
+    patience: int,
+    device: torch.device,
+    layouts: Callable[[], int],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "torch._C._dynamo.guards", None)
-    check = steady._kind_check([torch.ones(3, 3)])
-    assert check(torch.zeros(3, 3))
-    for other in (
-        torch.ones(3, 3).half(),
-        torch.ones(3, 4),
-        torch.ones(3, 3).t(),
-    ):
-        assert not check(other)
-    test_steps_in_a_row_are_laid_out_once(device, layouts)
+    """As above, but that gradients are tensors that stay, with new values."""
+    monkeypatch.setattr(kept, "PATIENCE", patience)
+    done = []
+    for fused in (True, False):
+        torch.manual_seed(0)
+        params = [
+            Parameter(torch.randn(shape, device=device)) for shape in ((8, 8), (600, 5), (16,))
+        ]
+        groups = [{"params": params[:2]}, {"params": params[2:], "lr": 3e-3}]
+        optimizer = BNGD(groups, fused=fused)
+        give_gradients(params, 0)
+        for step in range(6):
+            for param in params:
+                if param.grad is not None:
+                    param.grad.mul_(0.5)
+            if step == 5:
+                steady_step = optimizer._stepper.steady
+                if fused:
+                    assert steady_step is not None
+                    assert (steady_step.kept is not None) == (patience == 2)
+                layouts()
+                change(*([params[0]] if change in IN_PLACE else [params, optimizer]))
+            optimizer.step()
+            if step == 5 and fused:
+                assert layouts() == 1
+        done.append(params)
+    assert_same(*done)
+
+
+def test_gradients_that_stay_are_looked_at_ever_more_seldom(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first stays and another does not: looking at all of them takes far longer than a step."""
+    made = []
+    step = 0
+
+    class Counting(kept.Kept):
+        def __init__(self, *args: Any) -> None:
+            made.append(step)
+            super().__init__(*args)
+
+    monkeypatch.setattr(kept, "Kept", Counting)
+    params = [Parameter(torch.randn(16, device=device)) for _ in range(2)]
+    optimizer = BNGD(params, fused=True)
+    give_gradients(params, 0)
+    for step in range(60):  # noqa: B007
+        params[1].grad = torch.randn(16, device=device)
+        optimizer.step()
+    assert made == [9, 25, 57]
+
+
+def test_gradients_that_stay_are_not_held(device: torch.device) -> None:
+    params = [Parameter(torch.randn(16, device=device)) for _ in range(2)]
+    optimizer = BNGD(params, fused=True)
+    give_gradients(params, 0)
+    for _ in range(12):
+        optimizer.step()
+    steady_step = optimizer._stepper.steady
+    assert steady_step is not None
+    assert steady_step.kept is not None
+    memory = [
+        torch.multiprocessing.reductions.StorageWeakRef(param.grad.untyped_storage())
+        for param in params
+        if param.grad is not None
+    ]
+    optimizer.zero_grad()
+    assert [one.expired() for one in memory] == [True, True]
+
+
+def test_parameters_without_gradients_beside_gradients_that_stay(
+    device: torch.device, layouts: Callable[[], int]
+) -> None:
+    params = [Parameter(torch.randn(n, device=device)) for n in (16, 16, 0)]
+    optimizer = BNGD(params, fused=True)
+    give_gradients(params, 0)
+    params[1].grad = None
+    for _ in range(12):
+        optimizer.step()
+    assert layouts() == 1
+    steady_step = optimizer._stepper.steady
+    assert steady_step is not None
+    assert steady_step.kept is not None
+    before = params[1].detach().clone()
+    params[1].grad = torch.arange(16.0, device=device)
+    optimizer.step()
+    assert layouts() == 1
+    assert not torch.equal(params[1], before)
+
+
+def test_gradients_from_backward_stay(device: torch.device, layouts: Callable[[], int]) -> None:
+    model = torch.nn.Linear(4, 3, device=device)
+    optimizer = BNGD(model.parameters(), fused=True)
+    for _ in range(14):
+        optimizer.zero_grad(set_to_none=False)
+        model(torch.randn(5, 4, device=device)).square().mean().backward()
+        optimizer.step()
+    assert layouts() == 1
+    steady_step = optimizer._stepper.steady
+    assert steady_step is not None
+    assert steady_step.kept is not None
+
+
+def test_an_option_changed_alone_or_with_the_rate(
+    device: torch.device, layouts: Callable[[], int]
+) -> None:
+    done = []
+    for params, optimizer in pair(device, weight_decay=0.1):
+        for step in range(8):
+            give_gradients(params, step)
+            first, second = optimizer.param_groups
+            if step in (2, 3):
+                first["lr"] = 1e-2 / step
+            if step == 4:
+                first["weight_decay"], second["lr"] = 0.3, 1e-2
+            if step == 5:
+                second["eps"], second["momentum"] = 1e-3, 0.5
+            if step == 6:
+                second["lr"] = torch.tensor(2e-3)
+            if step == 7:
+                second["lr"].fill_(4e-3)
+            layouts()
+            optimizer.step()
+            assert layouts() == (step == 0 or optimizer.fused is False)
+        done.append(params)
+    assert_same(*done)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "error"),
+    [("lr", True, TypeError), ("lr", -1.0, ValueError), ("lr", float("nan"), ValueError),
+     ("eps", True, TypeError), ("centering", 2, ValueError), ("maximize", 1.5, TypeError)],
+)  # fmt: skip
+def test_a_bad_option_between_steps_is_refused(
+    name: str, value: Any, error: type[Exception], device: torch.device
+) -> None:
+    """Also one that equals the good one before it, as True equals 1."""
+    param = Parameter(torch.randn(16, device=device))
+    optimizer = BNGD([param], lr=1.0, eps=1.0, fused=True)
+    give_gradients([param], 0)
+    for _ in range(3):
+        optimizer.step()
+    group, before = optimizer.param_groups[0], param.detach().clone()
+    good, group[name] = group[name], value
+    with pytest.raises(error, match=name):
+        optimizer.step()
+    with pytest.raises(error, match=name):
+        optimizer.sync_hyperparameters()
+    assert torch.equal(param, before)
+    group[name] = good
+    optimizer.step()
+    assert not torch.equal(param, before)
 
 
 def test_tensor_learning_rate_changed_in_place(
