@@ -1,30 +1,32 @@
 """Host time of a step without its launches, beside what reading the addresses alone costs.
 
-    python -m bench.host [--tensors 300] [--repeats 200]
+    python -m bench.host [--tensors 300] [--repeats 1000] [--out FILE]
 
 Runs anywhere: tensors are on the CPU and launches do nothing. Times drift with the machine, so the
 figure to watch is the ratio to the bare loop ``[p.grad.data_ptr() for p in params]``, measured in
 turns with the step. The targets are 3 with kept gradients and 4.5 with new gradient tensors in
-every step.
+every step. A schedule that gives every group another rate costs what "new rates" shows.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import statistics
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 # the kernels serve CPU tensors only in the interpreter, which the do-nothing launcher never enters
 os.environ["TRITON_INTERPRET"] = "1"
 
 import torch
-from torch import Tensor
 from torch.nn import Parameter
 
+from bench.report import commit, environment
 from bngd_triton import BNGD
 from bngd_triton.kept import PATIENCE
 from bngd_triton.kernels import prepared
@@ -58,41 +60,50 @@ def measure(n: int, groups: int, *, keep: bool, repeats: int) -> dict[str, float
     renew(params)
     # until gradients that stay are known to
     for _ in range(2 + PATIENCE):
+        if not keep:
+            renew(params)
         optimizer.step()
     steady = optimizer._stepper.steady
     assert steady is not None, "the step was not recognised as repeatable"
-    momenta = steady.held[0][2].tensors
+    grads = [param.grad for param in params]
 
-    def grads() -> list[Tensor]:
-        return [param.grad for param in params]  # type: ignore[misc]
+    def bare() -> list[int]:
+        return [param.grad.data_ptr() for param in params]  # type: ignore[union-attr]
 
-    def addresses() -> list[int]:
-        return list(map(Tensor.data_ptr, momenta))
-
-    loops: dict[str, Callable[[], object]] = {
-        "bare loop": lambda: [param.grad.data_ptr() for param in params],  # type: ignore[union-attr]
-        "step": optimizer.step,
-        "  gradients": grads,
-        "  their addresses": addresses,
-        "  state": steady._holds,
-        "  kinds": lambda: steady.same_kinds(*grads(), *params),
-        "  options": lambda: steady.same_groups(optimizer.param_groups),
-        "  autograd versions": lambda: torch.autograd.graph.increment_version(params),
-    }
-    times: dict[str, list[float]] = {name: [] for name in loops}
-    for _ in range(repeats):
-        for name, loop in loops.items():
-            if name == "step" and not keep:
+    # in turns: each of these with its like
+    rounds: list[dict[str, Callable[[], object]]] = [
+        {"bare loop": bare, "step": optimizer.step},
+        {"step, new rates": optimizer.step},
+        {
+            "  gradients": lambda: [param.grad for param in params],
+            "  addresses": lambda: steady.params_at.of(params),
+            "  kinds": lambda: steady.same_kinds(*grads, *params),
+            "  state": steady._holds,
+            "  options": lambda: steady.same_groups(optimizer.param_groups),
+            "  autograd versions": lambda: torch.autograd.graph.increment_version(params),
+        },
+    ]
+    if steady.kept is not None:
+        same = steady.kept.grads
+        rounds[-1]["  gradients, kinds"] = lambda: same(steady.lists)
+    times: dict[str, list[float]] = {}
+    for loops in rounds:
+        for repeat, (name, loop) in itertools.product(range(repeats), loops.items()):
+            if name.startswith("step") and not keep:
                 renew(params)
-            times[name].append(timed(loop))
+            if name == "step, new rates":
+                for group in optimizer.param_groups:
+                    group["lr"] = 1e-3 / (repeat + 1)
+            times.setdefault(name, []).append(timed(loop))
     return {name: 1e6 * statistics.median(values) for name, values in times.items()}
 
 
 def main() -> int:
-    """Print a table, and the figures as one line of JSON."""
+    """Print a table, and write the figures to a file if one is named."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
     parser.add_argument("--tensors", type=int, default=300)
-    parser.add_argument("--repeats", type=int, default=200)
+    parser.add_argument("--repeats", type=int, default=1000)
+    parser.add_argument("--out", metavar="FILE", help="write the figures there, as JSON")
     args = parser.parse_args()
     prepared.launch = nothing
     found = []
@@ -105,7 +116,10 @@ def main() -> int:
             for name, value in row.items():
                 print(f"  {name:22s} {value:8.1f} us")
             found.append({"groups": groups, "gradients": kind, "ratio": ratio, **row})
-    print(json.dumps({"torch": torch.__version__, "tensors": args.tensors, "rows": found}))
+    conditions = {"environment": environment(torch.device("cpu")), "commit": commit()}
+    figures = {**conditions, "tensors": args.tensors, "repeats": args.repeats, "rows": found}
+    if args.out:
+        Path(args.out).write_text(json.dumps(figures, indent=1) + "\n")
     return 0
 
 

@@ -75,7 +75,7 @@ def encode(options: Options, closing: bool = True) -> list[float]:
     row += [options.eps, options.centering, -1.0 if options.maximize else 1.0]
     row += [options.nesterov, options.normalizer == "cdf", options.nonfinite == "propagate"]
     row += [options.buffered, closing]
-    return [float(value) for value in row] + [0.0] * (COLUMNS - len(row))
+    return row + [0.0] * (COLUMNS - len(row))
 
 
 def on_a_device(lr: float | Tensor) -> TypeGuard[Tensor]:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -430,3 +431,19 @@ def test_command(monkeypatch, capsys, tmp_path):
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert "clone the repository" in error
+
+
+def test_host_time_is_measured_without_a_device(tmp_path: Path) -> None:
+    out = tmp_path / "host.json"
+    command = [sys.executable, "-m", "bench.host", "--tensors", "20", "--repeats", "3"]
+    done = subprocess.run([*command, "--out", str(out)], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("20 tensors, 28 groups") == 2
+    found = json.loads(out.read_text())
+    assert [(row["groups"], row["gradients"]) for row in found["rows"]] == [
+        (1, "kept"), (1, "new"), (28, "kept"), (28, "new"),
+    ]  # fmt: skip
+    for row in found["rows"]:
+        assert row["ratio"] == row["step"] / row["bare loop"]
+        # known to stay only where they do
+        assert ("  gradients, kinds" in row) == (row["gradients"] == "kept")
