@@ -13,7 +13,7 @@ from torch.nn import Parameter
 
 from . import compiled, gate
 from .arms import Arm, Stepper, Storage, UnavailableError, capture, start
-from .measure import Clock, Series, interleave, probe, quantile
+from .measure import Clock, Series, count, interleave, probe, quantile
 from .models import Shape, Workload
 
 # small enough that thousands of steps of any arm stay finite
@@ -34,12 +34,14 @@ class Effort:
         most_s: bounds the windows of one arm of one case.
         host_calls: steps timed for `host_us`.
         variants: of `torch.compile`, the fastest of which is the arm.
+        warm: whether steps over one set, which may stay in the L2, are timed too.
     """
 
     repetitions: int
     most_s: float
     host_calls: int
     variants: tuple[str, ...]
+    warm: bool = True
 
 
 @dataclass
@@ -68,6 +70,7 @@ class Outcome:
 def run(case: Case) -> Outcome:
     """Gate every arm, then time those that passed, in batches that fit the memory."""
     outcome = Outcome([], [])
+    _release(case.clock.device)
     passed = []
     for arm in case.arms:
         try:
@@ -79,11 +82,16 @@ def run(case: Case) -> Outcome:
     shapes = list(case.workload.shapes())
     for number, batch in enumerate(batches(passed, case, shapes)):
         _run_batch(case, batch, number, shapes, outcome)
-        gc.collect()
-        if case.clock.device.type == "cuda":
-            torch.cuda.empty_cache()
+        _release(case.clock.device)
     compiled.forget()
     return outcome
+
+
+def _release(device: torch.device) -> None:
+    """Give back the memory of what is no longer used, also by a case that broke off."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def n_sets(case_bytes: int, l2_bytes: int) -> int:
@@ -131,36 +139,41 @@ def _run_batch(
     case: Case, arms: Sequence[Arm], number: int, shapes: list[Shape], outcome: Outcome
 ) -> None:
     shared, buffer = _set_bytes(case, shapes)
-    count = n_sets(shared + buffer, case.l2_bytes)
-    sets = [make_set(shapes, case.storage, case.clock.device) for _ in range(count)]
+    n = n_sets(shared + buffer, case.l2_bytes)
+    sets = [make_set(shapes, case.storage, case.clock.device) for _ in range(n)]
     cold: list[Series] = []
     warm: dict[str, Series] = {}
     replayed: dict[str, Series] = {}
     notes: dict[str, dict[str, Any]] = {}
+    made: dict[str, list[Stepper]] = {}
     for arm in arms:
         try:
             notes[arm.name] = {}
-            steppers = _steppers(case, arm, sets, buffer, notes[arm.name])
-            series = Series(arm.name, [s.step for s in steppers], case.effort.most_s)
+            made[arm.name] = _steppers(case, arm, sets, buffer, notes[arm.name])
+            series = Series(arm.name, [s.step for s in made[arm.name]], case.effort.most_s)
             probe(series, case.clock, case.effort.host_calls)
         except UnavailableError as error:
             _skip(case, outcome, arm, str(error))
             continue
         cold.append(series)
+    named = {arm.name: arm for arm in arms}
+    for series in cold:
+        count(series, case.clock)
+        steppers = made[series.name]
         # where one set dwarfs the L2 there is no warm case
-        if count > 1:
-            warm[arm.name] = _like(series, [steppers[0].step], case)
-        if arm.captures and case.clock.device.type == "cuda":
+        if n > 1 and case.effort.warm:
+            warm[series.name] = _like(series, [steppers[0].step], case)
+        if named[series.name].captures and case.clock.device.type == "cuda":
             replay = _replay(steppers)
             if replay is not None:
-                replayed[arm.name] = _like(series, [replay], case, per_call=count)
+                replayed[series.name] = _like(series, [replay], case, per_call=n)
     for several in (cold, list(replayed.values()), list(warm.values())):
         interleave(several, case.clock, case.effort.repetitions, case.in_time)
     for series in cold:
-        row = _row(case, next(arm for arm in arms if arm.name == series.name), series, shapes)
+        row = _row(case, named[series.name], series, shapes)
         row["replay_us"] = _median(replayed.get(series.name))
         row["warm_us"] = _median(warm.get(series.name))
-        outcome.rows.append({**row, **notes[series.name], "sets": count, "batch": number})
+        outcome.rows.append({**row, **notes[series.name], "sets": n, "batch": number})
 
 
 def _like(series: Series, steps: list[Callable[[], Any]], case: Case, per_call: int = 1) -> Series:
@@ -188,7 +201,9 @@ def _steppers(
             stepper = one(sets[0])
             return min(case.clock.span(stepper.step) for _ in range(3))
 
-        notes["variants"] = compiled.choose(time, case.effort.variants)
+        notes["variants"] = found = compiled.choose(time, case.effort.variants)
+        if not any(isinstance(us, float) for us in found.values()):
+            raise UnavailableError("; ".join(f"{name}: {why}" for name, why in found.items()))
         notes["variant"] = compiled.chosen
     made: list[Stepper] = []
     # a first set to load kernels and libraries; memory is read on the second
@@ -214,9 +229,12 @@ def _replay(steppers: Sequence[Stepper]) -> Callable[[], None] | None:
         for stepper in steppers:
             stepper.step()
 
+    stream = torch.cuda.current_stream()
     try:
         return capture(all_sets)
     except Exception:
+        # torch leaves the capture's stream current when the capture cannot be ended
+        torch.cuda.set_stream(stream)
         torch.cuda.synchronize()
         return None
 

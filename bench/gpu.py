@@ -1,6 +1,7 @@
 """``python -m bench.gpu``: BNGD beside its rivals on a GPU, correctness first, raw results as JSON.
 
-``--suite quick`` takes at most about 8 minutes, each of the three parts of ``--suite full`` too.
+``--suite quick`` takes at most about 8 minutes, each of the three parts of ``--suite full`` too, and
+``--suite compiled``, which has the arm that needs minutes of `torch.compile` to itself.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import argparse
 import os
 import sys
 import time
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -40,6 +42,7 @@ QUICK = [
     Item("resnet50", "fp32"),
     Item("vit-b16", "fp32"),
     Item("many-1000x1000", "fp32"),
+    Item("host-300", "fp32"),
     Item("llama3-8b-shard", "bf16"),
     Item("gpt2-1.5b", "bf16"),
     Item("gpt2-1.5b", "bf16-fp32m"),
@@ -51,7 +54,7 @@ QUICK = [
 FULL = {
     1: [
         *(Item(name, "fp32") for name in ("resnet50", "vit-b16", "gpt2-124m", "gpt2-1.5b")),
-        Item("many-1000x1000", "fp32"),
+        *(Item(name, "fp32") for name in ("many-1000x1000", "host-300")),
     ],
     2: [
         Item(name, dtype)
@@ -66,13 +69,9 @@ FULL = {
     ],
 }
 DRY_RUN = [Item("dry-run", "fp32"), Item("dry-run", "bf16-fp32m"), Item("dry-run-groups", "fp32")]
-# cases in which the arm `compile` is measured: each costs a minute or more of compiling
-COMPILED = {
-    "quick": {Item("gpt2-124m", "fp32")},
-    "full": {
-        Item("gpt2-124m", "fp32"), Item("gpt2-124m", "bf16-fp32m"),
-    },
-}  # fmt: skip
+# each variant of each takes a minute or more of compiling
+COMPILED = [Item("gpt2-124m", "fp32"), Item("gpt2-124m", "bf16-fp32m")]
+COMPILED_ARMS = ("bngd", "torch-sgd-fused", "eager", "compile")
 TRAINING_ARMS = ("bngd", "torch-sgd-fused", "torch-adamw-fused", "eager")
 COLD = (("bngd", "resnet50"), ("bngd-row", "resnet50"), ("torch-sgd-fused", "resnet50"))
 
@@ -81,7 +80,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a suite.
 
     Returns:
-        0; 1 without a GPU; 2 for bad arguments; 130 after Ctrl-C, with what is done written.
+        0; 1 without a GPU or where a case broke off; 2 for bad arguments; 130 after Ctrl-C, with
+        what is done written.
     """
     args = _parser().parse_args(argv)
     if args.device == "cpu":
@@ -107,8 +107,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     results = Results(args.out, device, suite)
     code = 0
     try:
-        _run(args, items, [ARMS[name] for name in arms], device, results)
-        results.document["finished"] = True
+        whole = _run(args, items, [ARMS[name] for name in arms], device, results)
+        results.document["finished"] = whole
+        code = 0 if whole else 1
     except KeyboardInterrupt:
         code = _INTERRUPTED
     finally:
@@ -121,7 +122,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__)
-    parser.add_argument("--suite", choices=("quick", "full"), default="quick")
+    parser.add_argument("--suite", choices=("quick", "full", "compiled"), default="quick")
     parser.add_argument("--part", type=int, choices=(1, 2, 3), default=1, help="of the full suite")
     parser.add_argument(
         "--only", default="",
@@ -146,7 +147,7 @@ def _selection(args: argparse.Namespace, arms: list[str]) -> tuple[list[Item], l
     known = {*WORKLOADS, *TINY, *STORAGES, *arms, "training", "cold"}
     if words - known:
         raise ValueError(f"--only: unknown {sorted(words - known)}; known are {sorted(known)}")
-    items = QUICK if args.suite == "quick" else FULL[args.part]
+    items = {"quick": QUICK, "full": FULL[args.part], "compiled": COMPILED}[args.suite]
     if args.device == "cpu":
         items = DRY_RUN
     workloads, dtypes = words & {*WORKLOADS, *TINY}, words & set(STORAGES)
@@ -171,7 +172,8 @@ def _effort(args: argparse.Namespace) -> Effort:
 def _run(
     args: argparse.Namespace, items: Sequence[Item], arms: Sequence[Arm], device: torch.device,
     results: Results,
-) -> None:  # fmt: skip
+) -> bool:  # fmt: skip
+    """Measure the items, then the rest; whether nothing broke off."""
     from . import cases
     from .arms import STORAGES
     from .measure import clock_for, copy_bandwidth
@@ -183,19 +185,22 @@ def _run(
     clock = clock_for(device)
     effort = _effort(args)
     document["copy_gbps"] = copy_bandwidth(clock, COPY_BYTES[device.type])
-    compiling = COMPILED[args.suite] | set(DRY_RUN)
+    if args.suite == "compiled":
+        arms = [arm for arm in arms if arm.name in COMPILED_ARMS]
     # without a GPU there is no L2 to flush; one set would not exercise the rotation
     l2 = document["environment"].get("l2_bytes", 2048)
+    whole = True
     for item in items:
         if time.monotonic() > end:
             document["not_run"].append(f"{item.workload} {item.dtype}: the budget was spent")
             continue
-        chosen = [arm for arm in arms if arm.name != "compile" or item in compiling]
+        compiling = args.suite == "compiled" or item in DRY_RUN
+        chosen = [arm for arm in arms if arm.name != "compile" or compiling]
         if len(chosen) < len(arms):
             document["unavailable"].append(
                 {
                     "workload": item.workload, "dtype": item.dtype, "arm": "compile",
-                    "reason": "not compiled for this case, which would take minutes",
+                    "reason": "takes minutes of compiling: --suite compiled",
                 }
             )  # fmt: skip
         print(f"{item.workload} {item.dtype} ...", file=sys.stderr, flush=True)
@@ -204,24 +209,41 @@ def _run(
             (WORKLOADS | TINY)[item.workload], STORAGES[item.dtype], chosen, clock, effort,
             document["copy_gbps"], l2, free, lambda: time.monotonic() < end,
         )  # fmt: skip
-        outcome = cases.run(case)
-        document["rows"] += outcome.rows
-        document["unavailable"] += outcome.unavailable
-        results.save()
-    _run_rest(args, arms, end, results, device)
+        try:
+            outcome = cases.run(case)
+            document["rows"] += outcome.rows
+            document["unavailable"] += outcome.unavailable
+            results.save()
+        except Exception as error:
+            # a case that does not fit the memory, say, must not cost the others
+            _broke_off(f"{item.workload} {item.dtype}", error, results)
+            whole = False
+    whole &= _run_rest(args, arms, end, results, device)
+    if whole:
+        # a GPU that got warm or was throttled shows here
+        document["copy_gbps_after"] = copy_bandwidth(clock, COPY_BYTES[device.type])
+    return whole
+
+
+def _broke_off(what: str, error: Exception, results: Results) -> None:
+    traceback.print_exception(error)
+    line = (str(error).strip() or "no message").partition("\n")[0][:200]
+    results.document["not_run"].append(f"{what}: {type(error).__name__}: {line}")
+    results.save()
 
 
 def _run_rest(
     args: argparse.Namespace, arms: Sequence[Arm], end: float, results: Results,
     device: torch.device,
-) -> None:  # fmt: skip
+) -> bool:  # fmt: skip
     """Training steps and cold starts; with --only, where it names them."""
     from . import cold, training
     from .measure import clock_for
 
-    dry = device.type == "cpu"
+    dry, whole = device.type == "cpu", True
     # the first of three parts has them
-    asked = "" if args.suite == "full" and args.part > 1 else args.only or "training,cold"
+    elsewhere = args.suite == "compiled" or (args.suite == "full" and args.part > 1)
+    asked = "" if elsewhere else args.only or "training,cold"
     models = list(training.MODELS) if "training" in asked.split(",") else []
     for name in models:
         if time.monotonic() > end:
@@ -229,7 +251,12 @@ def _run_rest(
             continue
         size = training.DRY_RUN if dry else training.Size()
         chosen = [arm for arm in arms if arm.name in TRAINING_ARMS]
-        rows, missing = training.run(name, chosen, clock_for(device), size, 1 if dry else 10)
+        try:
+            rows, missing = training.run(name, chosen, clock_for(device), size, 1 if dry else 10)
+        except Exception as error:
+            _broke_off(f"training {name}", error, results)
+            whole = False
+            continue
         results.document["training"] += rows
         results.document["unavailable"] += missing
         results.save()
@@ -240,6 +267,7 @@ def _run_rest(
         found = cold.measure(arm, "dry-run" if dry else workload, device.type)
         results.document["cold_start"].append(found)
         results.save()
+    return whole
 
 
 if __name__ == "__main__":

@@ -28,6 +28,9 @@ CYCLES_PER_US = 3000
 # bounds the wait for a host that is slow: 0.2 s a window
 MOST_LEAD_US = 200_000.0
 LEAST_WINDOWS = 5
+# of a step whose launches are counted: the profiler keeps every event, and reading the 150 000
+# kernels of an eager step over 10 000 tensors would take longer than the case
+MOST_COUNTED_US = 50_000.0
 
 
 class Clock(Protocol):
@@ -173,7 +176,7 @@ class Series:
 
 
 def probe(series: Series, clock: Clock, calls: int) -> None:
-    """Fill in what does not depend on the other arms; warms up on the way."""
+    """Fill in a step's time on the host; warms up on the way."""
     series.run(len(series.steps))
     clock.synchronize()
     series.estimate_us = clock.span(lambda: series.run(2)) / 2
@@ -186,7 +189,15 @@ def probe(series: Series, clock: Clock, calls: int) -> None:
         hosts.append((time.perf_counter() - start) * 1e6)
     clock.synchronize()
     series.host_us = statistics.median(hosts)
-    series.launches, series.kernel_us = clock.launches(lambda: series.run(1))
+
+
+def count(series: Series, clock: Clock) -> None:
+    """Fill in a step's launches.
+
+    After every arm's `probe`: a profiler that has run once stays attached, which may slow the host.
+    """
+    if series.estimate_us <= MOST_COUNTED_US:
+        series.launches, series.kernel_us = clock.launches(lambda: series.run(1))
 
 
 def interleave(
@@ -204,12 +215,12 @@ def interleave(
         for series in order.sample(list(several), len(several)):
             if enough and series.spent_s() > series.most_s:
                 continue
-            count = series.per_window()
+            steps = series.per_window()
             # the device must be busy until the host has queued the window, if it can
-            fits = (series.launches or 0) * count <= QUEUE
-            lead = 1.3 * series.host_us * count + 50 if fits else 0.0
-            taken = clock.span(functools.partial(series.run, count), lead)
-            series.windows.append(taken / count / series.per_call)
+            fits = series.launches is not None and series.launches * steps <= QUEUE
+            lead = 1.3 * series.host_us * steps + 50 if fits else 0.0
+            taken = clock.span(functools.partial(series.run, steps), lead)
+            series.windows.append(taken / steps / series.per_call)
 
 
 def quantile(values: Sequence[float], share: float) -> float:

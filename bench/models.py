@@ -113,6 +113,8 @@ WORKLOADS = {
         Workload("llama3-8b-shard", lambda: llama3_8b(8, head=False)),
         Workload("moe-10k", moe_10k),
         Workload("many-1000x1000", lambda: iter([(1000,)] * 1000)),
+        # small enough that the host is what a step waits for
+        Workload("host-300", lambda: iter([(64, 64)] * 300)),
         # more entries than a signed 32-bit index can count
         Workload("one-2.2e9", lambda: iter([(2_200_000_000,)])),
         Workload("groups-465", detector, groups=465),

@@ -139,6 +139,7 @@ class Results:
             "commit": commit(),
             "kernels_sha256": kernels_hash(),
             "copy_gbps": None,
+            "copy_gbps_after": None,
             "finished": False,
             "rows": [],
             "unavailable": [],

@@ -66,7 +66,7 @@ def test_totals(shapes, tensors, elements):
 def test_workloads():
     assert set(models.WORKLOADS) == {
         "resnet50", "vit-b16", "gpt2-124m", "gpt2-1.5b", "llama3-8b-shard", "moe-10k",
-        "many-1000x1000", "one-2.2e9", "groups-465",
+        "many-1000x1000", "host-300", "one-2.2e9", "groups-465",
     }  # fmt: skip
     layer = (4096 * 2 + 1024 * 2) * 4096 + 3 * 4096 * 14336 + 2 * 4096
     shard = models.WORKLOADS["llama3-8b-shard"]
@@ -318,6 +318,75 @@ def test_interleaving_and_quantiles():
     assert len(late.windows) == measure.LEAST_WINDOWS
 
 
+def test_launches_are_counted_after_all_host_times_and_never_of_a_long_step(monkeypatch):
+    order = []
+    monkeypatch.setattr(cases, "probe", lambda *a: order.append("host") or measure.probe(*a))
+    monkeypatch.setattr(cases, "count", lambda *a: order.append("launches") or measure.count(*a))
+    case = cases.Case(
+        models.DRY_RUN["dry-run"], FP32, [arms.ARMS["eager"], arms.ARMS["torch-adamw-fused"]],
+        measure.CpuClock(), cases.Effort(1, 0.0, 1, (), warm=False), 1.0, 2048, None, lambda: True,
+    )  # fmt: skip
+    outcome = cases.run(case)
+    assert order == ["host", "host", "launches", "launches"]
+    assert [row["warm_us"] for row in outcome.rows] == [None, None]
+
+    class Counting(FakeClock):
+        def launches(self, run):
+            run()
+            return 7, 1.0
+
+    for us, launches in ((measure.MOST_COUNTED_US, 7), (measure.MOST_COUNTED_US + 1, None)):
+        series = measure.Series("a", [lambda: None], 1.0, estimate_us=us)
+        measure.count(series, Counting())
+        assert series.launches == launches
+
+
+def test_the_device_is_kept_busy_only_for_what_its_queue_holds():
+    class Leads(FakeClock):
+        def __init__(self):
+            super().__init__()
+            self.leads = []
+
+        def span(self, run, lead_us=0.0):
+            self.leads.append(lead_us)
+            run()
+            return 1.0
+
+    for launches, lead in ((2, 63.0), (measure.QUEUE + 1, 0.0), (None, 0.0)):
+        clock = Leads()
+        several = [measure.Series("a", [lambda: None], 0.0, estimate_us=1e6, host_us=10.0)]
+        several[0].launches = launches
+        measure.interleave(several, clock, 1, lambda: True)
+        assert clock.leads == [lead]
+
+
+def test_no_variant_is_compiled_once_the_budget_is_spent():
+    case = cases.Case(
+        models.DRY_RUN["dry-run"], FP32, [arms.ARMS["compile"]], measure.CpuClock(),
+        cases.Effort(1, 0.0, 1, ("combo", "foreach")), 1.0, 2048, None, lambda: False,
+    )  # fmt: skip
+    outcome = cases.run(case)
+    assert outcome.rows == []
+    assert outcome.unavailable[0]["reason"].count("the budget was spent") == 2
+
+
+def test_compiling_has_a_suite_of_its_own(tmp_path, monkeypatch):
+    chosen = []
+
+    def note(case):
+        chosen.append((case.workload.name, [arm.name for arm in case.arms]))
+        return cases.Outcome([], [])
+
+    monkeypatch.setattr(cases, "run", note)
+    monkeypatch.setattr(gpu, "DRY_RUN", [])
+    monkeypatch.setattr(gpu, "_selection", lambda args, names: (gpu.COMPILED[:1], names))
+    for suite in ("compiled", "quick"):
+        command = ["--device", "cpu", "--suite", suite, "--only", "eager", "--out", str(tmp_path)]
+        assert gpu.main(command) == 0
+    assert chosen[0] == ("gpt2-124m", [n for n in arms.ARMS if n in gpu.COMPILED_ARMS])
+    assert "compile" not in chosen[1][1]
+
+
 def test_queue_is_not_overfilled():
     many = measure.Series("a", [lambda: None], 1.0, estimate_us=1.0, launches=300)
     assert many.per_window() == measure.QUEUE // 300
@@ -332,20 +401,20 @@ def test_stopped_run_keeps_finished_rows(error, tmp_path, monkeypatch, capsys):
     def stop(case):
         seen.append(case)
         if len(seen) == 2:
-            raise error
+            raise error("boom")
         return whole(case)
 
     monkeypatch.setattr(cases, "run", stop)
     command = ["--device", "cpu", "--only", "eager", "--out", str(tmp_path)]
-    if error is KeyboardInterrupt:
-        assert gpu.main(command) == 130
-    else:
-        with pytest.raises(RuntimeError):
-            gpu.main(command)
+    interrupted = error is KeyboardInterrupt
+    assert gpu.main(command) == (130 if interrupted else 1)
     (path,) = tmp_path.iterdir()
     found = json.loads(path.read_text())
     report.check(found)
-    assert [row["workload"] for row in found["rows"]] == ["dry-run"]
+    # what only broke one case off leaves the others
+    others = [] if interrupted else ["dry-run-groups"]
+    assert [row["workload"] for row in found["rows"]] == ["dry-run", *others]
+    assert found["not_run"] == ([] if interrupted else ["dry-run bf16-fp32m: RuntimeError: boom"])
     assert not found["finished"]
 
 
