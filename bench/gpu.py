@@ -1,7 +1,7 @@
 """``python -m bench.gpu``: BNGD beside its rivals on a GPU, correctness first, raw results as JSON.
 
-``--suite quick`` takes at most about 8 minutes, each of the three parts of ``--suite full`` too, and
-``--suite compiled``, which has the arm that needs minutes of `torch.compile` to itself.
+``--suite quick`` takes at most about 8 minutes, so does each of the three parts of ``--suite full``
+and ``--suite compiled``, which has the arm that needs minutes of `torch.compile` to itself.
 """
 
 from __future__ import annotations

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
+import limits
 import pytest
 import torch
 from paths import StepPath
@@ -18,10 +20,19 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
+def pytest_configure() -> None:
+    # nothing is captured yet
+    limits.stderr = os.dup(2)
+
+
 @pytest.fixture
-def device() -> torch.device:
-    """Where both paths run."""
-    return torch.device("cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda")
+def device() -> Iterator[torch.device]:
+    """Where both paths run; on a GPU for a limited time."""
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        yield torch.device("cpu")
+        return
+    with limits.limited(limits.LIMIT_S):
+        yield torch.device("cuda")
 
 
 @pytest.fixture(params=["eager", "fused"])

@@ -13,11 +13,16 @@ from torch import Tensor, nn
 from work import member, nothing_new
 
 from bngd_triton import BNGD
+from bngd_triton.kernels import fused_step_, launch, prepared
 from bngd_triton.kernels.architectures import tuning_for
 from bngd_triton.kernels.prepared import FusedStep
 from bngd_triton.options import Options
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+    # for its time limit
+    pytest.mark.usefixtures("device"),
+]
 # of a captured and an ordinary backward pass, whose matrix products may be summed differently
 PRODUCTS = 2.0**-12
 
@@ -46,12 +51,22 @@ def captured(iteration: Callable[[], Any]) -> torch.cuda.CUDAGraph:
         {"dtype": torch.bfloat16},
         {"dtype": torch.bfloat16, "master_weights": "stochastic"},
         {"tensor_lr": True},
+        {"tuning": {"form": "single-launch"}},
+        {"tuning": {"pdl": True}},
+        {"tuning": {"direct": True}},
     ],
     ids=str,
 )
-def test_a_captured_step_follows_a_schedule(options: dict[str, Any]) -> None:
+def test_a_captured_step_follows_a_schedule(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Replays equal ordinary steps bit for bit, at learning rates set after the capture."""
     more = dict(options)
+    tuning = more.pop("tuning", {})
+    usual = prepared.tuning_for
+    monkeypatch.setattr(
+        prepared, "tuning_for", lambda device: dataclasses.replace(usual(device), **tuning)
+    )
     dtype, tensor_lr = more.pop("dtype", torch.float32), more.pop("tensor_lr", False)
     shapes = [(300, 70), (70,), (5,), (3, 2048), (200_000,)]
     start = [torch.randn(shape, device="cuda").to(dtype) for shape in shapes]
@@ -137,19 +152,20 @@ def test_a_hundred_runs_give_the_same_bits() -> None:
         assert all(torch.equal(a, b) for a, b in zip(found, first))
 
 
-@pytest.mark.parametrize("programs", [1, 2, 7, 132, 1000, 10_000])
-@pytest.mark.parametrize("small", [False, True], ids=["device's sizes", "small sizes"])
-def test_waiting_programs_always_end(programs: int, small: bool) -> None:
+# the work of the device's sizes are a few dozen items, and more programs than items never run
+@pytest.mark.parametrize(
+    ("small", "programs"),
+    [(False, 1), (False, 7), (False, 10_000)] + [(True, n) for n in (1, 2, 7, 132, 1000, 10_000)],
+)
+def test_waiting_programs_always_end(
+    small: bool, programs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The single launch beside a busy stream, against two launches."""
     device = torch.device("cuda", torch.cuda.current_device())
     options = Options(LR)
     base = dataclasses.replace(LANES if small else tuning_for(device), wave=1 << 16)
-    processors = torch.cuda.get_device_properties(device).multi_processor_count
-    per_processor = -(-programs // processors)
-    forms = [
-        dataclasses.replace(base, form="two-launch"),
-        dataclasses.replace(base, form="single-launch", programs_per_sm=per_processor),
-    ]
+    monkeypatch.setattr(launch, "programs", lambda device, tuning: programs)
+    forms = [dataclasses.replace(base, form=form) for form in launch.FORMS]
     torch.manual_seed(4)
     tensors = [torch.randn(n, device=device) for n in (400_003, 17, 5000, 90_000, 3, 16_384)]
     steps = []
@@ -157,11 +173,43 @@ def test_waiting_programs_always_end(programs: int, small: bool) -> None:
         members = [member(t.clone(), t.roll(1), torch.zeros_like(t)) for t in tensors]
         steps.append((members, FusedStep(members, [options], form)))
     busy, noise = torch.cuda.Stream(), torch.randn(2048, 2048, device=device)
+    busy.wait_stream(torch.cuda.current_stream())
     for _ in range(20):
         with torch.cuda.stream(busy):
             noise = (noise @ noise).tanh()
-        for members, prepared in steps:
-            prepared.run(members, [options], nothing_new(device))
+        for members, step in steps:
+            step.run(members, [options], nothing_new(device))
     torch.cuda.synchronize()
     for a, b in zip(steps[0][0], steps[1][0]):
         assert torch.equal(a.param, b.param)
+        assert torch.equal(a.momentum, b.momentum)
+
+
+def test_more_entries_than_32_bits_can_count() -> None:
+    """Every entry of a step over 2.2e9 of them, half of which a signed 32-bit index cannot reach.
+
+    In bfloat16: 18 GB of tensors, and what the comparison of a piece takes.
+    """
+    n, piece = 2_200_000_000, 1 << 27
+    if torch.cuda.mem_get_info()[0] < 24e9:
+        pytest.skip("needs 24 GB of free memory")
+    param, grad, momentum = (torch.empty(n, dtype=torch.bfloat16, device="cuda") for _ in range(3))
+    for tensor in (param, grad):
+        for part in tensor.split(piece):
+            part.normal_()
+    # an offset that the mean must remove, and that wraps around if an index does
+    for part in grad[n // 2 :].split(piece):
+        part.add_(0.5)
+    before, lr = param.clone(), 0.5
+    total = sum(part.double().sum() for part in grad.split(piece))
+    squares = sum(part.double().square().sum() for part in grad.split(piece))
+    mean = total / n
+    std = (squares / n - mean * mean).sqrt()
+    momentum.zero_()
+    with torch.no_grad():
+        fused_step_([param], [grad], [momentum], lr=lr, center_1d=True)
+    for got, start, g in zip(param.split(piece), before.split(piece), grad.split(piece)):
+        moved = ((g.double() - mean) / std * 0.1).float()
+        want = start.float() - lr * moved
+        # one rounding at the store, of 8 bits
+        assert ((got.float() - want).abs() <= 2.0**-8 * want.abs() + 2.0**-20).all()
