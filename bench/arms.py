@@ -19,6 +19,8 @@ from bngd_triton.kernels.plan import Tuning
 from . import compiled
 
 MOMENTUM = 0.9
+# the rivals' Triton kernels compute program_id * BLOCK in 32 bits
+SIGNED = 2**31 - 1
 
 
 class UnavailableError(Exception):
@@ -132,6 +134,8 @@ class Arm:
         again: bytes per element that are read or written a second time, by the arm's storage;
             None where nobody counted.
         captures: whether a step can go into a CUDA graph.
+        most_entries: of a tensor; beyond it the arm would read memory that is not there, after
+            which nothing else of the process runs. None where there is no such bound.
     """
 
     name: str
@@ -140,6 +144,7 @@ class Arm:
     buffers: int = 1
     again: Callable[[Storage], int] | None = lambda _: 0
     captures: bool = False
+    most_entries: int | None = None
 
     def bytes_once(self, storage: Storage) -> int:
         """Bytes per element of a step that touches every tensor once."""
@@ -267,22 +272,39 @@ ARMS = {
         Arm(
             "optimi-sgd",
             _rival("optimi", "SGD", momentum=MOMENTUM, triton=True, kahan_sum=False), "sgd",
+            most_entries=SIGNED,
         ),
         # its second kernel reads both moments again
         Arm(
             "optimi-stableadamw",
             _rival("optimi", "StableAdamW", weight_decay=0.0, triton=True, kahan_sum=False),
-            "stableadamw", 2, again=lambda s: 2 * s.momentum.itemsize,
+            "stableadamw", 2, again=lambda s: 2 * s.momentum.itemsize, most_entries=SIGNED,
         ),
         Arm(
             "flashoptim-sgd",
             _rival(
                 "flashoptim", "FlashSGD", momentum=MOMENTUM, quantize=False, master_weight_bits=None
             ),
-            "sgd",
+            "sgd", most_entries=SIGNED,
         ),
     )
 }  # fmt: skip
+
+
+def tuned(tuning: Mapping[str, Any], **options: Any) -> Arm:
+    """BNGD with other sizes or in another form: the arm that `label` names.
+
+    Args:
+        tuning: fields of `Tuning` and their values; the device's are kept for the others.
+        options: of `BNGD`.
+    """
+    build = _bngd(tuning=tuning, **options)
+    return Arm(label(tuning), build, "bngd", again=_gradient, captures=True)
+
+
+def label(tuning: Mapping[str, Any]) -> str:
+    """``form=single-launch,wave=4194304``; ``usual`` where nothing is changed."""
+    return ",".join(f"{name}={value}" for name, value in tuning.items()) or "usual"
 
 
 def grouped(params: Sequence[Parameter], groups: int) -> Groups:

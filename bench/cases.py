@@ -72,14 +72,17 @@ def run(case: Case) -> Outcome:
     outcome = Outcome([], [])
     _release(case.clock.device)
     passed = []
+    shapes = list(case.workload.shapes())
+    largest = max(map(math.prod, shapes))
     for arm in case.arms:
         try:
+            if arm.most_entries is not None and largest > arm.most_entries:
+                raise UnavailableError(f"{largest} entries need more than its 32-bit indices")
             gate.check(arm, case.storage, case.clock.device)
             passed.append(arm)
         except UnavailableError as error:
             _skip(case, outcome, arm, str(error))
     compiled.forget()
-    shapes = list(case.workload.shapes())
     for number, batch in enumerate(batches(passed, case, shapes)):
         _run_batch(case, batch, number, shapes, outcome)
         _release(case.clock.device)

@@ -216,7 +216,7 @@ def _run(
             results.save()
         except Exception as error:
             # a case that does not fit the memory, say, must not cost the others
-            _broke_off(f"{item.workload} {item.dtype}", error, results)
+            broke_off(f"{item.workload} {item.dtype}", error, results)
             whole = False
     whole &= _run_rest(args, arms, end, results, device)
     if whole:
@@ -225,7 +225,8 @@ def _run(
     return whole
 
 
-def _broke_off(what: str, error: Exception, results: Results) -> None:
+def broke_off(what: str, error: Exception, results: Results) -> None:
+    """Note that a part of a run ended with an error, and write what is there."""
     traceback.print_exception(error)
     line = (str(error).strip() or "no message").partition("\n")[0][:200]
     results.document["not_run"].append(f"{what}: {type(error).__name__}: {line}")
@@ -254,7 +255,7 @@ def _run_rest(
         try:
             rows, missing = training.run(name, chosen, clock_for(device), size, 1 if dry else 10)
         except Exception as error:
-            _broke_off(f"training {name}", error, results)
+            broke_off(f"training {name}", error, results)
             whole = False
             continue
         results.document["training"] += rows

@@ -1,4 +1,4 @@
-"""A time limit for tests on a GPU: a kernel that waits for ever would hold pytest and the device."""
+"""A time limit for tests on a GPU: a kernel that waits for ever would hold the device for good."""
 
 from __future__ import annotations
 

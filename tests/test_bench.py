@@ -1,5 +1,6 @@
 """bench/: its parameter lists, its gate, and the whole measuring code on the CPU."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -268,6 +269,25 @@ def test_arms_that_do_not_fit_take_turns():
         cases.Effort(2, 0.0, 1, ()), 1.0, 1000, 24_000_000, lambda: True,
     )  # fmt: skip
     assert [len(batch) for batch in cases.batches(some, case, shapes)] == [2, 1]
+
+
+def test_no_arm_is_given_tensors_that_its_indices_cannot_reach():
+    bounded = {name: a.most_entries for name, a in arms.ARMS.items() if a.most_entries is not None}
+    assert bounded == dict.fromkeys(
+        ("optimi-sgd", "optimi-stableadamw", "flashoptim-sgd"), 2**31 - 1
+    )
+    eager = arms.ARMS["eager"]
+    short, long = (dataclasses.replace(eager, most_entries=n) for n in (383, 384))
+    for arm, rows in ((short, 0), (long, 1)):
+        case = cases.Case(
+            models.DRY_RUN["dry-run"], FP32, [arm], measure.CpuClock(),
+            cases.Effort(1, 0.0, 1, ()), 1.0, 2048, None, lambda: True,
+        )  # fmt: skip
+        outcome = cases.run(case)
+        assert len(outcome.rows) == rows
+        assert ["384 entries need" in m["reason"] for m in outcome.unavailable] == [True] * (
+            1 - rows
+        )
 
 
 @pytest.mark.parametrize(
