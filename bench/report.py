@@ -50,9 +50,9 @@ def check(document: dict[str, Any]) -> None:
                 isinstance(value, float) and not math.isfinite(value)
             ):
                 raise ValueError(f"{name} of a row is {value!r}: {row}")
-        key = (row["workload"], row["dtype"], row["arm"])
+        key = (row.get("question"), row["workload"], row["dtype"], row["arm"])
         if key in seen:
-            raise ValueError(f"two rows for {key}")
+            raise ValueError(f"two rows for {key[1:]}")
         seen.add(key)
         if not 0 < row["p20_us"] <= row["median_us"] <= row["p80_us"]:
             raise ValueError(f"quantiles out of order: {row}")
@@ -127,9 +127,10 @@ class Results:
         folder: for the file, which is named after the GPU and the date.
         device: that is measured.
         suite: its name, and the part of it.
+        kind: ends the file's name, for results that are no suite's.
     """
 
-    def __init__(self, folder: Path, device: torch.device, suite: str):
+    def __init__(self, folder: Path, device: torch.device, suite: str, kind: str = ""):
         about = environment(device)
         now = datetime.datetime.now(datetime.timezone.utc)
         self.document: dict[str, Any] = {
@@ -147,7 +148,7 @@ class Results:
             "training": [],
             "cold_start": [],
         }
-        stem = f"{slug(about['gpu'])}-{now:%Y-%m-%d}"
+        stem = f"{slug(about['gpu'])}-{now:%Y-%m-%d}{kind and '-' + kind}"
         names = [f"{stem}.json", *(f"{stem}-{i}.json" for i in range(2, 1000))]
         # several parts or runs of a day stand side by side
         self.path = next(folder / name for name in names if not (folder / name).exists())
@@ -162,16 +163,21 @@ class Results:
 
 
 def table(document: dict[str, Any]) -> str:
-    """A line per row, and what has none."""
+    """A line per row, and what has none; what was predicted for the run's own copy bandwidth."""
+    # the arms import kernels, which Triton defines for the interpreter or the GPU at once
+    from .predictions import predict
+
     lines = [
-        f"{'workload':16}{'dtype':11}{'arm':20}{'us':>11}{'replay':>11}{'p20-p80':>20}"
+        f"{'workload':16}{'dtype':11}{'arm':20}{'us':>11}{'predicted':>11}{'replay':>11}{'p20-p80':>20}"
         f"{'host us':>10}{'kernels':>8}{'copy %':>8}"
     ]
     for row in document["rows"]:
         spread = f"{row['p20_us']:.1f}-{row['p80_us']:.1f}"
         replay = row.get("replay_us")
+        told = predict(row["workload"], row["dtype"], row["arm"], document["copy_gbps"])
         lines.append(
             f"{row['workload']:16}{row['dtype']:11}{row['arm']:20}{row['median_us']:11.1f}"
+            f"{'-' if told is None else format(told, '.1f'):>11}"
             f"{'-' if replay is None else format(replay, '.1f'):>11}{spread:>20}"
             f"{row['host_us']:10.1f}{row['launches'] if row['launches'] is not None else '-':>8}"
             f"{100 * row['copy_fraction']:8.1f}"
