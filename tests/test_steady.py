@@ -143,6 +143,12 @@ def another_parameter(params: list[Parameter], optimizer: BNGD) -> None:
     optimizer.param_groups[0]["params"][0] = new
 
 
+def one_more_parameter(params: list[Parameter], optimizer: BNGD) -> None:
+    new = Parameter(params[0].detach().clone())
+    new.grad = params[0].grad
+    optimizer.param_groups[1]["params"].append(new)
+
+
 def another_group(params: list[Parameter], optimizer: BNGD) -> None:
     new = Parameter(torch.ones(8, device=params[0].device))
     new.grad = torch.arange(8.0, device=params[0].device)
@@ -156,7 +162,7 @@ def raise_on_nonfinite(params: list[Parameter], optimizer: BNGD) -> None:
 CHANGES = [
     swap_storage, replace_momentum, replace_entry, replace_state, swap_equal_states, pass_state_on,
     same_memory, drop_gradient, other_strides,
-    unaligned, no_momentum, by_row, centre_vectors, fewer_parameters, another_parameter,
+    unaligned, no_momentum, by_row, centre_vectors, fewer_parameters, another_parameter, one_more_parameter,
     another_group, raise_on_nonfinite,
 ]  # fmt: skip
 
