@@ -162,8 +162,8 @@ def raise_on_nonfinite(params: list[Parameter], optimizer: BNGD) -> None:
 CHANGES = [
     swap_storage, replace_momentum, replace_entry, replace_state, swap_equal_states, pass_state_on,
     same_memory, drop_gradient, other_strides,
-    unaligned, no_momentum, by_row, centre_vectors, fewer_parameters, another_parameter, one_more_parameter,
-    another_group, raise_on_nonfinite,
+    unaligned, no_momentum, by_row, centre_vectors, fewer_parameters, another_parameter,
+    one_more_parameter, another_group, raise_on_nonfinite,
 ]  # fmt: skip
 
 
