@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import normalized, snapshot
 from paths import StepPath
 from runs import (
     assert_bits,
@@ -19,11 +18,13 @@ from runs import (
     take_steps,
     through_a_file,
 )
+from snapshots import snapshot
 from torch import Tensor
 from torch.nn import Parameter
 
 from bngd_triton import BNGD, steady, stepper
 from bngd_triton.kernels import plan, prepared
+from bngd_triton.oracle import normalized
 from bngd_triton.stepper import Stepper
 
 FLOAT32, BFLOAT16 = torch.float32, torch.bfloat16

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from oracle import snapshot
 from paths import StepPath
+from snapshots import snapshot
 from torch import Tensor
 from torch.nn import Parameter
 

@@ -30,7 +30,6 @@ from dcp_work import (
     visited,
 )
 from processes import WorkerError, run
-from tolerances import ULP, ulps
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
@@ -41,6 +40,7 @@ from torch.multiprocessing import ProcessExitedException
 
 from bngd_triton import BNGD
 from bngd_triton.checkpoint import COUNTS
+from bngd_triton.tolerances import ULP, ulps
 
 pytestmark = [
     pytest.mark.skipif(

@@ -28,8 +28,9 @@ from sharded_steps import (
     scaled,
     visited,
 )
-from tolerances import LRE, ULP, ulps
 from torch import Tensor
+
+from bngd_triton.tolerances import LRE, ULP, ulps
 
 pytestmark = [
     pytest.mark.skipif(

@@ -10,9 +10,8 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from oracle import oracle_step
+from closeness import assert_close
 from paths import StepPath
-from tolerances import GHAT, THETA, assert_close, step_bounds
 from torch import Tensor
 from work import entry, inputs, member, nothing_new
 
@@ -24,6 +23,8 @@ from bngd_triton.kernels.update import store_as
 from bngd_triton.members import Member, new_record
 from bngd_triton.moments import Fold, Moments, fold_moments
 from bngd_triton.options import Options
+from bngd_triton.oracle import oracle_step
+from bngd_triton.tolerances import GHAT, THETA, step_bounds
 
 # small work items, so that small tensors have several slices, chunks and merges;
 # rows up to 256 + 15 entries are tiles

@@ -7,12 +7,12 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from oracle import oracle_step
 from paths import StepPath
 from torch import Tensor
 from torch.nn import Parameter
 
 from bngd_triton import BNGD
+from bngd_triton.oracle import oracle_step
 
 LR = 0.1
 STEPS = 2

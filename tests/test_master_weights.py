@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import snapshot
 from paths import StepPath
 from runs import (
     assert_bits,
@@ -21,6 +20,7 @@ from runs import (
     take_steps,
     through_a_file,
 )
+from snapshots import snapshot
 from torch import Tensor
 from torch.nn import Parameter
 

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
-from oracle import oracle_step, snapshot
 from paths import StepPath
+from snapshots import snapshot
 from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import lr_scheduler
@@ -26,6 +26,7 @@ from torch.optim.optimizer import (
 
 from bngd_triton import BNGD
 from bngd_triton.checkpoint import COUNTS
+from bngd_triton.oracle import oracle_step
 
 # parameters are below 4, where half a unit of float32 is 1.2e-7; a few steps of rounding
 ATOL = 2e-6

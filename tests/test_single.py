@@ -10,9 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import oracle_step
+from closeness import assert_close
 from test_kernels import LANES, LR, OPTIONS, SMALL, TILES, assert_guards, make
-from tolerances import assert_close, step_bounds
 from torch import Tensor
 from work import entry, inputs, member, nothing_new
 
@@ -22,6 +21,8 @@ from bngd_triton.kernels.prepared import FusedStep
 from bngd_triton.kernels.work import CHUNK_ITEM, SLICE_ITEM, TILE_ITEM
 from bngd_triton.members import Member, skipped_slices
 from bngd_triton.options import Options
+from bngd_triton.oracle import oracle_step
+from bngd_triton.tolerances import step_bounds
 
 # a few segments to a wave, and segments longer than one
 WAVE = 1024

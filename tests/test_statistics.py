@@ -13,11 +13,11 @@ from fractions import Fraction
 import mpmath
 import pytest
 import torch
-from tolerances import LRE, LRE_FLOAT64, MEAN
 from torch import Tensor
 
 from bngd_triton import moments
 from bngd_triton.kernels import Tuning, segment_statistics
+from bngd_triton.tolerances import LRE, LRE_FLOAT64, MEAN
 
 
 def _pi_digits() -> list[float]:

@@ -1,4 +1,4 @@
-"""What the tests compare with: the definition in float64, and copies of an optimizer's state.
+"""The definition in float64, which the tests and `bngd verify` compare with.
 
 `oracle_step` is written from the definition alone and shares no code with the package. It is slow
 and literal: one slice at a time, sums without rounding error (`math.fsum`).
@@ -6,10 +6,8 @@ and literal: one slice at a time, sums without rounding error (`math.fsum`).
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,6 +39,17 @@ def oracle_step(
         grads: of the same shapes; None where a parameter has none.
         buffers: momentum of the same shapes, None where there is none yet; without effect when
             `momentum` is 0.
+        lr: as in `reference.step_`, like all that follow.
+        momentum: see there.
+        nesterov: see there.
+        weight_decay: see there.
+        eps: see there.
+        granularity: see there.
+        normalizer: see there.
+        centering: see there.
+        center_1d: see there.
+        nonfinite: see there.
+        maximize: see there.
 
     Returns:
         New parameters and buffers: contiguous float64 tensors on the CPU. A buffer that this step
@@ -82,7 +91,9 @@ def oracle_step(
             fresh = flat.view(theta.shape)
             update = fresh
             if momentum:
-                m = _part(new_buffers[i], row)
+                buffer = new_buffers[i]
+                assert buffer is not None
+                m = _part(buffer, row)
                 m.copy_(momentum * m + (1 - momentum) * fresh)
                 update = momentum * m + (1 - momentum) * fresh if nesterov else m
             theta.copy_((1 - rate * weight_decay) * theta - rate * update)
@@ -100,7 +111,7 @@ def normalized(g: Tensor, eps: float, normalizer: str, centering: float) -> Tens
     v = g - centering * mu
     ghat = v / (_rms(v) + eps)
     if normalizer == "cdf":
-        return math.sqrt(3) * (2 * torch.special.ndtr(ghat) - 1)
+        ghat = math.sqrt(3) * (2 * torch.special.ndtr(ghat) - 1)
     return ghat
 
 
@@ -108,41 +119,12 @@ def _rms(v: Tensor) -> float:
     return math.sqrt(math.fsum((v * v).tolist()) / v.numel())
 
 
-def _plain(tensor: Tensor) -> Tensor:
+def _plain(tensor: Tensor | None) -> Tensor:
     """A contiguous float64 copy on the CPU, by index and not by memory."""
+    assert tensor is not None
     out = torch.empty(tensor.shape, dtype=torch.float64)
     return out.copy_(tensor.detach().cpu())
 
 
 def _part(tensor: Tensor, row: int | None) -> Tensor:
     return tensor if row is None else tensor[row]
-
-
-def snapshot(optimizer: torch.optim.Optimizer | None, params: Sequence[Tensor]) -> dict[str, Any]:
-    """Everything that a refused call must leave alone, as copies that `==` compares.
-
-    Tensors become their bytes, shape, strides and address; parameters in groups become ids.
-    """
-    found: dict[str, Any] = {"params": [_frozen(param) for param in params]}
-    if optimizer is None:
-        return found
-    found["state"] = {
-        id(param): {key: _frozen(value) for key, value in state.items()}
-        for param, state in optimizer.state.items()
-    }
-    found["groups"] = [
-        {key: _frozen(value) for key, value in group.items() if key != "params"}
-        | {"params": [id(param) for param in group["params"]]}
-        for group in optimizer.param_groups
-    ]
-    return found
-
-
-def _frozen(value: Any) -> Any:
-    if not isinstance(value, Tensor):
-        return copy.deepcopy(value)
-    if value.device.type == "meta":
-        return value.shape, value.stride(), value.dtype
-    plain = value.detach().cpu().contiguous().flatten()
-    content = plain.view(torch.uint8).tolist() if plain.numel() else []
-    return content, value.shape, value.stride(), value.dtype, value.data_ptr()

@@ -1,4 +1,7 @@
-"""Every tolerance of the suite, each with its reason. EPS is float32's unit roundoff, 2**-24."""
+"""Every tolerance of the tests and of `bngd verify`, each with its reason.
+
+EPS is float32's unit roundoff, 2**-24.
+"""
 
 from __future__ import annotations
 
@@ -29,38 +32,48 @@ LRE_FLOAT64 = 9.0
 MEAN = 2 * EPS
 
 
-def assert_close(what: str, got: Tensor, want: Tensor, bound: Tensor) -> None:
-    """Entry by entry ``|got - want| <= bound``; a NaN in `want` asks for one in `got`."""
-    got, want, bound = got.detach().cpu().double(), want.double(), bound.double()
-    assert torch.equal(got.isnan(), want.isnan()), f"{what}: NaN in other places"
-    error = (got - want).abs()
-    bad = error > bound
-    if bad.any():
-        i = int((error - bound).nan_to_num(-1.0).argmax())
-        raise AssertionError(
-            f"{what}: {int(bad.sum())} of {bad.numel()} entries off; entry {i} is "
-            f"{got.flatten()[i]:.9g}, not {want.flatten()[i]:.9g}: error {error.flatten()[i]:.3g} "
-            f"> {bound.flatten()[i]:.3g}; RMS error {error.square().mean().sqrt():.3g}"
-        )
-
-
 def ghat_bound(want: Tensor, *, normalizer: str = "zscore") -> Tensor:
     """Bound for a float32 ghat; entries near 0 are differences of numbers of size 1."""
     return (CDF if normalizer == "cdf" else GHAT) * (1 + want.abs())
 
 
 def step_bounds(
-    theta: Tensor, new_theta: Tensor, new_momentum: Tensor, dtype: torch.dtype, lr: float, cdf: bool
+    theta: Tensor,
+    new_theta: Tensor,
+    new_momentum: Tensor,
+    dtype: torch.dtype,
+    lr: float,
+    cdf: bool,
+    *,
+    buffer: torch.dtype = torch.float32,
+    stochastic: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Bounds for a parameter of `dtype` and its float32 momentum after one step.
+    """Bounds for a parameter of `dtype` and its momentum after one step.
 
-    `theta` is the parameter before the step, the others are the oracle's.
+    Args:
+        theta: the parameter before the step.
+        new_theta: the oracle's.
+        new_momentum: the oracle's; where that is not what moves the parameter (no momentum,
+            Nesterov), the larger of both.
+        dtype: of the parameter, or float32 for its master.
+        lr: in units of the parameter.
+        cdf: whether the normalizer is ``"cdf"``.
+        buffer: the dtype of the momentum.
+        stochastic: whether the parameter is rounded stochastically: by a whole unit in the last
+            place, not half of one.
     """
     size = 1 + new_momentum.abs()
     momentum = ((CDF if cdf else GHAT) + MOMENTUM) * size
     exact = lr * (momentum + THETA * size) + THETA * (theta.abs() + new_theta.abs())
-    stored = STORE[dtype] * (new_theta.abs() + exact) + FLOOR[dtype]
-    return exact + stored, momentum
+    return (
+        exact + (1 + stochastic) * _stored(new_theta.abs() + exact, dtype),
+        momentum + _stored(new_momentum.abs() + momentum, buffer),
+    )
+
+
+def _stored(size: Tensor, dtype: torch.dtype) -> Tensor:
+    """The most that rounding to nearest changes at the store; float32's share is in the rest."""
+    return STORE[dtype] * size + FLOOR[dtype]
 
 
 # Float32 numbers between weights of sharded and of whole parameters after 20 steps: statistics are
