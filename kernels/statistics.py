@@ -154,7 +154,8 @@ def _publish(
     if WIDE:
         uniform = tl.sqrt(m2 / n) <= tl.abs(mean) * UNIFORM
     else:
-        uniform = least == most
+        # extremes drop NaN, the mean never does
+        uniform = (least == most) & (mean == mean)
         mean = tl.where(uniform, least, mean)
         m2 = tl.where(uniform, 0.0, m2)
     here = segments_ptr + segment * SEGMENT_COLUMNS
@@ -287,7 +288,8 @@ def _tile(
     x = tl.load(grad, mask=x_live, other=0.0, eviction_policy="evict_first").to(tl.float32)
     n = tl.maximum(length, 1).to(tl.float64)
     mean, m2, least, most = tile_moments(x, x_live, length.to(tl.float32), 1)
-    uniform = least == most
+    # extremes drop NaN, the mean never does
+    uniform = (least == most) & (mean == mean)
     mean = tl.where(uniform, least.to(tl.float64), mean)
     m2 = tl.where(uniform, 0.0, m2)
 

@@ -347,6 +347,22 @@ def test_nonfinite(
         assert torch.equal(params[0][1].double().cpu(), before[0][1]), "bits, not only values"
 
 
+@pytest.mark.parametrize("nonfinite", ["skip", "propagate"])
+@pytest.mark.parametrize("tuning", [LANES, TILES], ids=["lanes", "tiles"])
+def test_nan_among_equal_entries(nonfinite: str, tuning: Tuning, device: torch.device) -> None:
+    """Equal but for a NaN, which an extreme drops: zeros where units are dead, for instance."""
+    grads = [torch.full((n,), value, device=device) for n in (3, 40, 300) for value in (0.0, 2.0)]
+    grads += [grad.clone() for grad in grads]
+    for i, grad in enumerate(grads):
+        grad[0 if i < len(grads) // 2 else -1] = torch.nan
+    params = [torch.ones_like(grad) for grad in grads]
+    options = {"lr": LR, "momentum": 0.0, "nonfinite": nonfinite, "tuning": tuning}
+    skipped = int(fused_step_(params, grads, None, **options))
+    assert skipped == (len(grads) if nonfinite == "skip" else 0)
+    for param in params:
+        assert (param == 1 if nonfinite == "skip" else param.isnan()).all()
+
+
 def test_several_steps_of_a_prepared_step(device: torch.device) -> None:
     """Gradients move, learning rates change, a group is frozen for a while."""
     shapes = [(300, 3), (40, 7), (5000,), (9,)]
