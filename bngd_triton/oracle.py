@@ -58,6 +58,7 @@ def oracle_step(
     rate = float(lr)
     new_params = [_plain(param) for param in params]
     new_buffers = [None if buffer is None else _plain(buffer) for buffer in buffers]
+    plain_grads = [None if grad is None else _plain(grad) for grad in grads]
     stepped = [i for i, grad in enumerate(grads) if grad is not None]
     # each slice: the parameters it spans, and its rows in them
     slices: list[list[tuple[int, int | None]]] = []
@@ -72,7 +73,7 @@ def oracle_step(
                 new_buffers[i] = torch.zeros_like(new_params[i])
 
     for members in slices:
-        values = [_part(_plain(grads[i]), row) for i, row in members]
+        values = [_part(plain_grads[i], row) for i, row in members]
         g = torch.cat([value.reshape(-1) for value in values])
         if not g.numel():
             continue
@@ -91,9 +92,7 @@ def oracle_step(
             fresh = flat.view(theta.shape)
             update = fresh
             if momentum:
-                buffer = new_buffers[i]
-                assert buffer is not None
-                m = _part(buffer, row)
+                m = _part(new_buffers[i], row)
                 m.copy_(momentum * m + (1 - momentum) * fresh)
                 update = momentum * m + (1 - momentum) * fresh if nesterov else m
             theta.copy_((1 - rate * weight_decay) * theta - rate * update)
@@ -119,12 +118,12 @@ def _rms(v: Tensor) -> float:
     return math.sqrt(math.fsum((v * v).tolist()) / v.numel())
 
 
-def _plain(tensor: Tensor | None) -> Tensor:
+def _plain(tensor: Tensor) -> Tensor:
     """A contiguous float64 copy on the CPU, by index and not by memory."""
-    assert tensor is not None
     out = torch.empty(tensor.shape, dtype=torch.float64)
     return out.copy_(tensor.detach().cpu())
 
 
-def _part(tensor: Tensor, row: int | None) -> Tensor:
+def _part(tensor: Tensor | None, row: int | None) -> Tensor:
+    assert tensor is not None
     return tensor if row is None else tensor[row]
