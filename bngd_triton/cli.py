@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
 import math
+import os
 import subprocess
 import sys
 import tempfile
@@ -37,6 +39,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if args.command == "bench":
             return _bench(args)
+        if args.command == "info":
+            return _info(args)
+        if args.command == "verify":
+            return _verify(args)
         _check(args)
     except ValueError as error:
         return _fail(str(error), 2)
@@ -97,7 +103,66 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FILE.json",
         help="measure nothing: draw a result file as percent of copy bandwidth, a PNG beside it",
     )
+    info = commands.add_parser(
+        "info",
+        help="versions, devices and who serves them; for a bug report",
+        description="Print versions, devices and which path a step takes on each; for a bug "
+        "report. What is broken is shown as its error.",
+    )
+    info.add_argument("--json", action="store_true", help="as JSON")
+    verify = commands.add_parser(
+        "verify",
+        help="check the kernels and the eager reference against float64 on this machine",
+        description="Step many small cases with the kernels and with the eager reference, and "
+        "compare both with the definition in float64. Without a GPU the kernels run in Triton's "
+        "interpreter: under two minutes on two CPU cores. Ends with 1 where something is not as "
+        "promised, and names the case.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    verify.add_argument("--device", default=device, help="where to step")
+    verify.add_argument("--seed", type=int, default=0, help="of parameters and gradients")
+    which = verify.add_mutually_exclusive_group()
+    which.add_argument("--quick", action="store_true", help="a dozen cases, under half a minute")
+    which.add_argument(
+        "--case",
+        action="append",
+        metavar="NAME",
+        help="only this case, such as bf16,row,decay; may be repeated",
+    )
+    verify.add_argument("--json", type=Path, metavar="FILE", help="write everything to a file")
     return parser
+
+
+def _info(args: argparse.Namespace) -> int:
+    from .info import collect, lines
+
+    found = collect()
+    print(json.dumps(found, indent=1) if args.json else "\n".join(lines(found)))
+    return 0
+
+
+def _verify(args: argparse.Namespace) -> int:
+    _check_seed(args.seed)
+    _check_device(args.device)
+    if args.json is not None:
+        _check_folder(args.json.absolute().parent, "--json")
+    device = torch.ones(1, device=args.device).device
+    if device.type == "cpu":
+        # read when kernels are defined, which comes later
+        os.environ["TRITON_INTERPRET"] = "1"
+    from .kernels.launch import why_not
+    from .verify import verify
+    from .verify_cases import Case, suite
+
+    reason = why_not(torch.ones(1, device=device))
+    if reason is not None:
+        return _fail(f"the kernels cannot run on {device}: {reason}", 1)
+    if args.case:
+        cases = [Case.named(name) for name in args.case]
+    else:
+        # all pairs of values in the interpreter, all triples on a GPU
+        cases = suite(0 if args.quick else 2 if device.type == "cpu" else 3)
+    return verify(cases, device, args.seed, args.json)
 
 
 def _bench(args: argparse.Namespace) -> int:
@@ -142,13 +207,17 @@ def _check(args: argparse.Namespace) -> None:
     """Refuse bad values by name, before any training."""
     if args.epochs < 1:
         raise ValueError(f"--epochs must be >= 1, got {args.epochs}")
-    if not 0 <= args.seed < 2**63:
-        raise ValueError(f"--seed must be in [0, 2**63), got {args.seed}")
+    _check_seed(args.seed)
     target = args.target_loss
     if target is not None and not (math.isfinite(target) and target > 0):
         raise ValueError(f"--target-loss must be finite and > 0, got {target}")
     _check_device(args.device)
-    _check_folder(args.out)
+    _check_folder(args.out, "--out")
+
+
+def _check_seed(seed: int) -> None:
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"--seed must be in [0, 2**63), got {seed}")
 
 
 def _check_device(name: str) -> None:
@@ -160,13 +229,13 @@ def _check_device(name: str) -> None:
         raise ValueError(f"--device {name!r} cannot be used: {reason}") from error
 
 
-def _check_folder(path: Path) -> None:
+def _check_folder(path: Path, option: str) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path):
             pass
     except OSError as error:
-        raise ValueError(f"--out {path} cannot be written: {error.strerror}") from error
+        raise ValueError(f"{option} {path} cannot be written: {error.strerror}") from error
 
 
 def _fail(message: str, code: int) -> int:

@@ -1,0 +1,180 @@
+"""`bngd info`: what it says, and that nothing makes it fail."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+import bngd_triton
+from bngd_triton import cli, info
+from bngd_triton.kernels import architectures, launch
+
+PACKAGE = Path(bngd_triton.__file__).parent
+CACHED = (
+    architectures.architecture_of,
+    architectures.tuning_for,
+    architectures.dependent_launches,
+)
+
+
+def printed(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    assert cli.main(["info", *arguments]) == 0
+    return capsys.readouterr().out
+
+
+def test_this_machine(capsys: pytest.CaptureFixture[str]) -> None:
+    found = json.loads(printed(capsys, "--json"))
+    assert found["versions"]["bngd_triton"] == bngd_triton.__version__
+    assert found["versions"]["torch"] == torch.__version__
+    # this torch has all that the fast paths use
+    private = found["private functions of torch"]
+    assert private.pop("torch._C._tensors_data_ptrs_at_indices_equal") == torch.cuda.is_available()
+    assert set(private.values()) == {True}
+    assert found["devices"]["cpu"]["architecture"] == "interpreter"
+    text = printed(capsys)
+    for name in (*found, *found["devices"]):
+        assert name in text
+    assert re.search(rf"\n  torch +{re.escape(torch.__version__)}\n", text)
+    assert "error" not in text
+
+
+def test_every_private_function_is_listed() -> None:
+    """So that a report shows which of them another torch lacks."""
+    used = set()
+    for path in PACKAGE.glob("*.py"):
+        text = path.read_text()
+        for module, names in re.findall(
+            r"from (torch\._(?:C|dynamo)[\w.]*) import ([\w, ]+)", text
+        ):
+            used |= {f"{module}.{name}" for name in re.split(r",\s*", names)}
+        used |= set(re.findall(r"\btorch\._C\.\w+", text))
+        named = re.findall(r'getattr\(torch\._C, "(\w+)"', text)
+        used |= {f"torch._C.{name}" for name in named}
+    assert used
+    listed = set(info.PRIVATE)
+    # a module is listed by its functions
+    missing = {name for name in used if not any(one.startswith(name) for one in listed)}
+    assert not missing
+
+
+@pytest.fixture
+def gpus(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A machine with an H100, a GPU without a row, one that is too old and one that fails."""
+
+    def clear() -> None:
+        for cached in CACHED:
+            cached.cache_clear()
+
+    kinds = [("H100", 9, 0), ("Unheard", 10, 3), ("V100", 7, 0)]
+
+    def properties(device: torch.device) -> Any:
+        if device.index == 3:
+            raise RuntimeError("CUDA error: unknown\nmore")
+        name, major, minor = kinds[device.index]
+        return SimpleNamespace(
+            name=name, major=major, minor=minor, total_memory=80 << 30, warp_size=32,
+            multi_processor_count=132,
+        )  # fmt: skip
+
+    def capability(device: torch.device) -> tuple[int, int]:
+        return properties(device).major, properties(device).minor
+
+    def empty(*_: Any, device: torch.device) -> Any:
+        return SimpleNamespace(device=device, dtype=torch.float32)
+
+    clear()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", properties)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", capability)
+    monkeypatch.setattr(torch, "get_device_module", lambda device: torch.cuda)
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(info.torch, "empty", empty)
+    monkeypatch.setattr(launch, "interpreting", lambda: False)
+    monkeypatch.setattr(info, "interpreting", lambda: False)
+    yield
+    clear()
+
+
+@pytest.mark.usefixtures("gpus")
+def test_gpus() -> None:
+    found = info.collect()["devices"]
+    h100 = found["cuda:0"]
+    assert h100["served by"] == "the kernels"
+    assert h100["because"] is None
+    assert h100["memory"] == "80.0 GiB"
+    assert h100["multiprocessors"] == 132
+    assert h100["architecture"] == "sm_90"
+    assert h100["sizes"] == "row sm_90: " + architectures.TABLE["sm_90"].reason
+    assert h100["form of a step"] == "two-launch"
+    assert h100["dependent launches"] == "off, available"
+    assert found["cuda:1"]["sizes"].startswith("no row of its own, others with waves of 32: ")
+    assert found["cuda:1"]["statistics"] == "float32 tiles"
+    assert found["cuda:2"]["served by"] == "the eager reference"
+    assert "needs compute capability 8.0, cuda:2 has 7.0" in found["cuda:2"]["because"]
+    assert found["cuda:2"]["dependent launches"] == "off, not available"
+    assert found["cuda:3"]["name"] == "error: RuntimeError: CUDA error: unknown"
+    assert found["cuda:3"]["served by"] == "unknown"
+    assert found["cuda:3"]["sizes"].startswith("error: ")
+
+
+def test_parts_that_are_broken(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(*_: Any) -> Any:
+        raise OSError("libcuda.so.1: cannot open\nshared object file")
+
+    for module, name in (
+        (info.importlib.metadata, "version"),
+        (info, "_driver"),
+        (info, "_import_triton"),
+        (torch.cuda, "device_count"),
+        (info, "why_not"),
+        (info, "tuning_for"),
+    ):
+        monkeypatch.setattr(module, name, broken)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    text = printed(capsys)
+    error = "error: OSError: libcuda.so.1: cannot open"
+    for name in ("numpy", "NVIDIA driver", "triton imports", "cuda", "because", "compiled handles"):
+        assert re.search(rf"\n +{name} +{error}\n", text), name
+    assert "served by              unknown" in text
+    assert "shared object" not in text
+
+
+@pytest.mark.parametrize("there", [False, True], ids=["missing", "broken"])
+def test_without_triton(there: bool, tmp_path: Path) -> None:
+    """In a process of its own; a broken one raises whatever its libraries do."""
+    if there:
+        (tmp_path / "triton").mkdir()
+        (tmp_path / "triton" / "__init__.py").write_text("raise OSError('libtriton.so')")
+        first = f"import sys; sys.path.insert(0, {str(tmp_path)!r})"
+    else:
+        first = "import sys; sys.modules['triton'] = None"
+    others = "sys.modules.update(dict.fromkeys(['rich', 'matplotlib', 'sklearn']))"
+    command = "from bngd_triton.cli import main; sys.exit(main(['info', '--json']))"
+    done = subprocess.run(
+        [sys.executable, "-c", f"{first}; {others}; {command}"],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+    )
+    found = json.loads(done.stdout)
+    words = "error: OSError: libtriton.so" if there else "not installed"
+    assert found["kernels"]["triton imports"] == words
+    cpu = found["devices"]["cpu"]
+    if there:
+        assert [cpu["served by"], cpu["because"]] == ["unknown", words]
+    else:
+        assert cpu["served by"] == "the eager reference"
+        assert cpu["because"].startswith("Triton is not installed")
