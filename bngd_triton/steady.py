@@ -151,7 +151,8 @@ class Steady:
 
     def _follow(self, groups: list[dict[str, Any]], this: Pass, same_groups: bool) -> bool:
         """Bring the option tables up to date; False where the layout of the work would change."""
-        if same_groups and this.closing == self.closing and not self.reader.by_value:
+        # whose windows close stands in the groups too
+        if same_groups and not self.reader.by_value:
             return True
         options = self.reader.read(groups)
         if [structure(one) for one in options] != self.structure:
