@@ -21,6 +21,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 
 from .exchange import Share
+from .memory import local
 from .moments import slice_dims
 
 
@@ -72,7 +73,7 @@ def share_of(name: str, param: Tensor, grad: Tensor, granularity: str) -> Share:
         param: a plain tensor or a DTensor.
         grad: its gradient, of which only the dtype matters.
         granularity: ``"tensor"``, ``"row"`` or ``"global"``; under the last each tensor is one
-            slice here, and ``Exchange(..., together=True)`` merges them.
+            slice here: who knows the group sets `Share.union`.
 
     Raises:
         ValueError: this process has no place in the mesh.
@@ -80,47 +81,21 @@ def share_of(name: str, param: Tensor, grad: Tensor, granularity: str) -> Share:
     """
     by_row = len(slice_dims(param.dim(), granularity)) < param.dim()
     entries = param.numel() // max(1, param.shape[0]) if by_row else param.numel()
-    spread: list[int] = []
-    replicated: list[int] = []
     groups: list[ProcessGroup] = []
-    local = param
     if isinstance(param, DTensor):
-        local = param.to_local()
-        for mesh_dim, dim in enumerate(_cut_dims(name, param)):
-            if dim is None:
-                replicated.append(mesh_dim)
-            elif param.device_mesh.size(mesh_dim) > 1 and not (by_row and dim == 0):
-                spread.append(mesh_dim)
-        groups = [param.device_mesh.get_group(mesh_dim) for mesh_dim in reversed(spread)]
+        mesh = param.device_mesh
+        for mesh_dim, dim in reversed(list(enumerate(_cut_dims(name, param)))):
+            if dim is not None and mesh.size(mesh_dim) > 1 and not (by_row and dim == 0):
+                groups.append(mesh.get_group(mesh_dim))
+    part = local(param)
     return Share(
-        slices=local.shape[0] if by_row else 1,
+        slices=part.shape[0] if by_row else 1,
         entries=entries,
         ndim=param.dim(),
         groups=tuple(groups),
-        spread=tuple(spread),
-        replicated=tuple(replicated),
         wide=grad.dtype is torch.float64,
-        device=local.device,
+        device=part.device,
     )
-
-
-@torch.no_grad()
-def global_rows(param: Tensor) -> Tensor:
-    """The indices of dimension 0 that this rank holds, in the order of its local rows.
-
-    Args:
-        param: a plain tensor or a DTensor, of one or more dimensions.
-
-    Returns:
-        int64, on the parameter's device.
-    """
-    rows = torch.arange(param.shape[0], device=param.device)
-    if not isinstance(param, DTensor):
-        return rows
-    cuts = zip(param.placements, _cut_dims("param", param))
-    kept = [placement if dim == 0 else Replicate() for placement, dim in cuts]
-    # without a source rank every rank cuts its own copy: no collective
-    return distribute_tensor(rows, param.device_mesh, kept, src_data_rank=None).to_local()
 
 
 @torch.no_grad()
@@ -202,10 +177,8 @@ def everywhere(tensors: Sequence[Tensor], flags: Sequence[Tensor]) -> list[bool]
     cut: dict[str, tuple[ProcessGroup, list[int]]] = {}
     for i, tensor in enumerate(tensors):
         if isinstance(tensor, DTensor):
-            for mesh_dim, placement in enumerate(tensor.placements):
-                if not placement.is_replicate():
-                    group = tensor.device_mesh.get_group(mesh_dim)
-                    cut.setdefault(group.group_name, (group, []))[1].append(i)
+            for group in _cutting(tensor):
+                cut.setdefault(group.group_name, (group, []))[1].append(i)
     for group, rows in cut.values():
         packed = torch.stack([held[i].to(held[rows[0]].device) for i in rows])
         dist.all_reduce(packed, dist.ReduceOp.MIN, group=group)
@@ -232,12 +205,7 @@ def check_found_inf(params: Sequence[Tensor], names: Sequence[str]) -> None:
         grad = param.grad
         if not isinstance(grad, DTensor):
             continue
-        mesh = grad.device_mesh
-        cut: set[str] = {
-            mesh.get_group(mesh_dim).group_name
-            for mesh_dim, placement in enumerate(grad.placements)
-            if mesh.size(mesh_dim) > 1 and not placement.is_replicate()
-        }
+        cut: set[str] = {group.group_name for group in _cutting(grad)}
         leader, told = leaders.setdefault((grad.device, grad.dtype), (name, cut))
         if not cut <= told:
             raise RuntimeError(
@@ -247,10 +215,14 @@ def check_found_inf(params: Sequence[Tensor], names: Sequence[str]) -> None:
             )
 
 
-def signature(param: Tensor, grad: Tensor) -> tuple[object, ...]:
-    """Changes whenever `share_of` would: a cached `Exchange` serves while it is the same."""
-    place = (param.device_mesh, param.placements) if isinstance(param, DTensor) else ()
-    return (param.shape, param.device, grad.dtype, *place)
+def _cutting(tensor: DTensor) -> list[ProcessGroup]:
+    """The process groups over which ranks hold different parts, or terms, of a tensor."""
+    mesh = tensor.device_mesh
+    return [
+        mesh.get_group(mesh_dim)
+        for mesh_dim, placement in enumerate(tensor.placements)
+        if mesh.size(mesh_dim) > 1 and not placement.is_replicate()
+    ]
 
 
 def _cut_dims(name: str, param: DTensor) -> list[int | None]:

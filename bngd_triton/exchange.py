@@ -20,11 +20,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from .moments import Moments, exponent_of, moments, power_of_two, slice_dims
+from .moments import Moments, exponent_of, moments, pooled, power_of_two, slice_dims
 
 COLUMNS = 5
-# bytes of one entry of a table
-WIDTH = 8
 # bytes of gathered tables that a rank holds before slices are dealt out to ranks instead: the 291
 # tensors of an 8B transformer pass it at 2883 ranks
 GATHERED = 2**25
@@ -42,20 +40,19 @@ class Share(NamedTuple):
         ndim: dimensions of the tensor.
         groups: the process groups over which each slice is spread, innermost first. Their ranks
             hold parts of the same slices, in the same order.
-        spread: the mesh dimensions of `groups`, in the mesh's order.
-        replicated: mesh dimensions along which ranks hold the same entries: not merged.
         wide: whether the gradient is float64, see the module.
         device: where the table is.
+        union: tensors with the same number here are one slice together (``"global"``), each with
+            a table of one row. None for slices of its own.
     """
 
     slices: int
     entries: int
     ndim: int
     groups: tuple[ProcessGroup, ...]
-    spread: tuple[int, ...]
-    replicated: tuple[int, ...]
     wide: bool
     device: torch.device
+    union: int | None = None
 
 
 @torch.no_grad()
@@ -84,7 +81,7 @@ def local_table(grad: Tensor, granularity: str) -> Tensor:
 
 
 def merge(parts: Tensor, wide: Tensor | None = None) -> Tensor:
-    """The statistics of unions (Chan, Golub and LeVeque), summed in the order of `parts`.
+    """The statistics of unions, summed in the order of `parts`.
 
     Args:
         parts: float64 [parts, slices, 5]; a row without entries is ignored, whatever it holds.
@@ -106,14 +103,9 @@ def merge(parts: Tensor, wide: Tensor | None = None) -> Tensor:
         # beyond the bounds a part is nothing beside the largest one
         mean = mean * power_of_two((common - own).clamp(-1022, 1022))
         m2 = m2 * power_of_two((2 * (common - own)).clamp(-1022, 1022))
-    # relative to the first part with entries, so that equal means merge without rounding
-    base = mean.gather(0, filled.byte().argmax(0, keepdim=True))
-    away = torch.where(filled, mean - base, 0.0)
-    total = n.sum(0)
-    shift = (n * away).sum(0) / total.clamp_min(1.0)
-    away = torch.where(filled, away - shift, 0.0)
-    m2 = (m2 + n * away.square()).sum(0)
-    return torch.stack([total, base[0] + shift, m2, least, greatest], -1)
+    first = mean.gather(0, filled.byte().argmax(0, keepdim=True))[0]
+    mean, m2 = pooled(n, mean, m2, first)
+    return torch.stack([n.sum(0), mean, m2, least, greatest], -1)
 
 
 def _exponent_within(least: Tensor, greatest: Tensor) -> Tensor:
@@ -141,7 +133,7 @@ class _Stage(NamedTuple):
         """The packed table, merged over the group."""
         part = table if self.rows is None else table.index_select(0, self.rows)
         ranks = dist.get_world_size(self.group)
-        if ranks * part.numel() * WIDTH <= GATHERED:
+        if ranks * part.nbytes <= GATHERED:
             merged = self._gather(part, ranks)
         else:
             merged = self._deal(part, ranks)
@@ -178,27 +170,16 @@ class Exchange:
     sliced from one root share their groups. Beyond `GATHERED` bytes it is two.
 
     Args:
-        shares: one per tensor, the same tensors in the same order on every rank of a mesh.
-        together: merge all tensors into one slice (``granularity="global"``).
-
-    Attributes:
-        groups: the process groups in the order of their collectives.
-
-    Raises:
-        ValueError: tables would be on several devices.
+        shares: one per tensor, the same tensors in the same order on every rank of a mesh; all
+            on one device.
     """
 
-    def __init__(self, shares: Sequence[Share], *, together: bool = False) -> None:
-        devices = sorted({str(share.device) for share in shares})
-        if len(devices) > 1:
-            raise ValueError(
-                "statistics are exchanged in one table on one device, "
-                f"got {', '.join(devices)}: make one exchange per device"
-            )
+    def __init__(self, shares: Sequence[Share]) -> None:
         self.shares = tuple(shares)
-        self.together = together
-        self._wide = _wide_rows(shares)
-        self.groups: list[ProcessGroup] = []
+        self._unions: dict[int, list[int]] = {}
+        for i, share in enumerate(shares):
+            if share.union is not None:
+                self._unions.setdefault(share.union, []).append(i)
         self._stages: list[_Stage] = []
         # by name: several meshes may hold one group as different objects
         groups = {group.group_name: group for share in shares for group in share.groups}
@@ -211,7 +192,6 @@ class Exchange:
                 start += share.slices
             if any(share.slices for share in taken):
                 some = torch.cat(rows) if len(taken) < len(shares) else None
-                self.groups.append(group)
                 self._stages.append(_Stage(group, some, _wide_rows(taken)))
 
     @torch.no_grad()
@@ -222,45 +202,29 @@ class Exchange:
             tables: float64 [slices, 5] for each share, see the module.
 
         Returns:
-            The tables of the whole slices, in the order of the shares; with `together` the same
-            table of one row for each.
-
-        Raises:
-            ValueError: a table has another shape or dtype than its share says.
+            The tables of the whole slices, in the order of the shares; for those of a union the
+            same table.
         """
-        shapes = [(share.slices, COLUMNS) for share in self.shares]
-        for i, (table, shape) in enumerate(zip(tables, shapes)):
-            if tuple(table.shape) != shape or table.dtype is not torch.float64:
-                raise ValueError(
-                    f"tables[{i}] is {table.dtype} {list(table.shape)}, its share has "
-                    f"float64 {list(shape)}: one row per local slice (local_table makes it)"
-                )
-        if len(tables) != len(self.shares):
-            raise ValueError(f"got {len(tables)} tables for {len(self.shares)} shares")
-        if not self._stages and not (self.together and tables):
-            return list(tables)
-        packed = torch.cat(list(tables))
-        for stage in self._stages:
-            packed = stage.run(packed)
-        if self.together:
-            wide = None if self._wide is None else self._wide.unsqueeze(1)
-            return [merge(packed.unsqueeze(1), wide)] * len(tables)
-        return list(packed.split([share.slices for share in self.shares]))
+        merged = list(tables)
+        if self._stages:
+            packed = torch.cat(merged)
+            for stage in self._stages:
+                packed = stage.run(packed)
+            merged = list(packed.split([share.slices for share in self.shares]))
+        for here in self._unions.values():
+            wide = _wide_rows([self.shares[i] for i in here])
+            parts = torch.stack([merged[i] for i in here])
+            whole = merge(parts, None if wide is None else wide.unsqueeze(1))
+            for i in here:
+                merged[i] = whole
+        return merged
 
-    def moments(self, tables: Sequence[Tensor]) -> list[Moments]:
-        """`run`, with each result shaped to broadcast against its tensor's local gradient."""
-        merged = self.run(tables)
-        entries = sum(share.entries for share in self.shares)
-        found = []
-        for share, table in zip(self.shares, merged):
-            n = entries if self.together else share.entries
-            wide = self._wide is not None if self.together else share.wide
-            found.append(moments_of(table, n, share.ndim, wide=wide))
-        return found
-
-
-def moments_of(table: Tensor, n: int, ndim: int, *, wide: bool) -> Moments:
-    """A table's columns, shaped to broadcast against a gradient of `ndim` dimensions."""
-    shape = (table.shape[0], *[1] * (ndim - 1))[:ndim]
-    _, mean, m2, least, greatest = (column.reshape(shape) for column in table.unbind(1))
-    return Moments(n, mean, m2, _exponent_within(least, greatest) if wide else 0)
+    def moments(self, i: int, table: Tensor) -> Moments:
+        """What `run` found for share `i`, shaped to broadcast against the local gradient."""
+        share = self.shares[i]
+        here = [i] if share.union is None else self._unions[share.union]
+        shape = (len(table), *[1] * (share.ndim - 1))[: share.ndim]
+        _, mean, m2, least, greatest = (column.reshape(shape) for column in table.unbind(1))
+        wide = any(self.shares[j].wide for j in here)
+        exponent = _exponent_within(least, greatest) if wide else 0
+        return Moments(sum(self.shares[j].entries for j in here), mean, m2, exponent)

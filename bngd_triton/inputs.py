@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from .checks import check_float
+from .folds import fold_moments
 from .kernels.launch import standardize_columns, why_not
-from .moments import fold_moments, moments
+from .moments import moments
 from .options import Options
 from .reference import normalize
 

@@ -21,13 +21,14 @@ momentum.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from types import EllipsisType
 
 import torch
 from torch import Tensor
 
 from .checks import check_float, check_masters, check_step, check_tensors
+from .folds import Fold, folds
 from .members import (
     Member,
     Pass,
@@ -36,18 +37,7 @@ from .members import (
     rounds_stochastically,
     skipped_slices,
 )
-from .moments import (
-    Fold,
-    Moments,
-    admit,
-    blocks,
-    closing_fold,
-    fold_moments,
-    global_moments,
-    moments,
-    record_moments,
-    slice_dims,
-)
+from .moments import Moments, blocks
 from .options import Options
 from .precision import hash_positions, positions_of, store_, widen
 
@@ -214,50 +204,6 @@ def normalize(grad: Tensor, fold: Fold, options: Options) -> Tensor:
         bounded = torch.erf(ghat * math.sqrt(0.5)) * math.sqrt(3.0)
         ghat = torch.where(fold.uniform, ghat, bounded)
     return ghat
-
-
-def folds(
-    members: Sequence[Member],
-    options: Options,
-    this: Pass,
-    given: Sequence[Moments] | None = None,
-) -> Iterator[Fold | None]:
-    """The `Fold` of each gradient in turn; None for a tensor without entries.
-
-    Records statistics and windows on the way.
-    """
-    shared = None
-    if options.granularity == "global" and given is None:
-        shared = global_moments([member.grad for member in members if member.grad is not None])
-    # a global slice is admitted and recorded once, with the first of its tensors, which keeps the
-    # window of all
-    leader: Fold | None = None
-    for index, member in enumerate(members):
-        empty = member.param.numel() == 0
-        if empty and given is None:
-            yield None
-            continue
-        if member.grad is None:
-            keeper = members[0] if options.granularity == "global" else member
-            yield closing_fold(member, keeper.window)
-            continue
-        dim = member.grad.dim()
-        if given is not None:
-            found = given[index]
-        else:
-            found = shared or moments(member.grad, slice_dims(dim, options.granularity))
-        wide = torch.promote_types(
-            torch.promote_types(member.param.dtype, member.grad.dtype), torch.float32
-        )
-        centering = options.centering if options.centres(dim) else 0.0
-        fold = fold_moments(found, options, centering, wide, this.grad_scale)
-        if leader is None:
-            admitted = admit(fold, member, options, this)
-            record_moments(member.record, found, fold, options, this.grad_scale)
-            leader = admitted if shared else None
-        else:
-            admitted = fold._replace(valid=leader.valid, beta=leader.beta, moves=leader.moves)
-        yield None if empty else admitted
 
 
 @torch.no_grad()

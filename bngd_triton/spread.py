@@ -9,12 +9,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from . import reference
 from .checks import nonfinite_somewhere
-from .exchange import Exchange, Share, local_table, merge, moments_of
+from .exchange import Exchange, Share, local_table
 from .kernels.prepared import FusedStep
 from .members import Member, Pass, new_record
 from .options import Options
@@ -49,7 +48,7 @@ class Spread:
         Raises:
             FloatingPointError: a non-finite slice with ``nonfinite="raise"``, on every rank.
         """
-        self._parts = _recording_once(parts, options)
+        self._parts = _united(parts, options)
         kernels = [part.member for part in self._parts if _by_kernels(part)]
         measured: list[Tensor] = []
         if kernels:
@@ -65,22 +64,9 @@ class Spread:
         shares = tuple(part.share for part in self._parts)
         if self._exchange is None or self._exchange.shares != shares:
             self._exchange = Exchange(shares)
-        self._tables = self._together(self._exchange.run(tables), options)
+        self._tables = self._exchange.run(tables)
         if this.found_inf is None:
             self._refuse_nonfinite(options)
-
-    def _together(self, tables: list[Tensor], options: list[Options]) -> list[Tensor]:
-        """One table for all tensors of a global group."""
-        for index, one in enumerate(options):
-            here = [i for i, part in enumerate(self._parts) if part.member.group == index]
-            if one.granularity != "global" or not here:
-                continue
-            wide = torch.tensor([[self._parts[i].share.wide] for i in here])
-            flags = wide.to(tables[here[0]].device) if bool(wide.any()) else None
-            whole = merge(torch.stack([tables[i] for i in here]), flags)
-            for i in here:
-                tables[i] = whole
-        return tables
 
     def _refuse_nonfinite(self, options: list[Options]) -> None:
         for part, table in zip(self._parts, self._tables):
@@ -94,24 +80,15 @@ class Spread:
         kernels = [t for part, t in zip(self._parts, self._tables) if _by_kernels(part)]
         if kernels and self._prepared is not None:
             self._prepared.move(kernels, this)
+        assert self._exchange is not None
         for index, one in enumerate(options):
-            rest = [
-                (part, table)
-                for part, table in zip(self._parts, self._tables)
+            rest = {
+                i: part.member
+                for i, part in enumerate(self._parts)
                 if part.member.group == index and not _by_kernels(part)
-            ]
-            shares = [part.share for part in self._parts if part.member.group == index]
-            together = one.granularity == "global"
-            found = [
-                moments_of(
-                    table,
-                    sum(share.entries for share in shares) if together else part.share.entries,
-                    part.share.ndim,
-                    wide=any(share.wide for share in shares) if together else part.share.wide,
-                )
-                for part, table in rest
-            ]
-            reference.apply_([part.member for part, _ in rest], one, this, found)
+            }
+            found = [self._exchange.moments(i, self._tables[i]) for i in rest]
+            reference.apply_(list(rest.values()), one, this, found)
         self._parts, self._tables = [], []
 
 
@@ -119,8 +96,8 @@ def _by_kernels(part: Part) -> bool:
     return part.fused and part.member.param.numel() > 0
 
 
-def _recording_once(parts: Sequence[Part], options: list[Options]) -> list[Part]:
-    """A global group shares one record: only its first tensor may write to it."""
+def _united(parts: Sequence[Part], options: list[Options]) -> list[Part]:
+    """A global group is one slice with one record: only its first tensor may write to that."""
     seen: set[int] = set()
     found = []
     for part in parts:
@@ -130,5 +107,6 @@ def _recording_once(parts: Sequence[Part], options: list[Options]) -> list[Part]
                 spare = new_record(1, member.param.device)
                 part = part._replace(member=member._replace(record=spare))
             seen.add(member.group)
+            part = part._replace(share=part.share._replace(union=member.group))
         found.append(part)
     return found

@@ -14,7 +14,8 @@ import processes
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from sharded_steps import BF16, F32, Block, Parts, gradients, initial
+from sharded_model import Block, Parts, gradients, indices, initial
+from sharded_steps import BF16, F32
 from torch import Tensor, nn
 from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.checkpoint.state_dict import (
@@ -103,25 +104,17 @@ class Snapshot(NamedTuple):
 
 def made(mesh: DeviceMesh | None, value: float = 1.0) -> Run:
     """A model of constant weights; `initial_values` are those that are trained."""
-    model, numbered = nn.ModuleDict(), nn.ModuleDict()
-    for name, (dtype, _) in GROUPS.items():
-        model[name], numbered[name] = Block().to(dtype), Block()
-        with torch.no_grad():
-            for param in numbered[name].parameters():
-                param.copy_(torch.arange(param.numel()).view(param.shape))
+
+    def cut(block: nn.Module) -> None:
         if mesh is not None:
-            fully_shard(model[name], mesh=mesh)
-            fully_shard(numbered[name], mesh=mesh)
-    with torch.no_grad():
-        parts = [
-            Parts(
-                list(model[name].parameters()),
-                [local(param).long() for param in numbered[name].parameters()],
-            )
-            for name in GROUPS
-        ]
-    for part in parts:
-        part.place([torch.full_like(whole, value) for whole in initial()])
+            fully_shard(block, mesh=mesh)
+
+    model, parts = nn.ModuleDict(), []
+    for name, (dtype, _) in GROUPS.items():
+        model[name] = Block().to(dtype)
+        cut(model[name])
+        parts.append(Parts(list(model[name].parameters()), indices(cut)))
+        parts[-1].place([torch.full_like(whole, value) for whole in initial()])
     groups = [
         {"params": list(model[name].named_parameters()), **options}
         for name, (_, options) in GROUPS.items()

@@ -1,4 +1,4 @@
-"""Sharded gradients on 2 to 4 ranks, and what every rank finds out about them.
+"""What every rank finds out about the gradients of `sharded_cases`.
 
 Every world starts once and exchanges all its cases together, as a step would.
 """
@@ -14,141 +14,17 @@ from unittest import mock
 import processes
 import torch
 import torch.distributed as dist
+from sharded_cases import CASES, GRID, RUNS, S0, S1, SPOILT, TWO, Case, R, whole
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
-from torch.distributed.tensor.parallel import (
-    ColwiseParallel,
-    RowwiseParallel,
-    parallelize_module,
-)
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bngd_triton import distributed, exchange
-from bngd_triton.exchange import Exchange, local_table
-
-
-class Case(NamedTuple):
-    """One sharded gradient. Without placements it is a plain tensor."""
-
-    desc: str
-    shape: tuple[int, ...]
-    placements: tuple[Any, ...] | None
-    mesh: tuple[int, ...]
-    gradient: tuple[Any, ...] | None = None
-    values: Callable[[Tensor], Tensor] = lambda x: x
-    # whether torch's own DTensor statistics can be asked
-    eager: bool = True
-
-
-def _huge_and_tiny(x: Tensor) -> Tensor:
-    """Squares of the first half overflow float64, those of the second half underflow."""
-    scale = torch.full(x.shape, 1e-200, dtype=torch.float64)
-    scale.view(-1)[: x.numel() // 2] = 1e200
-    return x.double() * scale
-
-
-def _nan_in_last(x: Tensor) -> Tensor:
-    x.view(-1)[-1] = torch.nan
-    return x
-
-
-def _inf_in_last(x: Tensor) -> Tensor:
-    x.view(-1)[-1] = torch.inf
-    return x
-
-
-TWO = (2,)
-THREE = (3,)
-GRID = (2, 2)
-R, S0, S1 = Replicate(), Shard(0), Shard(1)
-
-CASES = {
-    2: [
-        Case("plain", (5, 3), None, TWO),
-        Case("even", (8, 6), (S0,), TWO),
-        Case("columns", (6, 8), (S1,), TWO),
-        Case("uneven columns", (4, 5), (S1,), TWO),
-        Case("empty columns", (4, 1), (S1,), TWO),
-        Case("replicated", (4, 5), (R,), TWO),
-        Case("partial gradient", (7, 5), (S0,), TWO, (Partial(),)),
-        Case("partial gradient, replicated", (3, 5), (R,), TWO, (Partial(),)),
-        Case("replicated gradient", (7, 5), (S0,), TWO, (R,)),
-        Case("gradient in columns", (6, 4), (S0,), TWO, (S1,)),
-        Case("float64", (6, 5), (S0,), TWO, values=lambda x: x.double()),
-        Case("overflow", (6, 5), (S0,), TWO, values=lambda x: x.double() * 1e200, eager=False),
-        Case("underflow", (6, 4), (S1,), TWO, values=lambda x: x.double() * 1e-200, eager=False),
-        Case("both ends", (6, 5), (S0,), TWO, values=_huge_and_tiny, eager=False),
-        Case("nothing", (0, 5), (S0,), TWO, eager=False),
-        Case("bfloat16", (9, 5), (S0,), TWO, values=lambda x: x.bfloat16()),
-        Case("far from 0", (9, 5), (S0,), TWO, values=lambda x: x + 1e4),
-        Case("equal", (9, 5), (S0,), TWO, values=lambda x: torch.full_like(x, 0.1)),
-        Case("zero", (9, 5), (S0,), TWO, values=torch.zeros_like),
-    ],
-    3: [
-        Case("plain", (5, 3), None, THREE),
-        Case("uneven", (10, 7), (S0,), THREE),
-        Case("an empty rank", (2, 9), (S0,), THREE),
-        Case("two empty ranks", (1, 4), (S0,), THREE),
-        Case("many entries", (64, 33), (S0,), THREE),
-        Case("vector", (5,), (S0,), THREE),
-        Case("0-d", (), (R,), THREE),
-        Case("one entry", (1,), (S0,), THREE),
-        Case("convolution", (4, 5, 3, 2), (S0,), THREE),
-        Case("convolution, input channels", (4, 5, 3, 2), (S1,), THREE),
-        Case("last dimension", (4, 3, 5), (Shard(2),), THREE),
-        Case("empty columns", (5, 2), (S1,), THREE),
-        Case("partial gradient, an empty rank", (3, 2), (S1,), THREE, (Partial(),)),
-        Case("equal, empty ranks", (2, 3), (S0,), THREE, values=lambda x: torch.full_like(x, 0.1)),
-        Case("float64, empty ranks", (2, 9), (S0,), THREE, values=_huge_and_tiny, eager=False),
-    ],
-    4: [
-        Case("plain", (5, 3), None, GRID),
-        Case("on a line of four", (10, 3), (S0,), (4,)),
-        Case("hybrid", (7, 5), (R, S0), GRID),
-        Case("hybrid, columns", (5, 7), (R, S1), GRID),
-        Case("outer only", (7, 5), (S0, R), GRID),
-        Case("replicated twice", (3, 2), (R, R), GRID),
-        Case("rows and columns", (7, 5), (S0, S1), GRID),
-        Case("columns and rows", (7, 5), (S1, S0), GRID),
-        Case("rows twice", (9, 5), (S0, S0), GRID, eager=False),
-        Case("rows twice, ranks empty", (2, 5), (S0, S0), GRID, eager=False),
-        Case("columns twice", (5, 9), (S1, S1), GRID, eager=False),
-        Case("columns twice, ranks empty", (5, 3), (S1, S1), GRID, eager=False),
-        Case("partial gradient, hybrid", (7, 5), (R, S0), GRID, (Partial(), S0)),
-        Case("vector", (7,), (S0, R), GRID),
-        Case("float64", (7, 5), (S0, S1), GRID, values=_huge_and_tiny, eager=False),
-    ],
-}
-# their names end in this: one entry of the last rank is not finite
-SPOILT = {
-    world: [
-        Case("nan on the last rank", (10, 7), (S0,), (world,), values=_nan_in_last, eager=False),
-        Case("inf on the last rank", (7, 10), (S1,), (world,), values=_inf_in_last, eager=False),
-    ]
-    for world in CASES
-}
-WORLDS = sorted(CASES)
-# what is exchanged together: granularity, then whether a case takes part
-RUNS: dict[str, tuple[str, Callable[[Case], bool]]] = {
-    "tensor": ("tensor", lambda case: True),
-    "row": ("row", lambda case: True),
-    "global": ("global", lambda case: case.eager),
-    "global, extreme": ("global", lambda case: case.values not in (_nan_in_last, _inf_in_last)),
-    "global, spoilt": ("global", lambda case: True),
-    "dealt out": ("tensor", lambda case: True),
-    "rows dealt out": ("row", lambda case: True),
-}
-
-
-def whole(case: Case) -> Tensor:
-    """The whole gradient: its mean drifts, so that parts have means of their own."""
-    generator = torch.Generator().manual_seed(len(case.desc) + 97 * len(case.shape))
-    x = torch.randn(case.shape, generator=generator)
-    drift = torch.arange(x.numel(), dtype=torch.float32).view(case.shape)
-    return case.values(x + 0.25 * drift)
+from bngd_triton.exchange import Exchange, Share, local_table
 
 
 class Found(NamedTuple):
@@ -158,7 +34,8 @@ class Found(NamedTuple):
     mean: list[float]
     std: list[float]
     table: Tensor
-    share: dict[str, Any]
+    # mesh dimensions over which a slice is cut
+    cut: tuple[int, ...]
 
 
 class Collective(NamedTuple):
@@ -237,6 +114,32 @@ def sharded(case: Case, mesh: DeviceMesh) -> tuple[Tensor, Tensor]:
     return param, grad
 
 
+def share_of(name: str, param: Tensor, grad: Tensor, granularity: str) -> Share:
+    """As a step would have it of a group of all."""
+    share = distributed.share_of(name, param, grad, granularity)
+    return share._replace(union=0) if granularity == "global" else share
+
+
+def cutting(param: Tensor, share: Share) -> tuple[int, ...]:
+    """The mesh dimensions of a share's process groups, which must be innermost first."""
+    mesh = getattr(param, "device_mesh", None)
+    dims = {mesh.get_group(i).group_name: i for i in range(mesh.ndim)} if mesh else {}
+    cut = [dims[group.group_name] for group in share.groups]
+    assert cut == sorted(cut, reverse=True)
+    return tuple(sorted(cut))
+
+
+@torch.no_grad()
+def global_rows(param: Tensor) -> Tensor:
+    """The indices of dimension 0 that this rank holds, in the order of its local rows."""
+    rows = torch.arange(param.shape[0])
+    if not isinstance(param, DTensor):
+        return rows
+    kept = [p if getattr(p, "dim", None) == 0 else R for p in param.placements]
+    # without a source rank every rank cuts its own copy: no collective
+    return distribute_tensor(rows, param.device_mesh, kept, src_data_rank=None).to_local()
+
+
 def model_on(mesh: DeviceMesh) -> nn.Module:
     """FSDP over tensor parallelism, with gradients: `_StridedShard`, and a layer without TP."""
     torch.manual_seed(0)
@@ -268,19 +171,20 @@ def visit(world: int) -> Result:
     reads, repeated = HostReads(), True
     for run, (granularity, takes) in RUNS.items():
         names = [desc for desc in tensors if desc not in cases or takes(cases[desc])]
-        shares = [distributed.share_of(d, *tensors[d], granularity) for d in names]
-        plan = Exchange(shares, together=granularity == "global")
+        shares = [share_of(d, *tensors[d], granularity) for d in names]
+        plan = Exchange(shares)
         log: list[Collective] = []
         bound = 0 if "dealt" in run else exchange.GATHERED
         with mock.patch.object(exchange, "GATHERED", bound), CommDebugMode() as counter:
             with recording(log), reads:
                 tables = [local_table(parts[d][1], granularity) for d in names]
                 merged = plan.run(tables)
-            again, shaped = plan.run(tables), plan.moments(tables)
+            again = plan.run(tables)
         collectives[run] = log
         commands[run] = counter.get_total_counts()
-        for desc, share, table, same, m in zip(names, shares, merged, again, shaped):
+        for i, (desc, share, table, same) in enumerate(zip(names, shares, merged, again)):
             repeated &= torch.equal(table.view(torch.int64), same.view(torch.int64))
+            m = plan.moments(i, table)
             down = -torch.as_tensor(m.exponent)
             std = (m.m2 / max(1, m.n)).sqrt()
             assert m.mean.dim() == share.ndim
@@ -289,13 +193,13 @@ def visit(world: int) -> Result:
                 torch.ldexp(m.mean, down).flatten().tolist(),
                 torch.ldexp(std, down).flatten().tolist(),
                 table,
-                {k: v for k, v in share._asdict().items() if k != "groups"},
+                cutting(tensors[desc][0], share),
             )
 
     rows, placed, eager = {}, {}, {}
     for desc, (param, grad) in tensors.items():
         if param.dim():
-            rows[desc] = distributed.global_rows(param)
+            rows[desc] = global_rows(param)
             shape = (-1, *[1] * (param.dim() - 1))
             spread = rows[desc].view(shape).expand(parts[desc][0].shape).contiguous()
             if isinstance(param, DTensor):
@@ -355,12 +259,12 @@ def transformer_on(mesh: DeviceMesh) -> dict[str, tuple[int, list[Collective]]]:
             )
             for shape in shapes
         ]
-        shares = [distributed.share_of(way, grad, grad, granularity) for grad in grads]
+        shares = [share_of(way, grad, grad, granularity) for grad in grads]
         tables = [local_table(grad.to_local(), granularity) for grad in grads]
         log: list[Collective] = []
         bound = 0 if "dealt" in way else exchange.GATHERED
         with mock.patch.object(exchange, "GATHERED", bound), recording(log):
-            Exchange(shares, together=granularity == "global").run(tables)
+            Exchange(shares).run(tables)
         counted[way] = (sum(share.slices for share in shares if share.groups), log)
     return counted
 

@@ -1,8 +1,7 @@
 """Whole optimizers over sharded parameters, on 2 to 4 ranks: one start per world does everything.
 
 Every rank is given its part of the same gradients, so that only the optimizer is compared with one
-process. Which entries of a tensor a rank holds is read off: before a model is sharded, its
-weights are their own indices.
+process.
 """
 
 from __future__ import annotations
@@ -13,12 +12,12 @@ from unittest import mock
 
 import processes
 import torch
+from sharded import global_rows
+from sharded_model import SHAPES, Block, Parts, gradients, initial, like, mesh_of, parts, shard
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_module
 from torch.distributed.tensor.debug import CommDebugMode
-from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from bngd_triton import BNGD, distributed, exchange
 from bngd_triton.memory import local
@@ -56,112 +55,6 @@ ROUNDED = ("fsdp", "hsdp")
 # mesh dimensions that cut slices
 CUTTING = {"fsdp": 1, "hsdp": 1, "tp": 1, "mixed": 1, "fsdp over tp": 2}
 GRANULARITIES = ("tensor", "row", "global")
-
-
-class Block(nn.Module):
-    """Uneven on 2, 3 and 4 ranks; vectors and a matrix shorter than a world."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.up, self.down = nn.Linear(7, 10), nn.Linear(10, 3)
-        self.norm = nn.LayerNorm(3)
-        self.lone = nn.Parameter(torch.empty(1, 5))
-
-
-SHAPES = [param.shape for param in Block().parameters()]
-NAMES = [name for name, _ in Block().named_parameters()]
-
-
-class Parts(NamedTuple):
-    """Parameters as a rank holds them, and the flat indices of the entries that it has."""
-
-    params: list[Tensor]
-    indices: list[Tensor]
-
-    def place(self, wholes: list[Tensor]) -> None:
-        with torch.no_grad():
-            for param, index, whole in zip(self.params, self.indices, wholes):
-                local(param).copy_(whole.flatten()[index])
-
-    def give(self, gradients: list[Tensor | None]) -> None:
-        for param, index, whole in zip(self.params, self.indices, gradients):
-            param.grad = None
-            if whole is not None:
-                param.grad = like(param, whole.to(param.dtype).flatten()[index])
-
-
-def like(param: Tensor, part: Tensor) -> Tensor:
-    if not isinstance(param, DTensor):
-        return part
-    return DTensor.from_local(
-        part, param.device_mesh, param.placements, run_check=False,
-        shape=param.shape, stride=param.stride(),
-    )  # fmt: skip
-
-
-def shard(block: nn.Module, layout: str, world: int) -> None:
-    """Cut a block's parameters as a layout says; "whole" leaves them."""
-    if layout == "fsdp":
-        fully_shard(block, mesh=mesh_of((world,)))
-    elif layout == "tp":
-        tensor_parallel(block, mesh_of((world,)))
-    elif layout == "mixed":
-        # besides sharded ones, a group has replicated and plain parameters
-        fully_shard(block.up, mesh=mesh_of((world,)))
-        distribute_module(block.down, mesh_of((world,)))
-    elif layout == "hsdp":
-        fully_shard(block, mesh=mesh_of((2, world // 2)))
-    elif layout == "fsdp over tp":
-        mesh = mesh_of((2, world // 2))
-        tensor_parallel(block, mesh["tp"])
-        fully_shard(block, mesh=mesh["dp"])
-
-
-def tensor_parallel(block: nn.Module, mesh: DeviceMesh) -> None:
-    parallelize_module(block, mesh, {"up": ColwiseParallel(), "down": RowwiseParallel()})
-
-
-@functools.cache
-def mesh_of(shape: tuple[int, ...]) -> DeviceMesh:
-    return init_device_mesh("cpu", shape, mesh_dim_names=("dp", "tp")[: len(shape)])
-
-
-def parts(layout: str, world: int, dtype: torch.dtype) -> Parts:
-    """A block's parameters, all 1."""
-    numbered = Block()
-    with torch.no_grad():
-        for param in numbered.parameters():
-            param.copy_(torch.arange(param.numel()).view(param.shape))
-    block = Block().to(dtype)
-    for one in (numbered, block):
-        shard(one, layout, world)
-    with torch.no_grad():
-        indices = [local(param).long() for param in numbered.parameters()]
-    made = Parts(list(block.parameters()), indices)
-    made.place([torch.ones(shape) for shape in SHAPES])
-    return made
-
-
-def initial() -> list[Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    return [torch.randn(shape, generator=generator) for shape in SHAPES]
-
-
-def gradients(step: int) -> list[Tensor | None]:
-    """Whole gradients: means drift, so that parts have means of their own; some are not usable."""
-    generator = torch.Generator().manual_seed(100 + step)
-    found: list[Tensor | None] = []
-    for shape in SHAPES:
-        drift = torch.linspace(-1, 1, shape.numel()).view(shape)
-        found.append(torch.randn(shape, generator=generator) + drift)
-    if step == 5:
-        found[NAMES.index("up.weight")][-1, -1] = torch.nan
-    if step == 11:
-        found[NAMES.index("down.weight")][0, 0] = torch.inf
-        found[NAMES.index("norm.bias")][-1] = -torch.inf
-    if step == 7:
-        found[NAMES.index("down.bias")] = None
-    return found
 
 
 class Group(NamedTuple):
@@ -231,7 +124,7 @@ def outcome(optimizer: BNGD, index: int, part: Parts) -> Group:
         one = stats[f"param_groups[{index}]['params'][{i}]"]
         statistics.append(torch.stack([one.mean, one.std, one.skipped], -1).view(-1, 3))
         by_row = options.granularity == "row" and param.dim() >= 2
-        rows.append(distributed.global_rows(param) if by_row else torch.zeros(1).long())
+        rows.append(global_rows(param) if by_row else torch.zeros(1).long())
         for key, tensor in state.items():
             if key == WINDOW:
                 kind = DTensor if by_row and isinstance(param, DTensor) else Tensor

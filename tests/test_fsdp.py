@@ -11,13 +11,12 @@ from collections.abc import Sequence
 import pytest
 import torch
 import torch.distributed as dist
+from sharded_model import NAMES, SHAPES
 from sharded_steps import (
     APART,
     CUTTING,
     GRANULARITIES,
     LAYOUTS,
-    NAMES,
-    SHAPES,
     Group,
     Raised,
     Run,

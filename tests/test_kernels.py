@@ -16,12 +16,13 @@ from torch import Tensor
 from work import entry, inputs, member, nothing_new
 
 from bngd_triton import BNGD, reference
+from bngd_triton.folds import Fold, fold_moments
 from bngd_triton.kernels import Tuning, fused_step_, launch, plan, statistics, update
 from bngd_triton.kernels import prepared as prepared_module
 from bngd_triton.kernels.prepared import FusedStep
 from bngd_triton.kernels.update import store_as
 from bngd_triton.members import Member, new_record
-from bngd_triton.moments import Fold, Moments, fold_moments
+from bngd_triton.moments import Moments
 from bngd_triton.options import Options
 from bngd_triton.oracle import oracle_step
 from bngd_triton.tolerances import GHAT, THETA, step_bounds

@@ -6,7 +6,8 @@ import math
 from pathlib import Path
 
 import pytest
-from sharded import WORLDS, Transformer, visited
+from sharded import Transformer, visited
+from sharded_cases import WORLDS
 
 from bngd_triton import exchange
 

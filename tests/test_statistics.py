@@ -13,6 +13,7 @@ from fractions import Fraction
 import mpmath
 import pytest
 import torch
+from exact import exact
 from torch import Tensor
 
 from bngd_triton import moments
@@ -66,15 +67,6 @@ BACKENDS: dict[str, Backend] = {
     "float32 tiles": kernel(wide=False, block=64),
     "float32 tiles, one slice": kernel(wide=False, block=4096),
 }
-
-
-def exact(values: Tensor) -> tuple[Fraction, float]:
-    """Mean and population standard deviation of the stored values."""
-    data = [Fraction(value) for value in values.double().tolist()]
-    mean = sum(data) / len(data)
-    variance = sum((value - mean) ** 2 for value in data) / len(data)
-    with mpmath.workdps(30):
-        return mean, float(mpmath.sqrt(mpmath.mpf(variance.numerator) / variance.denominator))
 
 
 def lre(got: float, want: float) -> float:

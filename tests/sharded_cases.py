@@ -1,0 +1,131 @@
+"""Sharded gradients on 2 to 4 ranks: which are tried, and together with which."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import Partial, Replicate, Shard
+
+
+class Case(NamedTuple):
+    """One sharded gradient. Without placements it is a plain tensor."""
+
+    desc: str
+    shape: tuple[int, ...]
+    placements: tuple[Any, ...] | None
+    mesh: tuple[int, ...]
+    gradient: tuple[Any, ...] | None = None
+    values: Callable[[Tensor], Tensor] = lambda x: x
+    # whether torch's own DTensor statistics can be asked
+    eager: bool = True
+
+
+def _huge_and_tiny(x: Tensor) -> Tensor:
+    """Squares of the first half overflow float64, those of the second half underflow."""
+    scale = torch.full(x.shape, 1e-200, dtype=torch.float64)
+    scale.view(-1)[: x.numel() // 2] = 1e200
+    return x.double() * scale
+
+
+def _nan_in_last(x: Tensor) -> Tensor:
+    x.view(-1)[-1] = torch.nan
+    return x
+
+
+def _inf_in_last(x: Tensor) -> Tensor:
+    x.view(-1)[-1] = torch.inf
+    return x
+
+
+TWO = (2,)
+THREE = (3,)
+GRID = (2, 2)
+R, S0, S1 = Replicate(), Shard(0), Shard(1)
+
+CASES = {
+    2: [
+        Case("plain", (5, 3), None, TWO),
+        Case("even", (8, 6), (S0,), TWO),
+        Case("columns", (6, 8), (S1,), TWO),
+        Case("uneven columns", (4, 5), (S1,), TWO),
+        Case("empty columns", (4, 1), (S1,), TWO),
+        Case("replicated", (4, 5), (R,), TWO),
+        Case("partial gradient", (7, 5), (S0,), TWO, (Partial(),)),
+        Case("partial gradient, replicated", (3, 5), (R,), TWO, (Partial(),)),
+        Case("replicated gradient", (7, 5), (S0,), TWO, (R,)),
+        Case("gradient in columns", (6, 4), (S0,), TWO, (S1,)),
+        Case("float64", (6, 5), (S0,), TWO, values=lambda x: x.double()),
+        Case("overflow", (6, 5), (S0,), TWO, values=lambda x: x.double() * 1e200, eager=False),
+        Case("underflow", (6, 4), (S1,), TWO, values=lambda x: x.double() * 1e-200, eager=False),
+        Case("both ends", (6, 5), (S0,), TWO, values=_huge_and_tiny, eager=False),
+        Case("nothing", (0, 5), (S0,), TWO, eager=False),
+        Case("bfloat16", (9, 5), (S0,), TWO, values=lambda x: x.bfloat16()),
+        Case("far from 0", (9, 5), (S0,), TWO, values=lambda x: x + 1e4),
+        Case("equal", (9, 5), (S0,), TWO, values=lambda x: torch.full_like(x, 0.1)),
+        Case("zero", (9, 5), (S0,), TWO, values=torch.zeros_like),
+    ],
+    3: [
+        Case("plain", (5, 3), None, THREE),
+        Case("uneven", (10, 7), (S0,), THREE),
+        Case("an empty rank", (2, 9), (S0,), THREE),
+        Case("two empty ranks", (1, 4), (S0,), THREE),
+        Case("many entries", (64, 33), (S0,), THREE),
+        Case("vector", (5,), (S0,), THREE),
+        Case("0-d", (), (R,), THREE),
+        Case("one entry", (1,), (S0,), THREE),
+        Case("convolution", (4, 5, 3, 2), (S0,), THREE),
+        Case("convolution, input channels", (4, 5, 3, 2), (S1,), THREE),
+        Case("last dimension", (4, 3, 5), (Shard(2),), THREE),
+        Case("empty columns", (5, 2), (S1,), THREE),
+        Case("partial gradient, an empty rank", (3, 2), (S1,), THREE, (Partial(),)),
+        Case("equal, empty ranks", (2, 3), (S0,), THREE, values=lambda x: torch.full_like(x, 0.1)),
+        Case("float64, empty ranks", (2, 9), (S0,), THREE, values=_huge_and_tiny, eager=False),
+    ],
+    4: [
+        Case("plain", (5, 3), None, GRID),
+        Case("on a line of four", (10, 3), (S0,), (4,)),
+        Case("hybrid", (7, 5), (R, S0), GRID),
+        Case("hybrid, columns", (5, 7), (R, S1), GRID),
+        Case("outer only", (7, 5), (S0, R), GRID),
+        Case("replicated twice", (3, 2), (R, R), GRID),
+        Case("rows and columns", (7, 5), (S0, S1), GRID),
+        Case("columns and rows", (7, 5), (S1, S0), GRID),
+        Case("rows twice", (9, 5), (S0, S0), GRID, eager=False),
+        Case("rows twice, ranks empty", (2, 5), (S0, S0), GRID, eager=False),
+        Case("columns twice", (5, 9), (S1, S1), GRID, eager=False),
+        Case("columns twice, ranks empty", (5, 3), (S1, S1), GRID, eager=False),
+        Case("partial gradient, hybrid", (7, 5), (R, S0), GRID, (Partial(), S0)),
+        Case("vector", (7,), (S0, R), GRID),
+        Case("float64", (7, 5), (S0, S1), GRID, values=_huge_and_tiny, eager=False),
+    ],
+}
+# their names end in this: one entry of the last rank is not finite
+SPOILT = {
+    world: [
+        Case("nan on the last rank", (10, 7), (S0,), (world,), values=_nan_in_last, eager=False),
+        Case("inf on the last rank", (7, 10), (S1,), (world,), values=_inf_in_last, eager=False),
+    ]
+    for world in CASES
+}
+WORLDS = sorted(CASES)
+# what is exchanged together: granularity, then whether a case takes part
+RUNS: dict[str, tuple[str, Callable[[Case], bool]]] = {
+    "tensor": ("tensor", lambda case: True),
+    "row": ("row", lambda case: True),
+    "global": ("global", lambda case: case.eager),
+    "global, extreme": ("global", lambda case: case.values not in (_nan_in_last, _inf_in_last)),
+    "global, spoilt": ("global", lambda case: True),
+    "dealt out": ("tensor", lambda case: True),
+    "rows dealt out": ("row", lambda case: True),
+}
+
+
+def whole(case: Case) -> Tensor:
+    """The whole gradient: its mean drifts, so that parts have means of their own."""
+    generator = torch.Generator().manual_seed(len(case.desc) + 97 * len(case.shape))
+    x = torch.randn(case.shape, generator=generator)
+    drift = torch.arange(x.numel(), dtype=torch.float32).view(case.shape)
+    return case.values(x + 0.25 * drift)
