@@ -14,7 +14,7 @@ from torch.nn import Parameter
 
 from bngd_triton import BNGD
 from bngd_triton.kernels import prepared
-from bngd_triton.kernels.plan import Tuning
+from bngd_triton.kernels.tuning import Tuning
 
 from . import compiled
 

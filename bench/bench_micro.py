@@ -14,7 +14,9 @@ if not torch.cuda.is_available():
 
 from bngd_triton import BNGD
 from bngd_triton.kernels import fused_step_
-from bngd_triton.kernels.plan import Entry, build, gpu_tuning
+from bngd_triton.kernels.plan import Entry
+from bngd_triton.kernels.tables import build
+from bngd_triton.kernels.tuning import gpu_tuning
 from bngd_triton.members import new_record, slices_of
 
 from .models import WORKLOADS

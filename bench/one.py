@@ -70,7 +70,7 @@ def _gate(arm: Arm, storage: Storage, device: torch.device) -> bool:
 
 def arm_of(text: str) -> Arm:
     """An arm by its name or its tuning; KeyError or ValueError for what is neither."""
-    from bngd_triton.kernels.plan import Tuning
+    from bngd_triton.kernels.tuning import Tuning
 
     from .arms import ARMS, tuned
 

@@ -15,9 +15,9 @@ from typing import NamedTuple
 PYTHON = [sys.executable, "-m"]
 # files whose tests take the fixture `device`, kernels before what is built on them
 KERNEL_TESTS = (
-    "kernels", "single", "statistics", "precision", "inputs", "properties", "layout", "optimizer",
-    "accumulation", "master_weights", "masters", "grad_stats", "release", "buffers", "steady",
-    "scaling", "checkpoint", "telemetry",
+    "kernels", "plan", "prepared", "single", "interleaving", "statistics", "precision", "inputs",
+    "properties", "layout", "optimizer", "accumulation", "master_weights", "masters", "grad_stats",
+    "release", "buffers", "steady", "scaling", "checkpoint", "telemetry",
 )  # fmt: skip
 # memory that torch's allocator keeps hides accesses past a tensor's end
 SANITIZED = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from .buffers import zeros_like
 from .checks import FLOAT_DTYPES
-from .kernels.launch import on_a_device
+from .kernels.option_table import on_a_device
 from .kernels.plan import capturing
 from .members import NARROW, slices_of
 from .memory import is_sharded, local

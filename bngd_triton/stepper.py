@@ -11,9 +11,9 @@ from torch import Tensor
 from . import reference
 from .checkpoint import parameter_names
 from .checks import check_step, check_tensors, check_unpartitioned, nonfinite_somewhere
-from .kernels.launch import why_not
 from .kernels.plan import capturing
 from .kernels.prepared import FusedStep
+from .kernels.support import why_not
 from .members import Member, Pass, rounds_stochastically
 from .memory import is_sharded, local
 from .options import Options, OptionsReader

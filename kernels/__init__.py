@@ -12,7 +12,7 @@ if __name__ != "kernels":
         fused_step_,
         segment_statistics,
     )
-    from .plan import Tuning
+    from .tuning import Tuning
 
     __all__ = [
         "SegmentStatistics",

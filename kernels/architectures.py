@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from .plan import Tuning, gpu_tuning
+from .tuning import Tuning, gpu_tuning
 
 
 class Row(NamedTuple):
@@ -97,3 +97,15 @@ def dependent_launches(device: torch.device) -> bool:
     """Whether a launch may start before the one that it waits for has ended: sm_90 and later."""
     name = architecture_of(device)
     return name.startswith("sm_") and int(name.removeprefix("sm_")) >= 90
+
+
+@functools.cache
+def processors(device: torch.device) -> int:
+    """How many programs run at a time, but for those that share a processor."""
+    if device.type == "cpu":
+        # the interpreter runs one program after the other
+        return 1
+    properties = torch.get_device_module(device).get_device_properties(device)
+    if device.type == "xpu":
+        return int(properties.gpu_subslice_count)
+    return int(properties.multi_processor_count)

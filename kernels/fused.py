@@ -20,10 +20,14 @@ from ..members import (
 )
 from ..options import Options
 from .architectures import tuning_for
-from .launch import Inputs, encode, on_device, statistics, why_not
+from .launch import Inputs, on_device, statistics
 from .layout import walk
-from .plan import Entry, Tuning, build
+from .option_table import encode
+from .plan import Entry
 from .prepared import FusedStep
+from .support import why_not
+from .tables import build
+from .tuning import Tuning
 
 
 @torch.no_grad()

@@ -3,92 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import functools
-import importlib.util
-import os
-import struct
-from typing import Any, NamedTuple, TypeGuard
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..options import Options
 from . import direct
-from .architectures import dependent_launches
-from .plan import Batch, Plan, Tuning
+from .architectures import dependent_launches, processors
+from .plan import Batch, Plan
+from .support import interpreting
 
-FUSED_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-COLUMNS = 16
-_FLOAT32 = struct.Struct("4f")
 FORMS = ("two-launch", "single-launch")
-
-
-@functools.cache
-def interpreting() -> bool:
-    """Whether Triton runs kernels in its interpreter, decided once as Triton decides it."""
-    return os.environ.get("TRITON_INTERPRET", "0") == "1"
-
-
-@functools.cache
-def has_triton() -> bool:
-    """Whether Triton can be imported."""
-    return importlib.util.find_spec("triton") is not None
-
-
-def why_not(tensor: Tensor) -> str | None:
-    """Why the kernels cannot serve a dense float tensor, with the way out; None if they can."""
-    if not has_triton():
-        return "Triton is not installed; install it, or use fused=False"
-    if tensor.dtype not in FUSED_DTYPES:
-        served = ", ".join(str(dtype).removeprefix("torch.") for dtype in FUSED_DTYPES)
-        return f"the kernels take {served}, got {tensor.dtype}; use fused=None or fused=False"
-    kind = tensor.device.type
-    if kind == "cpu":
-        if interpreting():
-            return None
-        return (
-            "it is on the CPU; move it to a GPU first, use fused=False, or set "
-            "TRITON_INTERPRET=1 before Python starts to run the kernels in Triton's interpreter"
-        )
-    if interpreting():
-        return f"TRITON_INTERPRET=1 runs kernels on the CPU, it is on {tensor.device}; unset it"
-    if kind not in ("cuda", "xpu"):
-        return f"Triton has no backend for {tensor.device}; use fused=None or fused=False"
-    if kind == "cuda" and not torch.version.hip:
-        # Triton's own lower bound
-        major, minor = torch.cuda.get_device_capability(tensor.device)
-        if major < 8:
-            return f"Triton needs compute capability 8.0, {tensor.device} has {major}.{minor}"
-    if kind == "xpu" and not torch.xpu.get_device_properties(tensor.device).has_fp64:
-        return f"{tensor.device} has no float64 for the statistics; use fused=None or fused=False"
-    return None
-
-
-def encode(options: Options, closing: bool = True) -> list[float]:
-    """An option table's row; products and differences are rounded to float32 once, here.
-
-    An `lr` on a device is left to `write_rates`, so that its value need not be read.
-    """
-    lr = 0.0 if on_a_device(options.lr) else float(options.lr)
-    exact = (lr, 1 - lr * options.weight_decay, options.momentum, options.fresh)
-    row = [*_FLOAT32.unpack(_FLOAT32.pack(*exact))]
-    row += [options.eps, options.centering, -1.0 if options.maximize else 1.0]
-    row += [options.nesterov, options.normalizer == "cdf", options.nonfinite == "propagate"]
-    row += [options.buffered, closing]
-    return row + [0.0] * (COLUMNS - len(row))
-
-
-def on_a_device(lr: float | Tensor) -> TypeGuard[Tensor]:
-    """Whether reading a learning rate would wait for a device."""
-    return isinstance(lr, Tensor) and lr.device.type != "cpu"
-
-
-def write_rates(table: Tensor, row: int, options: Options) -> None:
-    """Fill in the columns that depend on an `lr` on a device, there."""
-    if on_a_device(options.lr):
-        lr = options.lr.detach().to(table.device, torch.float64)
-        table[row, 0] = lr.float()
-        table[row, 1] = (1 - lr * options.weight_decay).float()
 
 
 def form_for(plan: Plan, form: str | None = None) -> str:
@@ -111,7 +36,7 @@ class Inputs(NamedTuple):
     """What a step reads besides its plan; all on the plan's device.
 
     Attributes:
-        options: float64 [groups, 16], rows as `encode` makes them.
+        options: float64 [groups, 16], rows as `option_table.encode` makes them.
         clocks: int64 [groups], the seeds of stochastic rounding.
         grad_scale: float32 [1].
         found_inf: float32 [1].
@@ -175,7 +100,7 @@ def move(plan: Plan, inputs: Inputs, tables: Tensor) -> None:
         inputs: likewise.
         tables: float64 [segments, 5], contiguous.
     """
-    from .statistics import _publish_kernel
+    from .publish import _publish_kernel
 
     with on_device(plan.device):
         _publish_kernel[(len(tables),)](
@@ -291,25 +216,9 @@ def single(plan: Plan, batch: Batch, inputs: Inputs) -> None:
         **_statistics_arguments(plan, batch, inputs),
         "UPDATE_BLOCK": tuning.update_block,
     }
-    grid = min(len(work.items), programs(plan.device, tuning))
+    grid = min(len(work.items), tuning.programs_per_sm * processors(plan.device))
     # warps of the first launch: the order of its sums depends on them, the update's bits do not
     _run(_single_kernel, grid, arguments, plan, batch, num_warps=tuning.warps)
-
-
-def programs(device: torch.device, tuning: Tuning) -> int:
-    """Programs of a single launch over a long list."""
-    return tuning.programs_per_sm * _processors(device)
-
-
-@functools.cache
-def _processors(device: torch.device) -> int:
-    if device.type == "cpu":
-        # the interpreter runs one program after the other
-        return 1
-    properties = torch.get_device_module(device).get_device_properties(device)
-    if device.type == "xpu":
-        return int(properties.gpu_subslice_count)
-    return int(properties.multi_processor_count)
 
 
 def standardize_columns(x: Tensor) -> Tensor:

@@ -12,9 +12,12 @@ from torch import Tensor
 from ..members import Member, Pass, rounds_stochastically, slices_of
 from ..options import Options
 from .architectures import tuning_for
-from .launch import Inputs, encode, launch, measure, move, on_a_device, write_rates
+from .launch import Inputs, launch, measure, move
 from .layout import Walk, walk
-from .plan import ALIGNMENT, Entry, Plan, Tuning, build, capturing, upload
+from .option_table import encode, on_a_device, write_rates
+from .plan import ALIGNMENT, Entry, Plan, capturing, upload
+from .tables import build
+from .tuning import Tuning
 
 
 class FusedStep:

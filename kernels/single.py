@@ -21,8 +21,9 @@ the chunk's read of g (4 bytes) is meant to hit L2, where its slice left it two 
 import triton
 import triton.language as tl
 
-from .statistics import ARGUMENTS, _slice, _tile_of_any_shape
-from .update import _chunk
+from .statistics import ARGUMENTS, measure_slice
+from .tiles import tile_of_any_shape
+from .update import move_chunk
 from .work import CHUNK_ITEM, ITEM, SLICE_ITEM
 
 ITEM_COLUMNS = tl.constexpr(ITEM)
@@ -92,7 +93,7 @@ def _single_kernel(
         item = items_ptr + ticket.to(tl.int64) * ITEM_COLUMNS
         kind = tl.load(item)
         if kind == IS_SLICE:
-            published = _slice(
+            published = measure_slice(
                 item + 1, segments_ptr, partials_ptr, n_partials, arrived_ptr, folds_ptr,
                 options_ptr, scale_ptr, found_ptr, partials_ptr, grad_ptrs,
                 GRAD, ALIGNED, WIDE, WINDOWS, False, BLOCK, UNROLL, MERGE,
@@ -103,13 +104,13 @@ def _single_kernel(
                 tl.atomic_xchg(flags + tl.load(item + 5), 1, sem="release")
         elif kind == IS_CHUNK:
             _await(flags + tl.load(item + 4))
-            _chunk(
+            move_chunk(
                 item + 1, segments_ptr, folds_ptr, options_ptr, clocks_ptr, grad_ptrs, param_ptrs,
                 momentum_ptrs, master_ptrs, GRAD, PARAM, BUFFER, KIND, ALIGNED, WINDOWS, SOFT,
                 UPDATE_BLOCK,
             )  # fmt: skip
         elif TILES:
-            _tile_of_any_shape(
+            tile_of_any_shape(
                 item + 1, rows_ptr, options_ptr, clocks_ptr, scale_ptr, found_ptr, grad_ptrs,
                 param_ptrs, momentum_ptrs, master_ptrs, GRAD, PARAM, BUFFER, KIND, ALIGNED,
                 WINDOWS, SOFT, BLOCK, TILE,

@@ -63,12 +63,24 @@ def bounded(ghat):
 
 
 @triton.jit
-def move(param, momentum, ghat, lr, decay, beta, fresh, nesterov):
-    """The new parameter and momentum; with ``beta`` 0 and ``momentum`` 0 the latter is ghat."""
+def move(
+    param, momentum, master, p, m, rest, ghat, hashed, moved, held, lr, decay, beta, fresh,
+    nesterov, KIND: tl.constexpr, SOFT: tl.constexpr,
+):  # fmt: skip
+    """Store what becomes of the values ``p``, ``m`` (float32) and ``rest`` of three tensors.
+
+    With ``beta`` 0 and ``m`` 0 the new momentum is ghat. Nothing is read again: evict_first.
+    """
     new = ghat * fresh
-    momentum = momentum * beta + new
-    update = tl.where(nesterov != 0, momentum * beta + new, momentum)
-    return param * decay - update * lr, momentum
+    m = m * beta + new
+    update = tl.where(nesterov != 0, m * beta + new, m)
+    theta = widen(p, rest, KIND, SOFT) * decay - update * lr
+    p, rest = narrow(theta, param.dtype.element_ty, hashed, KIND, SOFT)
+    tl.store(param, p, mask=moved, eviction_policy="evict_first")
+    if KIND == REMAINDER or KIND == MASTER_COPY:  # noqa: SIM109
+        tl.store(master, rest, mask=moved, eviction_policy="evict_first")
+    m = store_as(m, momentum.dtype.element_ty, SOFT)
+    tl.store(momentum, m, mask=held, eviction_policy="evict_first")
 
 
 @triton.jit
@@ -93,22 +105,14 @@ def _update_block(
         rest = tl.load(master + offsets, mask=moved, other=0, eviction_policy="evict_first")
     if KIND == STOCHASTIC:
         hashed = hash_positions(place + offsets, tensor_seed, step_seed)
-    old = widen(p, rest, KIND, SOFT)
-    new, m = move(old, m.to(tl.float32), ghat, lr, decay, beta, fresh, nesterov)
-    p, rest = narrow(new, param.dtype.element_ty, hashed, KIND, SOFT)
-    tl.store(param + offsets, p, mask=moved, eviction_policy="evict_first")
-    if KIND == REMAINDER or KIND == MASTER_COPY:  # noqa: SIM109
-        tl.store(master + offsets, rest, mask=moved, eviction_policy="evict_first")
-    tl.store(
-        momentum + offsets,
-        store_as(m, momentum.dtype.element_ty, SOFT),
-        mask=held,
-        eviction_policy="evict_first",
-    )
+    move(
+        param + offsets, momentum + offsets, master + offsets, p, m.to(tl.float32), rest, ghat,
+        hashed, moved, held, lr, decay, beta, fresh, nesterov, KIND, SOFT,
+    )  # fmt: skip
 
 
 @triton.jit
-def _chunk(
+def move_chunk(
     row, segments_ptr, folds_ptr, options_ptr, clocks_ptr, grad_ptrs, param_ptrs, momentum_ptrs,
     master_ptrs, GRAD: tl.constexpr, PARAM: tl.constexpr, BUFFER: tl.constexpr,
     KIND: tl.constexpr, ALIGNED: tl.constexpr, WINDOWS: tl.constexpr, SOFT: tl.constexpr,
@@ -228,7 +232,7 @@ def _update_kernel(
         tl.extra.cuda.gdc_wait()
     # backwards: the gradients that the statistics read last are still in L2
     row = chunks_ptr + (tl.num_programs(0) - 1 - tl.program_id(0)).to(tl.int64) * 4
-    _chunk(
+    move_chunk(
         row, segments_ptr, folds_ptr, options_ptr, clocks_ptr, grad_ptrs, param_ptrs,
         momentum_ptrs, master_ptrs, GRAD, PARAM, BUFFER, KIND, ALIGNED, WINDOWS, SOFT, BLOCK,
     )  # fmt: skip

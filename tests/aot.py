@@ -166,7 +166,7 @@ SIGNATURES = {
 SIMPLE_KERNELS: dict[str, tuple[str, dict[str, Any], int]] = {
     "column_moments": ("columns", {"UNROLL": 8, "COLUMNS": 32}, 1),
     "standardize": ("columns", {"SOFT": False, "ROWS": 64, "COLUMNS": 32}, 4),
-    "publish": ("statistics", {"WIDE": True, "WINDOWS": True}, 1),
+    "publish": ("publish", {"WIDE": True, "WINDOWS": True}, 1),
 }
 
 
@@ -280,7 +280,7 @@ def load_kernels(folder: Path) -> dict[str, Any]:
     package = types.ModuleType("aot_kernels")
     package.__path__ = [str(folder)]
     sys.modules[package.__name__] = package
-    parts = ("statistics", "update", "single", "columns", "architectures", "plan")
+    parts = ("statistics", "publish", "update", "single", "columns", "architectures", "plan")
     return {part: importlib.import_module(f"{package.__name__}.{part}") for part in parts}
 
 

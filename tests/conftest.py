@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import limits
 import pytest
@@ -39,3 +40,24 @@ def device() -> Iterator[torch.device]:
 def path(request: pytest.FixtureRequest, device: torch.device) -> StepPath:
     """Runs a test once with the eager reference and once with the kernels."""
     return StepPath(request.param == "fused", device)
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the kernels launched."""
+    names: list[str] = []
+
+    class Noting:
+        def __init__(self, name: str, kernel: Any) -> None:
+            self.name, self.kernel = name, kernel
+
+        def __getitem__(self, grid: Any) -> Any:
+            names.append(self.name)
+            return self.kernel[grid]
+
+    from bngd_triton.kernels import single, statistics, update
+
+    for module in (single, statistics, update):
+        name = "_" + module.__name__.rpartition(".")[2] + "_kernel"
+        monkeypatch.setattr(module, name, Noting(name, getattr(module, name)))
+    return names

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_kernels import LANES, LR
+from kernel_cases import LANES, LR
 from torch import Tensor, nn
 from work import member, nothing_new
 

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
-import random
-import threading
 from typing import Any
 
 import pytest
 import torch
 from closeness import assert_close
-from test_kernels import LANES, LR, OPTIONS, SMALL, TILES, assert_guards, make
+from kernel_cases import LANES, LR, OPTIONS, SMALL, TILES, assert_guards, make
 from torch import Tensor
 from work import entry, inputs, member, nothing_new
 
-from bngd_triton.kernels import Tuning, fused_step_, launch, single, statistics, update
-from bngd_triton.kernels.plan import Plan, build
+from bngd_triton.kernels import Tuning, fused_step_, launch
+from bngd_triton.kernels.plan import Plan
 from bngd_triton.kernels.prepared import FusedStep
+from bngd_triton.kernels.tables import build
 from bngd_triton.kernels.work import CHUNK_ITEM, SLICE_ITEM, TILE_ITEM
 from bngd_triton.members import Member, skipped_slices
 from bngd_triton.options import Options
@@ -238,25 +236,6 @@ def test_order_of_the_work(device: torch.device) -> None:
         assert starts == sorted(starts, reverse=True), "newest first"
 
 
-@pytest.fixture
-def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The names of the kernels launched."""
-    names: list[str] = []
-
-    class Noting:
-        def __init__(self, name: str, kernel: Any) -> None:
-            self.name, self.kernel = name, kernel
-
-        def __getitem__(self, grid: Any) -> Any:
-            names.append(self.name)
-            return self.kernel[grid]
-
-    for module in (single, statistics, update):
-        name = "_" + module.__name__.rpartition(".")[2] + "_kernel"
-        monkeypatch.setattr(module, name, Noting(name, getattr(module, name)))
-    return names
-
-
 def test_which_form_runs(device: torch.device, launched: list[str]) -> None:
     grads = [torch.randn(500, device=device), torch.randn(500, device=device).bfloat16()]
     params = [grad.clone() for grad in grads]
@@ -280,15 +259,16 @@ def test_which_form_runs(device: torch.device, launched: list[str]) -> None:
         names(LANES, "three")
 
 
+@pytest.mark.parametrize("form", launch.FORMS)
 def test_a_global_group_across_dtypes_takes_two_launches(
-    device: torch.device, launched: list[str]
+    form: str, device: torch.device, launched: list[str]
 ) -> None:
     params = [torch.randn(700, device=device), torch.randn(900, device=device).bfloat16()]
     grads = [torch.randn_like(param) * 3 + 1 for param in params]
     buffers = [torch.zeros(param.shape, device=device) for param in params]
     before = [param.double().cpu() for param in params]
     want, want_buffers = oracle_step(params, grads, buffers, lr=LR, granularity="global")
-    tuning = dataclasses.replace(LANES, **SINGLE)
+    tuning = dataclasses.replace(LANES, form=form)
     fused_step_(params, grads, buffers, lr=LR, granularity="global", tuning=tuning)
     assert launched == ["_statistics_kernel"] * 2 + ["_update_kernel"] * 2
     for i, param in enumerate(params):
@@ -303,125 +283,3 @@ def test_nothing_outside_is_touched(device: torch.device) -> None:
     tuning = dataclasses.replace(LANES, **SINGLE)
     fused_step_(params, grads, buffers, lr=LR, tuning=tuning)
     assert_guards(guarded)
-
-
-class Shuffled:
-    """Runs the interpreter's programs as threads of which one runs at a time.
-
-    At every atomic another one, drawn by a seeded generator, may go on: arrivals out of order,
-    chunks that wait, programs that come late.
-    """
-
-    def __init__(self, seed: int, patience: int = 20000) -> None:
-        self.draw = random.Random(seed)
-        self.turn = threading.Condition()
-        self.alive: list[int] = []
-        self.running = -1
-        self.patience = patience
-        self.failed: BaseException | None = None
-
-    def switch(self) -> None:
-        """Let any program go on, and return when it is this one's turn again."""
-        me = int(threading.current_thread().name)
-        self.patience -= 1
-        if self.patience < 0:
-            raise TimeoutError("programs wait forever")
-        with self.turn:
-            self.pass_on()
-            self.turn.wait_for(lambda: self.running == me or self.failed)
-        if self.failed:
-            raise self.failed
-
-    def pass_on(self) -> None:
-        if self.alive:
-            # unfair: a slow program is overtaken by a whole wave, so that others wait for it
-            self.running = self.alive[int(len(self.alive) * self.draw.random() ** 4)]
-        self.turn.notify_all()
-
-    def run(self, program: Any, programs: int) -> None:
-        def one(me: int) -> None:
-            try:
-                with self.turn:
-                    self.turn.wait_for(lambda: self.running == me or self.failed)
-                if not self.failed:
-                    program()
-            except BaseException as error:
-                self.failed = self.failed or error
-            with self.turn:
-                self.alive.remove(me)
-                self.pass_on()
-
-        threads = [
-            threading.Thread(target=one, args=(i,), name=str(i), daemon=True)
-            for i in range(programs)
-        ]
-        self.alive = list(range(programs))
-        for thread in threads:
-            thread.start()
-        with self.turn:
-            self.pass_on()
-        for thread in threads:
-            thread.join()
-        if self.failed:
-            raise self.failed
-
-
-class AllAtOnce:
-    """A kernel whose first program runs all of them, for the interpreter's loop over programs."""
-
-    def __init__(self, kernel: Any, programs: int, scheduler: Shuffled) -> None:
-        self.kernel, self.programs, self.scheduler = kernel, programs, scheduler
-        self.started = False
-        # what the interpreter asks of a function
-        self.__name__ = kernel.__name__
-        self.__globals__ = kernel.__globals__
-        self.__signature__ = inspect.signature(kernel)
-
-    def __call__(self, **arguments: Any) -> None:
-        if not self.started:
-            self.started = True
-            self.scheduler.run(lambda: self.kernel(**arguments), self.programs)
-
-
-@pytest.fixture
-def schedulers(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> list[Shuffled]:
-    """Each single launch takes the first of these, while there are any."""
-    if device.type != "cpu":
-        pytest.skip("a GPU interleaves programs itself")
-    from triton.runtime import interpreter
-
-    waiting: list[Shuffled] = []
-    builder, executor = interpreter.interpreter_builder, interpreter.GridExecutor
-    atomic, run = builder.create_atomic_rmw, executor.__call__
-    current: list[Shuffled] = []
-
-    def interleaved(*args: Any) -> Any:
-        if threading.current_thread() is not threading.main_thread():
-            current[-1].switch()
-        return atomic(*args)
-
-    def call(self: Any, *args: Any, **kwargs: Any) -> None:
-        if waiting and self.fn.__name__ == "_single_kernel":
-            current.append(waiting.pop(0))
-            self.fn = AllAtOnce(self.fn, self.grid[0], current[-1])
-        run(self, *args, **kwargs)
-
-    monkeypatch.setattr(builder, "create_atomic_rmw", interleaved)
-    monkeypatch.setattr(executor, "__call__", call)
-    return waiting
-
-
-@pytest.mark.parametrize("programs", [2, 5, 9])
-@both_tunings
-def test_interleaved_programs(
-    tuning: Tuning, programs: int, device: torch.device, schedulers: list[Shuffled]
-) -> None:
-    """Bits do not depend on who does what when; nobody waits forever; counters end at zero."""
-    tensors = random_tensors([(901,), (300,), (16,), (700,)], device)
-    twins = Twins(tensors, Options(LR, weight_decay=0.1), tuning, programs)
-    for seed in range(3):
-        schedulers.append(Shuffled(seed))
-        # the last step's folds must not do
-        twins.new_gradients()
-        twins.step()
-        assert not schedulers, "it was used"

@@ -21,7 +21,7 @@ pytest.importorskip("bench.sweep", reason="bench/ is in the checkout only")
 from bench import arms, cases, report, sweep  # noqa: E402
 from bench.models import WORKLOADS  # noqa: E402
 from bngd_triton.kernels.launch import FORMS  # noqa: E402
-from bngd_triton.kernels.plan import Tuning, gpu_tuning  # noqa: E402
+from bngd_triton.kernels.tuning import Tuning, gpu_tuning  # noqa: E402
 
 interpreted = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") != "1", reason="kernels are compiled where there is a GPU"

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bngd_triton.kernels import launch
+from bngd_triton.kernels.launch import Inputs
+from bngd_triton.kernels.option_table import encode
 from bngd_triton.kernels.plan import Entry
 from bngd_triton.members import Member, Pass, functional_pass, new_record, slices_of
 from bngd_triton.options import Options
@@ -38,8 +39,8 @@ def nothing_new(device: torch.device) -> Pass:
     return functional_pass([torch.empty(0, device=device)], True, None, None, None)
 
 
-def inputs(device: torch.device, options: Options) -> launch.Inputs:
+def inputs(device: torch.device, options: Options) -> Inputs:
     """What the kernels read besides the plan."""
-    table = torch.tensor([launch.encode(options)], dtype=torch.float64, device=device)
+    table = torch.tensor([encode(options)], dtype=torch.float64, device=device)
     clocks = torch.zeros(1, dtype=torch.int64, device=device)
-    return launch.Inputs(table, clocks, torch.ones(1, device=device), torch.zeros(1, device=device))
+    return Inputs(table, clocks, torch.ones(1, device=device), torch.zeros(1, device=device))

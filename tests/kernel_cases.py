@@ -1,0 +1,85 @@
+"""Small work items, and tensors, options and guards to try the kernels on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from bngd_triton.kernels import Tuning
+
+# small work items, so that small tensors have several slices, chunks and merges;
+# rows up to 256 + 15 entries are tiles
+SMALL = {
+    "block": 32,
+    "unroll": 2,
+    "slice": 128,
+    "merge": 4,
+    "update_block": 64,
+    "chunk": 256,
+    "tile": 256,
+}
+LANES = Tuning(wide=True, **SMALL)
+TILES = Tuning(wide=False, **SMALL)
+
+# around the tile's 256 + 15, the slice, the 16-entry granule; primes; rows of all three kinds
+SHAPES = [
+    (0,), (1,), (2,), (3,), (15,), (16,), (17,), (31,), (127,), (128,), (129,), (255,), (256,),
+    (257,), (271,), (272,), (1009,), (),
+    (1, 1), (3, 0), (5, 7), (4, 16), (70, 16), (3, 271), (3, 272), (2, 300), (2, 3, 4, 5),
+]  # fmt: skip
+
+# one of each kind, for options that do not change which memory is walked
+FEW = [(1,), (17,), (128,), (257,), (1009,), (), (5, 7), (4, 16), (3, 272), (2, 3, 4, 5)]
+
+OPTIONS = [
+    pytest.param({}, id="defaults"),
+    pytest.param({"momentum": 0.0}, id="no momentum"),
+    pytest.param({"nesterov": True}, id="nesterov"),
+    pytest.param({"weight_decay": 0.1}, id="weight decay"),
+    pytest.param({"maximize": True}, id="maximize"),
+    pytest.param({"eps": 0.0}, id="eps 0"),
+    pytest.param({"eps": 0.1}, id="large eps"),
+    pytest.param({"centering": 0.0}, id="RMS normalisation"),
+    pytest.param({"centering": 0.3, "center_1d": True}, id="partial centring"),
+    pytest.param({"granularity": "row"}, id="rows"),
+    pytest.param({"granularity": "row", "center_1d": True, "nesterov": True}, id="rows, centred"),
+    pytest.param({"granularity": "global"}, id="global"),
+    pytest.param({"normalizer": "cdf"}, id="cdf"),
+    pytest.param({"normalizer": "cdf", "granularity": "row", "weight_decay": 0.1}, id="cdf, rows"),
+]
+LR = 1e-2
+
+
+def make(
+    dtype: torch.dtype,
+    grad_dtype: torch.dtype,
+    device: torch.device,
+    shapes: list[tuple[int, ...]],
+) -> Any:
+    """Parameters, gradients and momentum inside larger buffers whose rest must not matter.
+
+    A read outside a gradient gives NaN; a write outside a parameter changes a guard.
+    """
+    guarded: list[tuple[Tensor, int]] = []
+
+    def inside(values: Tensor, guard: float) -> Tensor:
+        whole = torch.full((values.numel() + 64,), guard, dtype=values.dtype, device=device)
+        whole[32 : 32 + values.numel()] = values.flatten().to(device)
+        guarded.append((whole, values.numel()))
+        return whole[32 : 32 + values.numel()].view(values.shape)
+
+    params = [inside(torch.randn(shape).to(dtype), 77.0) for shape in shapes]
+    grads = [
+        inside((torch.randn(shape) * 1e-3 + 5e-4).to(grad_dtype), torch.nan) for shape in shapes
+    ]
+    buffers = [inside(torch.randn(shape), 77.0) for shape in shapes]
+    return params, grads, buffers, guarded
+
+
+def assert_guards(guarded: list[tuple[Tensor, int]]) -> None:
+    for whole, n in guarded:
+        outside = torch.cat([whole[:32], whole[32 + n :]])
+        assert ((outside == 77) | outside.isnan()).all()
