@@ -150,7 +150,7 @@ def _verify(args: argparse.Namespace) -> int:
     if device.type == "cpu":
         # read when kernels are defined, which comes later
         os.environ["TRITON_INTERPRET"] = "1"
-    from .kernels.launch import why_not
+    from .kernels.support import why_not
     from .verify import verify
     from .verify_cases import Case, suite
 

@@ -17,7 +17,7 @@ import torch
 
 from . import __version__
 from .info import collect
-from .kernels.launch import interpreting
+from .kernels.support import interpreting
 from .verify_cases import FACTORS, STEPS, Case
 from .verify_judge import Result, judge
 

@@ -15,7 +15,7 @@ from torch.nn import Parameter
 from .kernels import fused_step_
 from .kernels.architectures import tuning_for
 from .kernels.launch import FORMS
-from .kernels.plan import Tuning
+from .kernels.tuning import Tuning
 from .optimizer import BNGD
 from .options import Options
 from .precision import widen

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .kernels.plan import Tuning
+from .kernels.tuning import Tuning
 from .verify_cases import Case
 
 # entries before and after a tensor that lies in a larger buffer; 64 bytes or more, so that the

@@ -16,7 +16,7 @@ import torch
 
 import bngd_triton
 from bngd_triton import cli, info
-from bngd_triton.kernels import architectures, launch
+from bngd_triton.kernels import architectures, support
 
 PACKAGE = Path(bngd_triton.__file__).parent
 CACHED = (
@@ -99,7 +99,7 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(torch, "get_device_module", lambda device: torch.cuda)
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(info.torch, "empty", empty)
-    monkeypatch.setattr(launch, "interpreting", lambda: False)
+    monkeypatch.setattr(support, "interpreting", lambda: False)
     monkeypatch.setattr(info, "interpreting", lambda: False)
     yield
     clear()

@@ -16,10 +16,11 @@ import torch
 import triton
 import triton.language as tl
 
-from bngd_triton import cli, reference, verify, verify_arms, verify_judge
-from bngd_triton.kernels import precision, prepared, statistics, update
+from bngd_triton import cli, folds, reference, verify, verify_arms, verify_judge
+from bngd_triton.kernels import precision, prepared, publish, tiles, update
 from bngd_triton.kernels.architectures import tuning_for
 from bngd_triton.kernels.moments import fold
+from bngd_triton.kernels.precision import MASTER_COPY, REMAINDER, narrow, store_as, widen
 from bngd_triton.moments import moments
 from bngd_triton.verify_arms import more_arms
 from bngd_triton.verify_cases import FACTORS, QUICK, Case, covering, suite
@@ -113,7 +114,7 @@ def test_refusals(arguments: list[str], message: str, capsys: pytest.CaptureFixt
 def test_a_device_that_kernels_do_not_serve(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("bngd_triton.kernels.launch.has_triton", lambda: False)
+    monkeypatch.setattr("bngd_triton.kernels.support.has_triton", lambda: False)
     assert run("--quick") == 1
     error = capsys.readouterr().err
     assert "the kernels cannot run on cpu: Triton is not installed" in error
@@ -203,24 +204,51 @@ def _worse_when_large(mean, m2, n, uniform, centering, eps, sign):
 
 
 @triton.jit
-def _nesterov_from_the_old_momentum(param, momentum, ghat, lr, decay, beta, fresh, nesterov):
+def _put(
+    param, momentum, master, theta, m, hashed, moved, held,
+    KIND: tl.constexpr, SOFT: tl.constexpr,
+):  # fmt: skip
+    """What the right `move` does last."""
+    p, rest = narrow(theta, param.dtype.element_ty, hashed, KIND, SOFT)
+    tl.store(param, p, mask=moved)
+    if KIND == REMAINDER or KIND == MASTER_COPY:  # noqa: SIM109
+        tl.store(master, rest, mask=moved)
+    tl.store(momentum, store_as(m, momentum.dtype.element_ty, SOFT), mask=held)
+
+
+@triton.jit
+def _nesterov_from_the_old_momentum(
+    param, momentum, master, p, m, rest, ghat, hashed, moved, held, lr, decay, beta, fresh,
+    nesterov, KIND: tl.constexpr, SOFT: tl.constexpr,
+):  # fmt: skip
     new = ghat * fresh
-    ahead = momentum * beta + new * 2.0
-    momentum = momentum * beta + new
-    return param * decay - tl.where(nesterov != 0, ahead, momentum) * lr, momentum
+    ahead = m * beta + new * 2.0
+    m = m * beta + new
+    update = tl.where(nesterov != 0, ahead, m)
+    theta = widen(p, rest, KIND, SOFT) * decay - update * lr
+    _put(param, momentum, master, theta, m, hashed, moved, held, KIND, SOFT)
 
 
 @triton.jit
-def _momentum_of_lr_steps(param, momentum, ghat, lr, decay, beta, fresh, nesterov):
-    momentum = momentum * beta + ghat
-    return param * decay - momentum * lr, momentum
+def _momentum_of_lr_steps(
+    param, momentum, master, p, m, rest, ghat, hashed, moved, held, lr, decay, beta, fresh,
+    nesterov, KIND: tl.constexpr, SOFT: tl.constexpr,
+):  # fmt: skip
+    m = m * beta + ghat
+    theta = widen(p, rest, KIND, SOFT) * decay - m * lr
+    _put(param, momentum, master, theta, m, hashed, moved, held, KIND, SOFT)
 
 
 @triton.jit
-def _other_order(param, momentum, ghat, lr, decay, beta, fresh, nesterov):
-    momentum = momentum * beta + ghat * fresh
+def _other_order(
+    param, momentum, master, p, m, rest, ghat, hashed, moved, held, lr, decay, beta, fresh,
+    nesterov, KIND: tl.constexpr, SOFT: tl.constexpr,
+):  # fmt: skip
+    m = m * beta + ghat * fresh
+    old = widen(p, rest, KIND, SOFT)
     # within the bounds
-    return param - (param * (1.0 - decay) + momentum * lr), momentum
+    theta = old - (old * (1.0 - decay) + m * lr)
+    _put(param, momentum, master, theta, m, hashed, moved, held, KIND, SOFT)
 
 
 @triton.jit
@@ -279,26 +307,26 @@ store = reference.store_
 
 MUTANTS = [
     # name, what is replaced, by what, in which case it shows, in what words
-    ("eps in the root", [(statistics, "fold")], _eps_in_the_root, "eps0.1", "kernels: step"),
-    ("ddof 1", [(statistics, "fold")], _sample_deviation, "row", "kernels: step"),
-    ("worse when large", [(statistics, "fold")], _worse_when_large, "eps0,exploding", "power of"),
+    ("eps in the root", [(publish, "fold")], _eps_in_the_root, "eps0.1", "kernels: step"),
+    ("ddof 1", [(publish, "fold")], _sample_deviation, "row", "kernels: step"),
+    ("worse when large", [(publish, "fold")], _worse_when_large, "eps0,exploding", "power of"),
     (
         "nesterov from the old momentum",
-        [(statistics, "move"), (update, "move")],
+        [(tiles, "move"), (update, "move")],
         _nesterov_from_the_old_momentum,
         "nesterov",
         "kernels: step",
     ),
     (
         "momentum of whole steps",
-        [(statistics, "move"), (update, "move")],
+        [(tiles, "move"), (update, "move")],
         _momentum_of_lr_steps,
         "bf16,m16",
         "kernels: step",
     ),
     (
         "another order",
-        [(statistics, "move"), (update, "move")],
+        [(tiles, "move"), (update, "move")],
         _other_order,
         "exact,decay",
         "reference: other bits than the kernels'",
@@ -339,7 +367,7 @@ MUTANTS = [
         "global",
         "kernels: step",
     ),
-    ("reference, ddof 1", [(reference, "moments")], sample_moments, "row", "reference: step"),
+    ("reference, ddof 1", [(folds, "moments")], sample_moments, "row", "reference: step"),
     ("reference, no remainder", [(reference, "store_")], no_remainder, "bf16", "reference: step"),
 ]
 
