@@ -58,6 +58,8 @@ def run_step(step: Step, out: Path, limit_s: float) -> dict[str, Any]:
             process = subprocess.Popen(
                 step.command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL,
                 stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
+                # a shell's background jobs ignore interrupts, and so would all that they start
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
             )  # fmt: skip
         except OSError as error:
             return {**found, "outcome": "failed", "why": str(error)}

@@ -13,12 +13,13 @@ from torch.optim import Optimizer
 from .buffers import flatten_, why_not_flat
 from .checkpoint import COUNTS, asks_for_state, check_state_dict, parameter_names, place_state
 from .checks import check_parameter, check_step
+from .gathering import serve
 from .hooks import QuietStep
 from .members import Pass
 from .memory import local
 from .options import Options
 from .state import KEYS, GradStats, Records, grad_stats
-from .stepper import Stepper, closing_of, prepare_state, serve
+from .stepper import Stepper, closing_of, prepare_state
 
 
 class BNGD(QuietStep):

@@ -18,12 +18,13 @@ from torch.amp import GradScaler
 
 from . import reference
 from .checkpoint import parameter_names
+from .gathering import check_group
 from .masters import check_pair
 from .members import SKIPPED, Pass
 from .memory import is_sharded
 from .optimizer import BNGD
 from .options import Options
-from .stepper import Stepper, check_group, closing_of, member, prepare_state
+from .stepper import Stepper, closing_of, member, prepare_state
 
 
 def release_gradients(

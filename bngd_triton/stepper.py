@@ -1,19 +1,17 @@
-"""From groups of parameters to one step: what is checked, what is made, who serves what."""
+"""From groups of parameters to one step: what is made, who serves what."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from . import reference
-from .checkpoint import parameter_names
-from .checks import check_step, check_tensors, check_unpartitioned, nonfinite_somewhere
+from .gathering import check_scaled, gather, refuse_capture
 from .kernels.plan import capturing
 from .kernels.prepared import FusedStep
-from .kernels.support import why_not
 from .members import Member, Pass, rounds_stochastically
 from .memory import is_sharded, local
 from .options import Options, OptionsReader
@@ -23,25 +21,7 @@ from .steady import Steady
 
 if TYPE_CHECKING:
     # torch may be built without torch.distributed
-    from .exchange import Share
     from .spread import Part, Spread
-
-
-class _Work(NamedTuple):
-    """What one group asks of a step: its parameters that have a gradient, or a window to close."""
-
-    options: Options
-    params: list[Tensor]
-    # as this process holds them
-    grads: list[Tensor]
-    names: list[str]
-    # for each parameter, whether the kernels serve it
-    fused: list[bool]
-    # and which part of which slices is here; None where nobody holds another part
-    shares: list[Share | None]
-    # parameters without a gradient whose window is open, or may be; those whose window ends now
-    waiting: list[Tensor]
-    ending: list[Tensor]
 
 
 class Stepper:
@@ -80,7 +60,7 @@ class Stepper:
         refuse_capture(optimizer)
         groups = optimizer.param_groups
         if this.found_inf is not None:
-            _check_found_inf(groups)
+            check_scaled(groups)
         work = [gather(optimizer, i, this, closed) for i in range(len(groups))]
         options = [part.options for part in work]
         self.windowed = any(one.accumulation_steps > 1 for one in options)
@@ -173,207 +153,3 @@ def member(
 def closing_of(groups: Sequence[dict[str, Any]]) -> list[bool]:
     """For each group, whether the next micro-batch is the last of its window."""
     return [g["micro_step"] + 1 >= g["accumulation_steps"] for g in groups]
-
-
-def refuse_capture(optimizer: Any) -> None:
-    """A CUDA graph can hold only a step that repeats the one before it."""
-    captured = [
-        (name, param)
-        for index, group in enumerate(optimizer.param_groups)
-        for name, param in zip(parameter_names(group, index), group["params"])
-        if capturing(param.device)
-    ]
-    if captured and any(group["accumulation_steps"] > 1 for group in optimizer.param_groups):
-        raise RuntimeError(
-            "a step with accumulation_steps > 1 cannot be captured in a CUDA graph: the host "
-            "counts its micro-batches; capture with accumulation_steps=1"
-        )
-    for name, param in captured:
-        if param.grad is None:
-            raise RuntimeError(
-                f"{name} has no gradient while a CUDA graph is being captured, and would not "
-                "move in any replay; give it one, or leave it out of the optimizer"
-            )
-    if captured:
-        raise RuntimeError(
-            "a step captured in a CUDA graph must repeat the one before it (same tensors, "
-            "layouts and granularity, kernels only); run one whole iteration on the same "
-            "stream first, and keep its gradients (zero_grad(set_to_none=False))"
-        )
-
-
-def gather(optimizer: Any, index: int, this: Pass, closed: Collection[Tensor]) -> _Work:
-    """What a group asks of this step, checked in full before anything changes."""
-    group, state = optimizer.param_groups[index], optimizer.state
-    options = Options.of(group)
-    every = parameter_names(group, index)
-    check_unpartitioned(group["params"], every)
-    params = [param for param in group["params"] if param.grad is not None]
-    names = [name for param, name in zip(group["params"], every) if param.grad is not None]
-    parts, grads = _local_parts(params, names)
-    if options.granularity == "global" and options.accumulation_steps > 1:
-        _check_complete(group["params"], every)
-    shares = _shares(params, grads, names, options)
-    # who looks for an inf alone would leave the others waiting: `Spread` looks with them, and
-    # below are looked at the rows that nobody else has a part of, but others have rows beside
-    finite = this.found_inf is None
-    fused = check_group(
-        optimizer, params, parts, grads, names, options, finite=finite,
-        apart=[share is not None or is_sharded(p) for share, p in zip(shares, params)],
-    )  # fmt: skip
-    if options.nonfinite == "raise" and finite:
-        _refuse_nonfinite(
-            [(p, grad, name) for p, grad, name, share in zip(params, grads, names, shares)
-             if share is None and is_sharded(p)]
-        )  # fmt: skip
-    waiting: list[Tensor] = []
-    if options.accumulation_steps > 1:
-        waiting = [p for p in group["params"] if p.grad is None and p not in closed]
-        waiting = [p for p in waiting if WINDOW in state.get(p, ()) and p.numel()]
-    ending = waiting if this.closing[index] else []
-    return _Work(options, params, grads, names, fused, shares, waiting, ending)
-
-
-def _check_found_inf(groups: Sequence[dict[str, Any]]) -> None:
-    """Refuse a GradScaler where it cannot tell all ranks what one has found."""
-    named = [
-        (param, name)
-        for index, group in enumerate(groups)
-        for param, name in zip(group["params"], parameter_names(group, index))
-        if param.grad is not None
-    ]
-    if any(is_sharded(param) for param, _ in named):
-        from .distributed import check_found_inf
-
-        check_found_inf([param for param, _ in named], [name for _, name in named])
-
-
-def _refuse_nonfinite(sharded: Sequence[tuple[Tensor, Tensor, str]]) -> None:
-    """On every rank where one has an inf or a NaN: of parameters, their gradients' parts, names."""
-    if not sharded:
-        return
-    from .distributed import everywhere
-
-    flags = [grad.isfinite().all() for _, grad, _ in sharded]
-    for finite, (_, _, name) in zip(everywhere([p for p, _, _ in sharded], flags), sharded):
-        if not finite:
-            raise nonfinite_somewhere(name)
-
-
-def _local_parts(
-    params: Sequence[Tensor], names: Sequence[str]
-) -> tuple[list[Tensor], list[Tensor]]:
-    """What this process holds of parameters and their gradients."""
-    parts, grads = [], []
-    for param, name in zip(params, names):
-        part, grad = param, param.grad
-        assert grad is not None
-        if is_sharded(param) or is_sharded(grad):
-            from .distributed import local_parts
-
-            part, grad = local_parts(name, param, grad)
-        parts.append(part)
-        grads.append(grad)
-    return parts, grads
-
-
-def _shares(
-    params: Sequence[Tensor], grads: Sequence[Tensor], names: Sequence[str], options: Options
-) -> list[Share | None]:
-    """Which part of which slices is here; None for slices of which nobody holds another part."""
-    if not any(map(is_sharded, params)):
-        return [None] * len(params)
-    from .distributed import share_of
-
-    found = [
-        share_of(name, param, grad, options.granularity)
-        for name, param, grad in zip(names, params, grads)
-    ]
-    if options.granularity != "global":
-        return [share if share.groups else None for share in found]
-    if not any(share.groups for share in found):
-        return [None] * len(found)
-    if options.accumulation_steps > 1:
-        raise NotImplementedError(
-            "granularity='global' with accumulation_steps > 1 is not supported for sharded "
-            "parameters; use granularity='tensor' or 'row'"
-        )
-    return list(found)
-
-
-def check_group(
-    optimizer: Any,
-    params: Sequence[Tensor],
-    parts: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    names: Sequence[str],
-    options: Options,
-    *,
-    finite: bool,
-    apart: Sequence[bool],
-) -> list[bool]:
-    """Refuse what a step cannot do with parameters of one group; else say who the kernels serve.
-
-    Args:
-        optimizer: its state and its choice of implementation.
-        params: of one group.
-        parts: what this process holds of them.
-        grads: of the parts.
-        names: of the parameters.
-        options: the group's.
-        finite: whether ``nonfinite="raise"`` looks for an inf or NaN; an overflow is no error
-            where a GradScaler has seen it.
-        apart: of which parameters it does not, since other processes hold parts of their slices.
-    """
-    state = optimizer.state
-    buffers = [
-        local(state[p][MOMENTUM]) if MOMENTUM in state.get(p, ()) else part
-        for p, part in zip(params, parts)
-    ]
-    check_tensors(parts, grads, buffers, buffered=options.buffered, names=names)
-    check_step(parts, grads, options, names=names, finite=[finite and not one for one in apart])
-    fused = serve(optimizer.fused, params, names, options)
-    # a float32 parameter may have a float64 gradient, or momentum from a float64 checkpoint
-    others = [(g, b) if options.buffered else (g,) for g, b in zip(grads, buffers)]
-    for on, more, name in zip(fused, others, names):
-        reason = next(filter(None, map(why_not, more)), None) if on and optimizer.fused else None
-        if reason:
-            raise RuntimeError(
-                f"fused=True cannot serve {name} with the gradient or momentum it has: {reason}"
-            )
-    fused = [on and not any(map(why_not, more)) for on, more in zip(fused, others)]
-    if options.granularity == "global":
-        fused = [all(fused)] * len(fused)
-    return fused
-
-
-def _check_complete(params: Sequence[Tensor], names: Sequence[str]) -> None:
-    """Refuse a global group whose slice would change within a window."""
-    missing = [name for param, name in zip(params, names) if param.grad is None]
-    if missing and len(missing) < len(params):
-        raise RuntimeError(
-            "granularity='global' with accumulation_steps > 1 needs a gradient of every parameter "
-            f"of the group in every micro-batch, {missing[0]} has none; put such parameters in "
-            "another group, or use granularity='tensor'"
-        )
-
-
-def serve(
-    fused: bool | None, params: Sequence[Tensor], names: Sequence[str], options: Options
-) -> list[bool]:
-    """Which parameters go to the kernels; an error where ``fused=True`` cannot be kept."""
-    if fused is False:
-        return [False] * len(params)
-    reasons = [why_not(param) for param in params]
-    for name, reason in zip(names, reasons):
-        if fused and reason:
-            raise RuntimeError(f"fused=True cannot serve {name}: {reason}")
-    if fused is None:
-        # in the interpreter kernels are for tests: they are slower than the reference
-        reasons = [
-            reason or (None if param.device.type != "cpu" else "cpu")
-            for param, reason in zip(params, reasons)
-        ]
-    if options.granularity == "global" and any(reasons):
-        return [False] * len(params)
-    return [reason is None for reason in reasons]

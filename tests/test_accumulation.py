@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import capture
 import pytest
 import torch
 from paths import StepPath
@@ -22,8 +23,7 @@ from snapshots import snapshot
 from torch import Tensor
 from torch.nn import Parameter
 
-from bngd_triton import BNGD, steady, stepper
-from bngd_triton.kernels import plan, prepared
+from bngd_triton import BNGD
 from bngd_triton.oracle import normalized
 from bngd_triton.stepper import Stepper
 
@@ -399,8 +399,7 @@ def test_capture_is_refused(device: torch.device, monkeypatch: pytest.MonkeyPatc
     optimizer = BNGD(params, accumulation_steps=2, fused=True)
     take_steps(optimizer, params, [0])
     before = snapshot(optimizer, params)
-    for module in (plan, prepared, steady, stepper):
-        monkeypatch.setattr(module, "capturing", lambda device: True)
+    capture.pretend(monkeypatch)
     with pytest.raises(RuntimeError, match="accumulation_steps > 1 cannot be captured"):
         optimizer.step()
     assert snapshot(optimizer, params) == before

@@ -460,7 +460,7 @@ def test_flatten_leaves(case: Stays) -> None:
 @stays
 def test_the_optimizer_leaves(case: Stays, monkeypatch: pytest.MonkeyPatch) -> None:
     # beside a parameter that does move; the kernels are not run here
-    monkeypatch.setattr("bngd_triton.stepper.why_not", lambda _: None)
+    monkeypatch.setattr("bngd_triton.gathering.why_not", lambda _: None)
     params, kept = case.make()
     free = Parameter(torch.randn(3, 4))
     before, address = spans(params), free.data_ptr()
@@ -472,7 +472,7 @@ def test_the_optimizer_leaves(case: Stays, monkeypatch: pytest.MonkeyPatch) -> N
 
 @stays
 def test_flatten_true_says_why(case: Stays, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bngd_triton.stepper.why_not", lambda _: None)
+    monkeypatch.setattr("bngd_triton.gathering.why_not", lambda _: None)
     params, kept = case.make()
     free = Parameter(torch.randn(3, 4))
     before = spans([*params, free])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 import sys
 import time
 from pathlib import Path
@@ -78,7 +79,12 @@ def test_an_interrupted_step_may_write_what_it_has(tmp_path: Path) -> None:
         "try: time.sleep(60)\n"
         "except KeyboardInterrupt: print('written', flush=True)"
     )
-    outcome = session.run_step(parts.Step("late", python(code), 60), tmp_path, 3)
+    # as in a shell's background job
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        outcome = session.run_step(parts.Step("late", python(code), 60), tmp_path, 3)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert outcome["outcome"] == "out of time"
     assert (tmp_path / "late.log").read_text() == "begun\nwritten\n"
 

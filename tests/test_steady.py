@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import capture
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from bngd_triton import BNGD, kept, steady, stepper
-from bngd_triton.kernels import plan, prepared
+from bngd_triton import BNGD, kept
 from bngd_triton.stepper import Stepper
 
 
@@ -474,7 +474,7 @@ def test_capture_refuses_what_it_could_not_replay(
     optimizer = BNGD([param], 1e-2, fused=True)
     param.grad = torch.randn_like(param)
     optimizer.step()
-    capture(monkeypatch)
+    capture.pretend(monkeypatch)
     optimizer.step()
     before = param.detach().clone()
     optimizer.param_groups[0]["lr"] = 1e-3
@@ -497,7 +497,7 @@ def test_capture_needs_a_step_before_and_every_gradient(
     params[0].grad = torch.randn_like(params[0])
     optimizer.step()
     before = [param.detach().clone() for param in params]
-    capture(monkeypatch)
+    capture.pretend(monkeypatch)
     with pytest.raises(RuntimeError, match="head has no gradient while a CUDA graph"):
         optimizer.step()
     params[1].grad = torch.randn_like(params[1])
@@ -506,12 +506,6 @@ def test_capture_needs_a_step_before_and_every_gradient(
     for param, old in zip(params, before):
         assert torch.equal(param, old)
     assert params[1] not in optimizer.state
-
-
-def capture(monkeypatch: pytest.MonkeyPatch) -> None:
-    """From here on, act as if a CUDA graph were being captured."""
-    for module in (plan, prepared, steady, stepper):
-        monkeypatch.setattr(module, "capturing", lambda device: True)
 
 
 def test_sync_hyperparameters_reaches_a_replay(device: torch.device) -> None:
