@@ -17,7 +17,7 @@ PYTHON = [sys.executable, "-m"]
 KERNEL_TESTS = (
     "kernels", "plan", "prepared", "single", "interleaving", "statistics", "precision", "inputs",
     "properties", "layout", "optimizer", "accumulation", "master_weights", "masters", "grad_stats",
-    "release", "buffers", "steady", "scaling", "checkpoint", "telemetry",
+    "release", "buffers", "steady", "scaling", "checkpoint", "telemetry", "info", "verify",
 )  # fmt: skip
 # memory that torch's allocator keeps hides accesses past a tensor's end
 SANITIZED = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
