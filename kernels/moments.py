@@ -111,7 +111,8 @@ def lane_moments(
 def tile_moments(x, live, n, AXIS: tl.constexpr):
     """Mean, M2 (float64), least and greatest value (float32) along an axis, which is kept.
 
-    ``x`` is float32, 0 where not live; ``n`` float32 counts the live values.
+    ``x`` is float32, 0 where not live; ``n`` float32 counts the live values. With an inf or NaN
+    among them the least is NaN.
     """
     least = tl.min(tl.where(live, x, float("inf")), AXIS, keep_dims=True)
     most = tl.max(tl.where(live, x, float("-inf")), AXIS, keep_dims=True)
@@ -123,6 +124,8 @@ def tile_moments(x, live, n, AXIS: tl.constexpr):
     x = x * power_of_two_32(up) * power_of_two_32(k - up)
     safe = tl.maximum(n, 1.0)
     mean = tl.div_rn(tl.sum(x, AXIS, keep_dims=True), safe)
+    # an extreme drops NaN, the mean never does: entries equal but for a NaN are not all equal
+    least += mean - mean
     x = tl.where(live, x - mean, 0.0)
     shift = tl.sum(x, AXIS, keep_dims=True).to(tl.float64)
     square = tl.sum(x * x, AXIS, keep_dims=True).to(tl.float64)

@@ -69,8 +69,7 @@ def _tile(
     x = tl.load(grad, mask=x_live, other=0.0, eviction_policy="evict_first").to(tl.float32)
     n = tl.maximum(length, 1).to(tl.float64)
     mean, m2, least, most = tile_moments(x, x_live, length.to(tl.float32), 1)
-    # extremes drop NaN, the mean never does
-    uniform = (least == most) & (mean == mean)
+    uniform = least == most
     mean = tl.where(uniform, least.to(tl.float64), mean)
     m2 = tl.where(uniform, 0.0, m2)
 

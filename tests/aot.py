@@ -87,7 +87,7 @@ BUDGETS = {
     "single lanes": (120, 144),
     "single lanes+tiles": (168, 232),
     "single stream": (136, 168),
-    "single stream+tiles": (168, 232),
+    "single stream+tiles": (168, 240),
 }
 # more where parameters have a master or are rounded stochastically, or with micro-batches
 MASTER_REGISTERS = 24
