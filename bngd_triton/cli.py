@@ -146,6 +146,8 @@ def _verify(args: argparse.Namespace) -> int:
     _check_device(args.device)
     if args.json is not None:
         _check_folder(args.json.absolute().parent, "--json")
+        if args.json.is_dir():
+            raise ValueError(f"--json must be a file, got the folder {args.json}")
     device = torch.ones(1, device=args.device).device
     if device.type == "cpu":
         # read when kernels are defined, which comes later

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.__future__ import get_swap_module_params_on_conversion
 
 # steps through which gradients stay before all are looked at one by one, which takes 5 ms for 300
 PATIENCE = 8
@@ -28,6 +29,7 @@ class Kept:
         ImportError: this torch has no such guards, or others.
         AttributeError: likewise.
         TypeError: likewise.
+        RuntimeError: likewise.
     """
 
     def __init__(self, lists: list[list[Tensor]], moved: list[Tensor]) -> None:
@@ -50,7 +52,10 @@ class Kept:
                     of_grad.add_id_match_guard(id(grad), [], None)
                     _match(of_grad, grad)
                     _match(of_param, param)
-                elif param.numel():
+                elif not param.numel():
+                    # it may grow
+                    _match(of_param, param)
+                else:
                     of_param.grad_manager(f"{name}.grad", None, plain).add_none_match_guard(
                         [], None
                     )
@@ -79,7 +84,8 @@ class Witness:
     """Waits until gradients stay, by the first of them, and has all of them looked at then."""
 
     def __init__(self) -> None:
-        self._first: Callable[[], Tensor | None] = lambda: None
+        # no reference: torch cannot swap tensors that have weak ones
+        self._first = 0
         self._stayed = 0
         self._patience = PATIENCE
 
@@ -87,15 +93,13 @@ class Witness:
         """What recognises these gradients, once they have stayed for long enough."""
         first = moved[0].grad
         assert first is not None
-        stayed = self._first() is first
-        self._stayed = self._stayed + 1 if stayed else 0
-        if not stayed:
-            self._first = weakref.ref(first)
-        if self._stayed < self._patience:
+        self._stayed = self._stayed + 1 if self._first == id(first) else 0
+        self._first = id(first)
+        if self._stayed < self._patience or get_swap_module_params_on_conversion():
             return None
         # where some stay and others do not, this is for nothing: ever more seldom
         self._stayed, self._patience = 0, 2 * self._patience
         try:
             return Kept(lists, moved)
-        except (ImportError, AttributeError, TypeError):
+        except (ImportError, AttributeError, TypeError, RuntimeError):
             return None

@@ -43,7 +43,9 @@ class Steady:
         reader: OptionsReader,
         closing: Sequence[bool],
     ) -> None:
-        groups, entries = optimizer.param_groups, list(optimizer.state.values())
+        groups = optimizer.param_groups
+        # users may keep things of their own there
+        entries = [entry for entry in optimizer.state.values() if isinstance(entry, dict)]
         self.prepared = prepared
         self.fused = optimizer.fused
         self.lists = list(map(_PARAMS, groups))
@@ -54,6 +56,7 @@ class Steady:
         stepped = {id(member.param) for member in members}
         self.moved = [param for param in params if id(param) in stepped]
         self.idle = [i for i, p in enumerate(params) if id(p) not in stepped and p.numel()]
+        self.empty = [param for param in params if not param.numel()]
         self.device = members[0].param.device
         self.same_groups = same_dicts(groups)
         self.reader = reader
@@ -66,8 +69,12 @@ class Steady:
             get, having = itemgetter(key), [entry for entry in entries if key in entry]
             if having:
                 self.held.append((get, having, Same(list(map(get, having)))))
-        # `buffer.data = ...` goes unseen, and would free memory that the kernels write
-        self.memory = [one.detach() for _, _, same in self.held for one in same.tensors]
+        # `buffer.data = ...` leaves the object as it is: the first, and one more in every step, are
+        # looked at (all would take a sixth of a step). The memory that the kernels write is held
+        state = [one for _, _, same in self.held for one in same.tensors]
+        self.memory = [one.detach() for one in state]
+        self.state_at = [(one, one.data_ptr()) for one in state]
+        self.turn = 0
         self.params_at = Addresses([member.param.data_ptr() for member in members])
         # of the last step
         self.grads_at = Addresses([])
@@ -83,7 +90,7 @@ class Steady:
         return prepared.in_place and all(one.nonfinite != "raise" for one in options)
 
     def run(self, optimizer: Any, this: Pass) -> bool:
-        """Step if all is as it was but for options and gradients; else change nothing.
+        """Step if all is as it was but for options and gradients; else move nothing.
 
         Args:
             optimizer: the one this was made for.
@@ -140,14 +147,21 @@ class Steady:
             return None
         if self.idle and any(params[i].grad is not None for i in self.idle):
             return None
+        if any(param.numel() for param in self.empty):
+            return None
         return list(map(_GRAD, self.moved))
 
     def _holds(self) -> bool:
         """Whether the state holds the tensors that it held."""
         try:
-            return all(same(list(map(get, entries))) for get, entries, same in self.held)
+            same = all(same(list(map(get, entries))) for get, entries, same in self.held)
         except KeyError:
             return False
+        if same and self.state_at:
+            self.turn = (self.turn + 1) % len(self.state_at)
+            looked_at = self.state_at[0], self.state_at[self.turn]
+            same = all(one.data_ptr() == address for one, address in looked_at)
+        return same
 
     def _follow(self, groups: list[dict[str, Any]], this: Pass, same_groups: bool) -> bool:
         """Bring the option tables up to date; False where the layout of the work would change."""

@@ -72,7 +72,7 @@ def same_kinds(tensors: list[Tensor]) -> Callable[..., bool]:
         check: Callable[..., bool] = guards.check
         if check(*tensors):
             return check
-    except (ImportError, AttributeError, TypeError):
+    except (ImportError, AttributeError, TypeError, RuntimeError):
         pass
 
     def kinds(found: Sequence[Tensor]) -> list[tuple[Any, ...]]:

@@ -72,7 +72,7 @@ class FusedStep:
                     None if one is None else (one.data_ptr(), one.dtype, one.stride())
                     for one in (momentum, master, window, record)
                 ),
-                grad.dtype, grad.stride(), grad.data_ptr() % ALIGNMENT, key,
+                grad.dtype, grad.stride(), grad.is_neg(), grad.data_ptr() % ALIGNMENT, key,
             )
             for member in members
             for param, _, momentum, group, record, master, window, key in (member,)

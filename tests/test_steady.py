@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import capture
@@ -273,6 +273,89 @@ def test_swapped_momentum_data_does_not_free_what_the_kernels_write(device: torc
     storage = torch.multiprocessing.reductions.StorageWeakRef(buffer.untyped_storage())
     buffer.data = buffer.data.clone()
     assert not storage.expired()
+
+
+@pytest.mark.parametrize("moved", [range(3), [2]], ids=["all", "one"])
+def test_state_moved_by_data_is_noticed(
+    moved: Sequence[int], device: torch.device, layouts: Callable[[], int]
+) -> None:
+    """All at once when they move together; one alone when its turn comes."""
+    params = [Parameter(torch.randn(8, device=device)) for _ in range(3)]
+    optimizer = BNGD(params, fused=True)
+    give_gradients(params, 0)
+    for _ in range(12):
+        optimizer.step()
+    layouts()
+    buffers = [optimizer.state[param]["momentum_buffer"] for param in params]
+    for i in moved:
+        buffers[i].data = torch.zeros_like(buffers[i])
+    for _ in range(len(params) if len(moved) == 1 else 1):
+        optimizer.step()
+    assert layouts() == 1
+    optimizer.step()
+    assert layouts() == 0
+    for i in moved:
+        assert buffers[i].abs().max() > 0
+
+
+def test_a_negated_view_after_plain_gradients(device: torch.device) -> None:
+    done = []
+    for params, optimizer in pair(device, momentum=0.0):
+        for step in range(5):
+            give_gradients(params, step)
+            if step > 1:
+                for param in params:
+                    assert param.grad is not None
+                    param.grad = torch._neg_view(param.grad)
+            optimizer.step()
+        done.append(params)
+    assert_same(*done)
+
+
+@pytest.mark.parametrize("patience", [2, 10**9], ids=["known to stay", "looked at anew"])
+def test_an_empty_parameter_that_grows(
+    patience: int,
+    device: torch.device,
+    layouts: Callable[[], int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(kept, "PATIENCE", patience)
+    params = [Parameter(torch.randn(n, device=device)) for n in (8, 0)]
+    optimizer = BNGD(params, momentum=0.0, fused=True)
+    give_gradients(params, 0)
+    for _ in range(6):
+        optimizer.step()
+    assert layouts() == 1
+    params[1].data = torch.zeros(8, device=device)
+    params[1].grad = torch.arange(8.0, device=device)
+    optimizer.step()
+    assert layouts() == 1
+    assert params[1].abs().max() > 0
+
+
+def test_state_of_the_users_own(device: torch.device, layouts: Callable[[], int]) -> None:
+    param = Parameter(torch.randn(8, device=device))
+    optimizer = BNGD([param], fused=True)
+    optimizer.state["epoch"] = 3  # type: ignore[index]
+    give_gradients([param], 0)
+    for _ in range(3):
+        optimizer.step()
+    assert layouts() == 1
+
+
+def test_modules_are_converted_by_swapping(device: torch.device) -> None:
+    """torch refuses to swap tensors that have weak references."""
+    model = torch.nn.Linear(4, 3, device=device)
+    optimizer = BNGD(model.parameters(), fused=True, flatten=False)
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        give_gradients(list(model.parameters()), 0)
+        for _ in range(12):
+            optimizer.step()
+        model.bfloat16()
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+    assert model.weight.dtype == torch.bfloat16
 
 
 def test_a_late_gradient_is_noticed(device: torch.device, layouts: Callable[[], int]) -> None:
