@@ -137,7 +137,11 @@ def _info(args: argparse.Namespace) -> int:
     from .info import collect, lines
 
     found = collect()
-    print(json.dumps(found, indent=1) if args.json else "\n".join(lines(found)))
+    try:
+        print(json.dumps(found, indent=1) if args.json else "\n".join(lines(found)), flush=True)
+    # whoever reads has seen enough; Python would complain once more when it closes the pipe
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 
@@ -159,6 +163,11 @@ def _verify(args: argparse.Namespace) -> int:
     reason = why_not(torch.ones(1, device=device))
     if reason is not None:
         return _fail(f"the kernels cannot run on {device}: {reason}", 1)
+    try:
+        import triton.language  # noqa: F401
+    # whatever a broken installation raises
+    except Exception as error:
+        return _fail(f"Triton cannot be imported: {type(error).__name__}: {error}", 1)
     if args.case:
         cases = [Case.named(name) for name in args.case]
     else:

@@ -56,7 +56,8 @@ def verify(cases: Sequence[Case], device: torch.device, seed: int, path: Path | 
         code = code or 1
     where = "Triton's interpreter" if interpreting() else _name(device)
     print("\n".join(_table(results)))
-    print(f"\n{len(results)} cases of {STEPS} steps in {where}, seed {seed}, {len(failed)} failed")
+    cases_run = f"{len(results)} case{'s' * (len(results) != 1)}"
+    print(f"\n{cases_run} of {STEPS} steps in {where}, seed {seed}, {len(failed)} failed")
     for result in failed[:_WORST]:
         print(f"\n{result.case}:")
         print("\n".join(f"  {sentence}" for sentence in result.failures))

@@ -24,7 +24,7 @@ from .verify_cases import STEPS, Case
 from .verify_tensors import Placed, empty_gradients, gradients, weights
 
 
-class Kept(NamedTuple):
+class Snapshot(NamedTuple):
     """What is kept of one parameter between steps, on the CPU.
 
     Attributes:
@@ -48,7 +48,7 @@ class Run(NamedTuple):
         overwritten: entries beside the parameters that were written.
     """
 
-    steps: list[list[Kept]]
+    steps: list[list[Snapshot]]
     skipped: int
     overwritten: int
 
@@ -72,7 +72,7 @@ def by_form(case: Case, device: torch.device, seed: int, form: str) -> Run:
     arguments = dict(case.options)
     stochastic = arguments.pop("master_weights", None) == "stochastic"
     arguments.pop("momentum_dtype", None)
-    steps = [_kept(params, masters, buffers)]
+    steps = [_snapshot(params, masters, buffers)]
     skipped = 0
     for step in range(STEPS):
         _fill(grads, gradients(case, tuning, step, seed))
@@ -82,7 +82,7 @@ def by_form(case: Case, device: torch.device, seed: int, form: str) -> Run:
                 tuning=dataclasses.replace(tuning, form=form), **arguments,
             )
         )  # fmt: skip
-        steps.append(_kept(params, masters, buffers))
+        steps.append(_snapshot(params, masters, buffers))
     return Run(steps, skipped, _overwritten(placed))
 
 
@@ -121,7 +121,7 @@ class _Optimizing:
             # torch checks dtype and strides only on assignment
             param.grad = torch.empty_like(param)
             param.grad.data = grad
-        self.steps = [self._kept()]
+        self.steps = [self._snapshot()]
 
     def run(self) -> Run:
         for step in range(STEPS):
@@ -145,16 +145,16 @@ class _Optimizing:
     def _step(self, step: int, move: Callable[[], Any]) -> None:
         _fill(self.grads, gradients(self.case, self.tuning, step, self.seed))
         move()
-        self.steps.append(self._kept())
+        self.steps.append(self._snapshot())
 
-    def _kept(self) -> list[Kept]:
+    def _snapshot(self) -> list[Snapshot]:
         state, options = self.optimizer.state, Options.of(self.optimizer.param_groups[0])
         params = [param.detach() for param in self.params]
         if not state:
-            return _kept(params, [None] * len(params), None)
+            return _snapshot(params, [None] * len(params), None)
         masters = [master_of(state[param], param, options) for param in self.params]
         buffers = [state[p][MOMENTUM] for p in self.params] if options.buffered else None
-        return _kept(params, masters, buffers)
+        return _snapshot(params, masters, buffers)
 
     def _done(self) -> Run:
         # parameters with a storage of their own have moved to flat buffers
@@ -170,11 +170,11 @@ def _overwritten(placed: Sequence[Placed]) -> int:
     return sum(one.overwritten() for one in placed)
 
 
-def _kept(
+def _snapshot(
     params: Sequence[Tensor], masters: Sequence[Tensor | None], buffers: Sequence[Tensor] | None
-) -> list[Kept]:
+) -> list[Snapshot]:
     return [
-        Kept(
+        Snapshot(
             param.cpu().clone(),
             widen(param, master).cpu().clone(),
             None if buffers is None else buffers[i].cpu().clone(),

@@ -13,7 +13,7 @@ from torch import Tensor
 from .kernels.architectures import tuning_for
 from .oracle import oracle_step
 from .tolerances import step_bounds
-from .verify_arms import Kept, Run, by_optimizer, more_arms
+from .verify_arms import Run, Snapshot, by_optimizer, more_arms
 from .verify_cases import LR, STEPS, Case
 from .verify_tensors import gradients
 
@@ -136,7 +136,7 @@ class _Truth:
                 worst = worst._replace(ulp=ulp)
         return worst
 
-    def _targets(self, step: int, before: Sequence[Kept]) -> Any:
+    def _targets(self, step: int, before: Sequence[Snapshot]) -> Any:
         """Parameters and momenta after the step; runs that agree so far share them."""
         start = [one.wide for one in before] + [one.momentum for one in before]
         known = self.known[step]
@@ -146,11 +146,13 @@ class _Truth:
             known = self.known[step] = start, found
         return known[1]
 
-    def _errors(self, step: int, before: Sequence[Kept], after: Sequence[Kept]) -> Iterator[Error]:
+    def _errors(
+        self, step: int, before: Sequence[Snapshot], after: Sequence[Snapshot]
+    ) -> Iterator[Error]:
         kept = 1 - LR * self.options.get("weight_decay", 0.0)
         for old, new, target, momentum in zip(before, after, *self._targets(step, before)):
             theta = old.wide.double()
-            update = (kept * theta - target) / LR
+            update = (shrunk * theta - target) / LR
             size = update.abs()
             if new.momentum is not None:
                 size = torch.maximum(size, momentum.abs())
@@ -204,7 +206,7 @@ def _different(one: Run, other: Run) -> str:
     # before the first step an optimizer has no state yet
     for step, (mine, theirs) in enumerate(zip(one.steps[1:], other.steps[1:]), 1):
         for a, b in zip(mine, theirs):
-            for what, x, y in zip(Kept._fields, a, b):
+            for what, x, y in zip(Snapshot._fields, a, b):
                 if x is None or y is None:
                     continue
                 bits = [t.contiguous().view(-1).view(torch.uint8) for t in (x, y)]

@@ -149,7 +149,7 @@ class FusedStep:
 
 
 def structure(options: Options) -> tuple[object, ...]:
-    """What of a group's options is in the layout of the work, not in the option table."""
+    """What of a group's options is not in the option table: the layout, and its clock's seed."""
     return (
         options.granularity, options.center_1d, options.buffered,
         options.accumulation_steps > 1, options.master_weights, options.seed,

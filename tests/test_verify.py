@@ -104,6 +104,7 @@ def test_names() -> None:
         (["--case", "bf16,f16"], "two values of storage, bf16 and f16"),
         (["--seed", "-1"], "--seed must be in"),
         (["--json", "/proc/found.json"], "--json /proc cannot be written"),
+        (["--json", "/tmp"], "--json must be a file, got the folder /tmp"),
     ],
 )
 def test_refusals(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -118,6 +119,16 @@ def test_a_device_that_kernels_do_not_serve(
     assert run("--quick") == 1
     error = capsys.readouterr().err
     assert "the kernels cannot run on cpu: Triton is not installed" in error
+
+
+def test_a_triton_that_cannot_be_imported(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "triton.language", None)
+    assert run("--quick") == 1
+    error = capsys.readouterr().err
+    assert "Triton cannot be imported: ModuleNotFoundError" in error
+    assert error.count("\n") == 1
 
 
 @pytest.mark.parametrize(
