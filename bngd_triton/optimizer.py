@@ -261,11 +261,12 @@ class BNGD(QuietStep):
 
     def _pass(self, closing: list[bool]) -> Pass:
         """What this step brings, with what a GradScaler has left here."""
-        scale, found = (
-            # a number: set by hand, or what was found on no device at all
-            torch.tensor(float(value)) if isinstance(value, (int, float)) else value
-            for value in (self.__dict__.get("grad_scale"), self.__dict__.get("found_inf"))
-        )
+        scale, found = self.__dict__.get("grad_scale"), self.__dict__.get("found_inf")
+        # a number: set by hand, or what was found on no device at all
+        if isinstance(scale, (int, float)):
+            scale = torch.tensor(float(scale))
+        if isinstance(found, (int, float)):
+            found = torch.tensor(float(found))
         return Pass(closing, self._clocks, scale, found)
 
     def _count_micro_batch(self) -> None:

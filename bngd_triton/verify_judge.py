@@ -149,7 +149,7 @@ class _Truth:
     def _errors(
         self, step: int, before: Sequence[Snapshot], after: Sequence[Snapshot]
     ) -> Iterator[Error]:
-        kept = 1 - LR * self.options.get("weight_decay", 0.0)
+        shrunk = 1 - LR * self.options.get("weight_decay", 0.0)
         for old, new, target, momentum in zip(before, after, *self._targets(step, before)):
             theta = old.wide.double()
             update = (shrunk * theta - target) / LR

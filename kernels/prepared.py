@@ -230,16 +230,11 @@ class _Device:
 
     def inputs(self, this: Pass) -> Inputs:
         """What the kernels read besides the plan."""
-        return Inputs(
-            self.table,
-            this.clocks[self.device],
-            self._here(this.grad_scale, self.unscaled),
-            self._here(this.found_inf, self.finite),
-        )
-
-    def _here(self, given: Tensor | None, default: Tensor) -> Tensor:
-        """A GradScaler's tensor, where and as the kernels read it."""
-        return default if given is None else given.to(default)
+        scale, found = this.grad_scale, this.found_inf
+        # a GradScaler's, where and as the kernels read them
+        scale = self.unscaled if scale is None else scale.to(self.unscaled)
+        found = self.finite if found is None else found.to(self.finite)
+        return Inputs(self.table, this.clocks[self.device], scale, found)
 
     def run(self, members: Sequence[Member], this: Pass) -> None:
         self.stage(members)
