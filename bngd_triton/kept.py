@@ -24,6 +24,7 @@ class Kept:
     Args:
         lists: the parameters of each group.
         moved: those that a step moves. The others are empty, or have no gradient.
+        entries: of the state.
 
     Raises:
         ImportError: this torch has no such guards, or others.
@@ -32,7 +33,9 @@ class Kept:
         RuntimeError: likewise.
     """
 
-    def __init__(self, lists: list[list[Tensor]], moved: list[Tensor]) -> None:
+    def __init__(
+        self, lists: list[list[Tensor]], moved: list[Tensor], entries: list[dict[str, Any]]
+    ) -> None:
         from torch._C._dynamo.guards import RootGuardManager
         from torch._dynamo.guards import GuardManagerType
 
@@ -61,7 +64,13 @@ class Kept:
                     )
         self._same: Callable[[list[list[Tensor]]], bool] = root.check
         self._grads = [weakref.ref(param.grad) for param in moved]
-        if not self._same(lists):
+        of_state = RootGuardManager()
+        for i, entry in enumerate(entries):
+            of_entry = of_state.list_getitem_manager(i, f"[{i}]", entry, plain)
+            of_entry.add_dict_version_guard(entry, [], None)
+        self._untouched: Callable[[list[dict[str, Any]]], bool] = of_state.check
+        self._entries = entries
+        if not self._same(lists) or not self.untouched():
             raise TypeError("a guard refuses what it was made from")
 
     def grads(self, lists: list[list[Tensor]]) -> list[Tensor] | None:
@@ -70,6 +79,10 @@ class Kept:
             return None
         # an object that took the place of one long gone has its number, and the reference is dead
         return [ref() for ref in self._grads]  # type: ignore[misc]
+
+    def untouched(self) -> bool:
+        """Whether nothing was set in the entries; 17 ns for each."""
+        return self._untouched(self._entries)
 
 
 def _match(guard: Any, tensor: Tensor) -> None:
@@ -89,7 +102,9 @@ class Witness:
         self._stayed = 0
         self._patience = PATIENCE
 
-    def kept(self, lists: list[list[Tensor]], moved: list[Tensor]) -> Kept | None:
+    def kept(
+        self, lists: list[list[Tensor]], moved: list[Tensor], entries: list[dict[str, Any]]
+    ) -> Kept | None:
         """What recognises these gradients, once they have stayed for long enough."""
         first = moved[0].grad
         assert first is not None
@@ -100,6 +115,6 @@ class Witness:
         # where some stay and others do not, this is for nothing: ever more seldom
         self._stayed, self._patience = 0, 2 * self._patience
         try:
-            return Kept(lists, moved)
+            return Kept(lists, moved, entries)
         except (ImportError, AttributeError, TypeError, RuntimeError):
             return None

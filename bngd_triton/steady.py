@@ -45,7 +45,9 @@ class Steady:
     ) -> None:
         groups = optimizer.param_groups
         # users may keep things of their own there
-        entries = [entry for entry in optimizer.state.values() if isinstance(entry, dict)]
+        entries = self.entries = [
+            entry for entry in optimizer.state.values() if isinstance(entry, dict)
+        ]
         self.prepared = prepared
         self.fused = optimizer.fused
         self.lists = list(map(_PARAMS, groups))
@@ -114,6 +116,7 @@ class Steady:
             return False
         grads = None if self.kept is None else self.kept.grads(self.lists)
         recognised = grads is not None
+        untouched = self.kept is not None and recognised and self.kept.untouched()
         if grads is None:
             grads = self._grads()
         if grads is None:
@@ -128,7 +131,8 @@ class Steady:
             (recognised or self.same_kinds(*grads, *self.moved))
             and self.params_at.of(self.moved) is self.params_at.addresses
             and self.same_owners([optimizer.state])
-            and self._holds()
+            and (untouched or self._holds())
+            and self._in_place()
             and (stayed or gcd(ALIGNMENT, *found) == ALIGNMENT)
         )
         if not as_before or not self._follow(groups, this, same_groups):
@@ -136,7 +140,7 @@ class Steady:
         if not stayed:
             self.grads_at = Addresses(found)
         if not recognised:
-            self.kept = self.witness.kept(self.lists, self.moved)
+            self.kept = self.witness.kept(self.lists, self.moved, self.entries)
         self.prepared.run_at(found, this)
         return True
 
@@ -154,14 +158,17 @@ class Steady:
     def _holds(self) -> bool:
         """Whether the state holds the tensors that it held."""
         try:
-            same = all(same(list(map(get, entries))) for get, entries, same in self.held)
+            return all(same(list(map(get, entries))) for get, entries, same in self.held)
         except KeyError:
             return False
-        if same and self.state_at:
-            self.turn = (self.turn + 1) % len(self.state_at)
-            looked_at = self.state_at[0], self.state_at[self.turn]
-            same = all(one.data_ptr() == address for one, address in looked_at)
-        return same
+
+    def _in_place(self) -> bool:
+        """Whether the state's tensors are where they were, as far as two of them tell."""
+        if not self.state_at:
+            return True
+        self.turn = (self.turn + 1) % len(self.state_at)
+        looked_at = self.state_at[0], self.state_at[self.turn]
+        return all(one.data_ptr() == address for one, address in looked_at)
 
     def _follow(self, groups: list[dict[str, Any]], this: Pass, same_groups: bool) -> bool:
         """Bring the option tables up to date; False where the layout of the work would change."""
