@@ -78,7 +78,8 @@ class Kept:
         if not self._same(lists):
             return None
         # an object that took the place of one long gone has its number, and the reference is dead
-        return [ref() for ref in self._grads]  # type: ignore[misc]
+        grads: list[Any] = [ref() for ref in self._grads]
+        return None if grads[0] is None else grads
 
     def untouched(self) -> bool:
         """Whether nothing was set in the entries; 17 ns for each."""
@@ -97,8 +98,7 @@ class Witness:
     """Waits until gradients stay, by the first of them, and has all of them looked at then."""
 
     def __init__(self) -> None:
-        # no reference: torch cannot swap tensors that have weak ones
-        self._first = 0
+        self._first: Callable[[], Tensor | None] = lambda: None
         self._stayed = 0
         self._patience = PATIENCE
 
@@ -108,9 +108,14 @@ class Witness:
         """What recognises these gradients, once they have stayed for long enough."""
         first = moved[0].grad
         assert first is not None
-        self._stayed = self._stayed + 1 if self._first == id(first) else 0
-        self._first = id(first)
-        if self._stayed < self._patience or get_swap_module_params_on_conversion():
+        # torch cannot swap tensors that have weak references
+        if get_swap_module_params_on_conversion():
+            return None
+        if self._first() is first:
+            self._stayed += 1
+        else:
+            self._first, self._stayed = weakref.ref(first), 0
+        if self._stayed < self._patience:
             return None
         # where some stay and others do not, this is for nothing: ever more seldom
         self._stayed, self._patience = 0, 2 * self._patience

@@ -431,6 +431,30 @@ def test_gradients_that_stay_are_looked_at_ever_more_seldom(
     assert made == [9, 25, 57]
 
 
+def test_new_gradients_in_the_place_of_freed_ones(
+    device: torch.device, layouts: Callable[[], int]
+) -> None:
+    """They have the number, and often the address, of those before them."""
+    params = [Parameter(torch.randn(16, device=device)) for _ in range(3)]
+    optimizer = BNGD(params, fused=True)
+    values = torch.randn(16, device=device)
+    numbers = set()
+    for step in range(60):
+        # from the middle on they are new; until then they stay
+        if not step or step > 20:
+            optimizer.zero_grad()
+            for param in params:
+                param.grad = values.clone()
+        assert params[0].grad is not None
+        numbers.add(id(params[0].grad))
+        optimizer.step()
+        steady_step = optimizer._stepper.steady
+        assert steady_step is not None
+        assert (steady_step.kept is not None) == (9 <= step <= 20)
+    assert layouts() == 1
+    assert len(numbers) < 40
+
+
 def test_gradients_that_stay_are_not_held(device: torch.device) -> None:
     params = [Parameter(torch.randn(16, device=device)) for _ in range(2)]
     optimizer = BNGD(params, fused=True)
