@@ -79,7 +79,7 @@ def measure(n: int, groups: int, *, keep: bool, repeats: int) -> dict[str, float
             "  gradients": lambda: [param.grad for param in params],
             "  addresses": lambda: steady.params_at.of(params),
             "  kinds": lambda: steady.same_kinds(*grads, *params),
-            "  state": steady._holds,
+            "  state": lambda: steady._holds(optimizer.state),
             "  options": lambda: steady.same_groups(optimizer.param_groups),
             "  autograd versions": lambda: torch.autograd.graph.increment_version(params),
         },

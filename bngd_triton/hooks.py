@@ -1,7 +1,8 @@
 """torch's own wrapper of `step`, entered only where something listens.
 
 `torch.optim.Optimizer` wraps `step` in a label for the profiler and in step hooks. With neither in
-use the wrapper takes 10 us, a twelfth of what a step of 300 tensors takes on the host.
+use the wrapper takes 10 us, a twelfth of what a step of 300 tensors takes on the host. Nothing in
+Python tells of an `ExecutionTraceObserver` that runs without a profiler: its trace has no label.
 """
 
 from __future__ import annotations
@@ -15,9 +16,6 @@ from torch._C import _autograd
 from torch.autograd import profiler
 from torch.optim import Optimizer
 from torch.optim import optimizer as torch_optimizer
-
-_enter = _autograd._record_function_with_args_enter
-_exit = _autograd._record_function_with_args_exit
 
 
 class QuietStep(Optimizer):
@@ -37,14 +35,8 @@ def _quiet(plain: Callable[..., Any], wrapped: Callable[..., Any]) -> Callable[.
 
     @wraps(wrapped)
     def step(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if _observed(self):
-            return wrapped(self, *args, **kwargs)
-        # for observers that only C++ knows of, such as an execution trace's; 2 us
-        label = _enter(f"Optimizer.step#{type(self).__name__}.step")
-        try:
-            return plain(self, *args, **kwargs)
-        finally:
-            _exit(label)
+        # a label of our own would take 4.5 us
+        return (wrapped if _observed(self) else plain)(self, *args, **kwargs)
 
     return step
 

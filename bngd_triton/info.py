@@ -39,8 +39,7 @@ PRIVATE = (
     "torch._C._dispatch_keys",
     # in CUDA builds only
     "torch._C._tensors_data_ptrs_at_indices_equal",
-    "torch._C._autograd._record_function_with_args_enter",
-    "torch._C._autograd._record_function_with_args_exit",
+    "torch._C._autograd._profiler_enabled",
     "torch._C._storage_Use_Count",
 )
 _ERROR = "error: "

@@ -64,7 +64,7 @@ class Steady:
         self.reader = reader
         self.structure = [structure(one) for one in reader.options]
         self.closing = closing
-        self.same_owners = same_dicts([optimizer.state])
+        self.same_state = same_dicts([optimizer.state])
         # state tensors by key, each beside the entries that must still hold them
         self.held: list[tuple[itemgetter[str], list[Any], Same]] = []
         for key in KEYS:
@@ -78,7 +78,7 @@ class Steady:
         self.state_at = [(one, one.data_ptr()) for one in state]
         self.turn = 0
         self.params_at = Addresses([member.param.data_ptr() for member in members])
-        # of the last step
+        # of the last step's gradients
         self.grads_at = Addresses([])
         self.kept: Kept | None = None
         self.witness = Witness()
@@ -105,8 +105,8 @@ class Steady:
             ValueError: an option, changed since, is out of bounds.
             TypeError: likewise.
         """
-        groups = optimizer.param_groups
-        same_groups = self.same_groups(groups)
+        groups, state, kept = optimizer.param_groups, optimizer.state, self.kept
+        same_groups = (kept is not None and kept.same_groups(groups)) or self.same_groups(groups)
         if not same_groups:
             self.lists = list(map(_PARAMS, groups))
         if optimizer.fused is not self.fused:
@@ -114,9 +114,8 @@ class Steady:
         # a graph would leave them out of every replay: the full check refuses them by name
         if self.idle and capturing(self.device):
             return False
-        grads = None if self.kept is None else self.kept.grads(self.lists)
+        grads = None if kept is None else kept.grads(self.lists)
         recognised = grads is not None
-        untouched = self.kept is not None and recognised and self.kept.untouched()
         if grads is None:
             grads = self._grads()
         if grads is None:
@@ -130,17 +129,16 @@ class Steady:
         as_before = (
             (recognised or self.same_kinds(*grads, *self.moved))
             and self.params_at.of(self.moved) is self.params_at.addresses
-            and self.same_owners([optimizer.state])
-            and (untouched or self._holds())
+            and ((kept is not None and recognised and kept.untouched(state)) or self._holds(state))
             and self._in_place()
             and (stayed or gcd(ALIGNMENT, *found) == ALIGNMENT)
         )
         if not as_before or not self._follow(groups, this, same_groups):
             return False
         if not stayed:
-            self.grads_at = Addresses(found)
+            self.grads_at.addresses = found
         if not recognised:
-            self.kept = self.witness.kept(self.lists, self.moved, self.entries)
+            self.kept = self.witness.kept(self.lists, self.moved, groups, state, self.entries)
         self.prepared.run_at(found, this)
         return True
 
@@ -155,8 +153,10 @@ class Steady:
             return None
         return list(map(_GRAD, self.moved))
 
-    def _holds(self) -> bool:
+    def _holds(self, state: dict[Any, Any]) -> bool:
         """Whether the state holds the tensors that it held."""
+        if not self.same_state([state]):
+            return False
         try:
             return all(same(list(map(get, entries))) for get, entries, same in self.held)
         except KeyError:

@@ -86,12 +86,12 @@ class Addresses:
     """Where tensors were.
 
     Args:
-        addresses: of their first elements, in bytes.
+        addresses: of their first elements, in bytes. Others may be set.
     """
 
     def __init__(self, addresses: list[int]) -> None:
         self.addresses = addresses
-        self._indices = list(range(len(addresses)))
+        self._indices: list[int] = []
 
     def of(self, tensors: list[Tensor]) -> list[int]:
         """Where these tensors are: the very list `addresses` if that is where those were.
@@ -100,9 +100,11 @@ class Addresses:
             TypeError: a tensor is None.
             RuntimeError: likewise, or a tensor has no address.
         """
-        comparable = _at is not None and len(tensors) == len(self.addresses)
-        if comparable and _at(tensors, self.addresses, self._indices):
-            return self.addresses
+        if _at is not None and len(tensors) == len(self.addresses):
+            if len(self._indices) != len(tensors):
+                self._indices = list(range(len(tensors)))
+            if _at(tensors, self.addresses, self._indices):
+                return self.addresses
         found = list(map(Tensor.data_ptr, tensors))
         # where equal, the same list: it is compared again, at less than half the cost
         return self.addresses if found == self.addresses else found

@@ -44,15 +44,12 @@ def test_torchs_wrapper_is_left_out_while_nothing_listens(monkeypatch: pytest.Mo
     assert entered == [LABEL] * 2
 
 
-def test_an_execution_trace_has_the_label(tmp_path: Path) -> None:
-    """Its observer lives in C++: Python's profiler flags do not tell of it."""
+def test_a_profilers_execution_trace_has_the_label(tmp_path: Path) -> None:
     optimizer = ready()
     file = tmp_path / "trace.json"
     observer = ExecutionTraceObserver().register_callback(str(file))
-    observer.start()
-    optimizer.step()
-    observer.stop()
-    observer.unregister_callback()
+    with torch.profiler.profile(execution_trace_observer=observer):
+        optimizer.step()
     assert LABEL in {node["name"] for node in json.loads(file.read_text())["nodes"]}
 
 

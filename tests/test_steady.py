@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -89,6 +90,12 @@ def replace_state(params: list[Parameter], optimizer: BNGD) -> None:
     optimizer.load_state_dict(optimizer.state_dict())
 
 
+def copy_state(params: list[Parameter], optimizer: BNGD) -> None:
+    """The same groups, and a state of its own."""
+    copies = {p: {k: v.clone() for k, v in entry.items()} for p, entry in optimizer.state.items()}
+    optimizer.state = defaultdict(dict, copies)
+
+
 def swap_equal_states(params: list[Parameter], optimizer: BNGD) -> None:
     state = optimizer.state
     state[params[0]], state[params[1]] = dict(state[params[0]]), dict(state[params[1]])
@@ -160,10 +167,10 @@ def raise_on_nonfinite(params: list[Parameter], optimizer: BNGD) -> None:
 
 
 CHANGES = [
-    swap_storage, replace_momentum, replace_entry, replace_state, swap_equal_states, pass_state_on,
-    same_memory, drop_gradient, other_strides,
-    unaligned, no_momentum, by_row, centre_vectors, fewer_parameters, another_parameter,
-    one_more_parameter, another_group, raise_on_nonfinite,
+    swap_storage, replace_momentum, replace_entry, replace_state, copy_state, swap_equal_states,
+    pass_state_on, same_memory, drop_gradient, other_strides, unaligned, no_momentum, by_row,
+    centre_vectors, fewer_parameters, another_parameter, one_more_parameter, another_group,
+    raise_on_nonfinite,
 ]  # fmt: skip
 
 
