@@ -20,8 +20,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 METRICS = {
     "gpu__time_duration.sum": "ns",
     "dram__bytes_read.sum": "dram_read_bytes",
@@ -124,7 +122,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         0; 1 where there is no profiler or a case failed.
     """
-    from . import report
+    from . import devices, report
     from .arms import ARMS, STORAGES
     from .models import WORKLOADS, elements
 
@@ -137,9 +135,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if ncu is None:
         print(f"bench.counters: {args.ncu} not found: no counters", file=sys.stderr)
         return 1
-    gpu = torch.cuda.is_available()
-    device = torch.device("cuda", torch.cuda.current_device()) if gpu else torch.device("cpu")
-    results = report.Results(args.out, device, "counters", kind="counters")
+    results = report.Results(args.out, devices.use(), "counters", kind="counters")
     document, end = results.document, time.monotonic() + args.budget
     for workload, dtype, name in CASES:
         left = end - time.monotonic()

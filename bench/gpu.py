@@ -7,7 +7,6 @@ and ``--suite compiled``, which has the arm that needs minutes of `torch.compile
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import time
 import traceback
@@ -16,6 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+
+from . import devices
 
 if TYPE_CHECKING:
     from .arms import Arm
@@ -84,13 +85,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         what is done written.
     """
     args = _parser().parse_args(argv)
-    if args.device == "cpu":
-        # Triton decides when kernels are defined, so before anything imports them
-        os.environ.setdefault("TRITON_INTERPRET", "1")
-        # at these sizes threads only wait for each other
-        torch.set_num_threads(1)
-    elif not torch.cuda.is_available():
-        print("bench.gpu: error: no GPU found; --device cpu tries the code", file=sys.stderr)
+    try:
+        device = devices.use(args.device)
+    except devices.NoGPUError as error:
+        print(f"bench.gpu: error: {error}", file=sys.stderr)
         return 1
     from .arms import ARMS
     from .report import Results, table
@@ -100,9 +98,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(f"bench.gpu: error: {error}", file=sys.stderr)
         return 2
-    device = torch.device(args.device)
-    if args.device == "cuda":
-        device = torch.device("cuda", torch.cuda.current_device())
     suite = f"{args.suite}-{args.part}" if args.suite == "full" else args.suite
     results = Results(args.out, device, suite)
     code = 0

@@ -53,7 +53,11 @@ def renew(params: list[Parameter]) -> None:
 
 
 def measure(n: int, groups: int, *, keep: bool, repeats: int) -> dict[str, float]:
-    """Medians in microseconds of the bare loop, of the step, and of the parts of a check."""
+    """Medians in microseconds of the bare loop, of the step, and of the parts of a check.
+
+    Launches do nothing from here on.
+    """
+    prepared.launch = nothing
     params = [Parameter(torch.randn(ELEMENTS)) for _ in range(n)]
     size = -(-n // groups)
     parts = [{"params": params[i : i + size]} for i in range(0, n, size)]
@@ -99,12 +103,6 @@ def measure(n: int, groups: int, *, keep: bool, repeats: int) -> dict[str, float
     return {name: 1e6 * statistics.median(values) for name, values in times.items()}
 
 
-def measured(n: int, groups: int, keep: bool, repeats: int) -> dict[str, float]:
-    """`measure`, without the launches."""
-    prepared.launch = nothing
-    return measure(n, groups, keep=keep, repeats=repeats)
-
-
 def main() -> int:
     """Print a table, and write the figures to a file if one is named."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
@@ -118,7 +116,8 @@ def main() -> int:
         for keep in (True, False):
             # in a process of its own: none works on the heap that another leaves behind
             with context.Pool(1) as pool:
-                row = pool.apply(measured, (args.tensors, groups, keep, args.repeats))
+                how = {"keep": keep, "repeats": args.repeats}
+                row = pool.apply(measure, (args.tensors, groups), how)
             ratio = row["step"] / row["bare loop"]
             kind = "kept" if keep else "new"
             print(f"{args.tensors} tensors, {groups} groups, {kind} gradients: {ratio:.2f} times")

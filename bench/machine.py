@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import os
 import shutil
@@ -12,7 +11,7 @@ from typing import Any
 
 import torch
 
-from . import measure, report
+from . import devices, measure, report
 
 PACKAGES = (
     "torch", "triton", "numpy", "pytest", "pytest-xdist", "pytest-benchmark", "hypothesis",
@@ -37,17 +36,10 @@ def record(device: torch.device) -> dict[str, Any]:
         "commit": report.commit(),
         "kernels_sha256": report.kernels_hash(),
         "processors": os.cpu_count(),
-        "packages": {name: _version(name) for name in PACKAGES},
+        "packages": {name: report.version(name) for name in PACKAGES},
         "copy_gbps": copies,
         "tools": {" ".join(command): _said(command) for command in TOOLS},
     }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _said(command: list[str]) -> str:
@@ -63,10 +55,9 @@ def _said(command: list[str]) -> str:
 
 def main() -> int:
     """Print the record of the GPU, or of the CPU where there is none; 1 for the latter."""
-    gpu = torch.cuda.is_available()
-    device = torch.device("cuda", torch.cuda.current_device()) if gpu else torch.device("cpu")
+    device = devices.use()
     print(json.dumps(record(device), indent=1))
-    return 0 if gpu else 1
+    return 0 if device.type == "cuda" else 1
 
 
 if __name__ == "__main__":

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import argparse
 import ast
-import os
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
+
+from . import devices
 
 if TYPE_CHECKING:
     from .arms import Arm, Storage
@@ -33,13 +34,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--arm", nargs="+", default=["bngd"], help="in turn")
     parser.add_argument("--dtype", default="fp32")
     args = parser.parse_args(argv)
-    on_gpu = torch.cuda.is_available()
-    if not on_gpu:
-        os.environ.setdefault("TRITON_INTERPRET", "1")
+    device = devices.use()
     from .arms import STORAGES
     from .models import DRY_RUN, WORKLOADS
 
-    device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
     try:
         several, storage = [arm_of(text) for text in args.arm], STORAGES[args.dtype]
         workload = None if args.workload == "gate" else (WORKLOADS | DRY_RUN)[args.workload]

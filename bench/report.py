@@ -71,11 +71,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "python": platform.python_version(),
         "os": platform.platform(),
     }
-    for package in ("triton", "torch-optimi", "flashoptim"):
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = None
+    found |= {name: version(name) for name in ("triton", "torch-optimi", "flashoptim")}
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         found["gpu"] = properties.name
@@ -87,6 +83,14 @@ def environment(device: torch.device) -> dict[str, Any]:
         query = "clocks.sm,clocks.mem,clocks.max.sm,power.limit,temperature.gpu"
         found["clocks"] = _output("nvidia-smi", f"--query-gpu={query}", "--format=csv")
     return found
+
+
+def version(package: str) -> str | None:
+    """Of an installed package; None without it."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def slug(gpu: str) -> str:

@@ -7,7 +7,6 @@ that only ratios to the base of the same question mean something. Raw rows go to
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,6 +14,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+
+from . import devices
 
 BUDGET_S = 420.0
 
@@ -89,11 +90,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--budget", type=float, default=BUDGET_S, help="seconds before cases stop")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     args = parser.parse_args(argv)
-    if args.device == "cpu":
-        os.environ.setdefault("TRITON_INTERPRET", "1")
-        torch.set_num_threads(1)
-    elif not torch.cuda.is_available():
-        print("bench.sweep: error: no GPU found; --device cpu tries the code", file=sys.stderr)
+    try:
+        device = devices.use(args.device)
+    except devices.NoGPUError as error:
+        print(f"bench.sweep: error: {error}", file=sys.stderr)
         return 1
     words = {word.strip() for word in args.only.split(",") if word.strip()}
     known = set(QUESTIONS) | {workload for workload, _ in _ALL}
@@ -102,16 +102,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"bench.sweep: error: --only: unknown {unknown}; known are {sorted(known)}",
               file=sys.stderr)  # fmt: skip
         return 2
-    return _ask(args, words)
+    return _ask(args, words, device)
 
 
-def _ask(args: argparse.Namespace, words: set[str]) -> int:
+def _ask(args: argparse.Namespace, words: set[str], device: torch.device) -> int:
     from . import cases, gpu, measure, report
     from .arms import STORAGES, tuned
     from .models import DRY_RUN, WORKLOADS
 
-    dry = args.device == "cpu"
-    device = torch.device(args.device) if dry else torch.device("cuda", torch.cuda.current_device())
+    dry = device.type == "cpu"
     end = time.monotonic() + args.budget
     clock = measure.clock_for(device)
     results = report.Results(args.out, device, "sweep", kind="sweep")

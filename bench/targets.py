@@ -43,9 +43,7 @@ class Rows:
     def __init__(self, documents: Sequence[Document]):
         self.documents = documents
 
-    def pairs(
-        self, workload: str, dtype: str, *arms: str
-    ) -> list[dict[str, Any]] | None:  # fmt: skip
+    def pairs(self, workload: str, dtype: str, *arms: str) -> list[dict[str, Any]] | None:
         """A row for each arm, all from the same file; None if no file has them all."""
         for document in self.documents:
             found = {

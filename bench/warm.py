@@ -12,8 +12,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 
-import torch
-
+from . import devices
 from .report import ROOT
 
 # a process holds half a GB of the GPU for its context, and its arms' kernels are compiled in turn
@@ -49,9 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _share(args: argparse.Namespace) -> int:
-    if args.device == "cpu":
-        os.environ.setdefault("TRITON_INTERPRET", "1")
-        torch.set_num_threads(1)
+    device = devices.use(args.device)
     from . import gate
     from .arms import ARMS, STORAGES, Arm, UnavailableError, tuned
     from .sweep import QUESTIONS
@@ -78,12 +75,12 @@ def _share(args: argparse.Namespace) -> int:
     for arm, storage in asked[mine::of]:
         verdict = "right"
         try:
-            gate.check(arm, storage, torch.device(args.device))
+            gate.check(arm, storage, device)
         except UnavailableError as error:
             verdict = str(error)
             # rivals may lack a storage; BNGD is to run in all of them, wherever graphs exist
             if arm.rule.startswith("bngd") and not (
-                arm.name == "bngd-graph" and args.device == "cpu"
+                arm.name == "bngd-graph" and device.type == "cpu"
             ):
                 code = 1
         # one write, so that processes do not mix their lines

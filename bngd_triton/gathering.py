@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 class Work(NamedTuple):
     """What one group asks of a step: its parameters that have a gradient, or a window to close."""
 
-    options: Options
     params: list[Tensor]
     # as this process holds them
     grads: list[Tensor]
@@ -65,10 +64,11 @@ def refuse_capture(optimizer: Any) -> None:
         )
 
 
-def gather(optimizer: Any, index: int, this: Pass, closed: Collection[Tensor]) -> Work:
+def gather(
+    optimizer: Any, index: int, options: Options, this: Pass, closed: Collection[Tensor]
+) -> Work:
     """What a group asks of this step, checked in full before anything changes."""
     group, state = optimizer.param_groups[index], optimizer.state
-    options = Options.of(group)
     every = parameter_names(group, index)
     check_unpartitioned(group["params"], every)
     params = [param for param in group["params"] if param.grad is not None]
@@ -94,7 +94,7 @@ def gather(optimizer: Any, index: int, this: Pass, closed: Collection[Tensor]) -
         waiting = [p for p in group["params"] if p.grad is None and p not in closed]
         waiting = [p for p in waiting if WINDOW in state.get(p, ()) and p.numel()]
     ending = waiting if this.closing[index] else []
-    return Work(options, params, grads, names, fused, shares, waiting, ending)
+    return Work(params, grads, names, fused, shares, waiting, ending)
 
 
 def check_scaled(groups: Sequence[dict[str, Any]]) -> None:

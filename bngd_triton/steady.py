@@ -57,7 +57,7 @@ class Steady:
         self.params = Same(params)
         stepped = {id(member.param) for member in members}
         self.moved = [param for param in params if id(param) in stepped]
-        self.idle = [i for i, p in enumerate(params) if id(p) not in stepped and p.numel()]
+        self.idle = [p for p in params if id(p) not in stepped and p.numel()]
         self.empty = [param for param in params if not param.numel()]
         self.device = members[0].param.device
         self.same_groups = same_dicts(groups)
@@ -147,7 +147,7 @@ class Steady:
         params = list(chain.from_iterable(self.lists))
         if list(map(len, self.lists)) != self.sizes or not self.params(params):
             return None
-        if self.idle and any(params[i].grad is not None for i in self.idle):
+        if any(param.grad is not None for param in self.idle):
             return None
         if any(param.numel() for param in self.empty):
             return None

@@ -61,23 +61,23 @@ class Stepper:
         groups = optimizer.param_groups
         if this.found_inf is not None:
             check_scaled(groups)
-        work = [gather(optimizer, i, this, closed) for i in range(len(groups))]
-        options = [part.options for part in work]
+        options = self.reader.read(groups)
+        work = [gather(optimizer, i, one, this, closed) for i, one in enumerate(options)]
         self.windowed = any(one.accumulation_steps > 1 for one in options)
         self.rounding = any(one.master_weights == "stochastic" for one in options)
-        for group, part in zip(groups, work):
-            prepare_state(optimizer, [*part.params, *part.ending], part.options)
-            if part.options.accumulation_steps == 1:
+        for group, part, choice in zip(groups, work, options):
+            prepare_state(optimizer, [*part.params, *part.ending], choice)
+            if choice.accumulation_steps == 1:
                 # of a window that was given up
                 group["micro_step"] = 0
         keys = {id(p): i for i, p in enumerate(p for group in groups for p in group["params"])}
         served: list[Member] = []
         rest: list[list[Member]] = []
         spread: list[Part] = []
-        for index, part in enumerate(work):
+        for index, (part, choice) in enumerate(zip(work, options)):
             grads: list[Tensor | None] = [*part.grads, *[None] * len(part.ending)]
             of_group = [
-                member(optimizer, param, grad, part.options, index, keys[id(param)])
+                member(optimizer, param, grad, choice, index, keys[id(param)])
                 for param, grad in zip([*part.params, *part.ending], grads)
             ]
             rest.append(of_group[len(part.params) :])
@@ -98,9 +98,9 @@ class Stepper:
 
                 self.spread[device] = Spread()
             self.spread[device].measure(here, options, this)
-        for members, part in zip(rest, work):
+        for members, part, choice in zip(rest, work, options):
             if members:
-                reference.apply_(members, part.options, this)
+                reference.apply_(members, choice, this)
             for param in part.ending:
                 # the next gradient makes it anew; until then steps can be recognised
                 del optimizer.state[param][WINDOW]
@@ -109,7 +109,6 @@ class Stepper:
             whole = not any(is_sharded(param) for part in work for param in part.params)
             alone = whole and all(all(part.fused) and not part.waiting for part in work)
             if alone and self.prepared is not None and Steady.serves(self.prepared, options):
-                self.reader.read(groups)
                 self.steady = Steady(optimizer, self.prepared, served, self.reader, this.closing)
         for device in dict.fromkeys(part.member.param.device for part in spread):
             self.spread[device].move(options, this)

@@ -69,17 +69,15 @@ def by_form(case: Case, device: torch.device, seed: int, form: str) -> Run:
     make_state(state, params, options)
     masters = [master_of(state[param], param, options) for param in params]
     buffers = [state[param][MOMENTUM] for param in params] if options.buffered else None
-    arguments = dict(case.options)
-    stochastic = arguments.pop("master_weights", None) == "stochastic"
-    arguments.pop("momentum_dtype", None)
     steps = [_snapshot(params, masters, buffers)]
     skipped = 0
     for step in range(STEPS):
         _fill(grads, gradients(case, tuning, step, seed))
         skipped += int(
             fused_step_(
-                params, grads, buffers, masters=masters, rounding_key=step if stochastic else None,
-                tuning=dataclasses.replace(tuning, form=form), **arguments,
+                params, grads, buffers, masters=masters,
+                tuning=dataclasses.replace(tuning, form=form),
+                rounding_key=step if case.stochastic else None, **case.rule,
             )
         )  # fmt: skip
         steps.append(_snapshot(params, masters, buffers))

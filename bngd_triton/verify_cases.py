@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -100,8 +101,11 @@ class Case:
         for value in name.split(",") if name != "defaults" else []:
             factors = [factor for factor, values in FACTORS.items() if value in values]
             if not factors:
+                every = [value for values in FACTORS.values() for value in values]
+                close = difflib.get_close_matches(value, every)
                 known = "; ".join(f"{f}: {', '.join(FACTORS[f])}" for f in FACTORS)
-                raise ValueError(f"a case has no part {value!r}, in {name!r}; parts are {known}")
+                way_out = f"did you mean {' or '.join(close)}?" if close else f"parts are {known}"
+                raise ValueError(f"a case has no part {value!r}, in {name!r}; {way_out}")
             (factor,) = factors
             if factor in found:
                 raise ValueError(
@@ -129,6 +133,17 @@ class Case:
         for factor in _STEPPED:
             found |= FACTORS[factor][self[factor]]
         return found
+
+    @property
+    def rule(self) -> dict[str, Any]:
+        """`options` but for how masters and momentum are stored."""
+        stored = ("master_weights", "momentum_dtype")
+        return {name: value for name, value in self.options.items() if name not in stored}
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether parameters are rounded at random."""
+        return self.options.get("master_weights") == "stochastic"
 
     @property
     def promises_bits(self) -> bool:

@@ -118,10 +118,6 @@ class _Truth:
     def __init__(self, case: Case, device: torch.device, seed: int) -> None:
         self.case = case
         self.grads = [gradients(case, tuning_for(device), step, seed) for step in range(STEPS)]
-        options = dict(case.options)
-        self.stochastic = options.pop("master_weights", None) == "stochastic"
-        options.pop("momentum_dtype", None)
-        self.options = options
         # of each step: where the last run that was judged began, and where the oracle goes
         self.known: list[tuple[list[Tensor | None], Any] | None] = [None] * STEPS
 
@@ -142,14 +138,14 @@ class _Truth:
         known = self.known[step]
         if known is None or not all(map(_same, known[0], start)):
             n = len(before)
-            found = oracle_step(start[:n], self.grads[step], start[n:], **self.options)  # type: ignore[arg-type]
+            found = oracle_step(start[:n], self.grads[step], start[n:], **self.case.rule)  # type: ignore[arg-type]
             known = self.known[step] = start, found
         return known[1]
 
     def _errors(
         self, step: int, before: Sequence[Snapshot], after: Sequence[Snapshot]
     ) -> Iterator[Error]:
-        shrunk = 1 - LR * self.options.get("weight_decay", 0.0)
+        shrunk = 1 - LR * self.case.rule.get("weight_decay", 0.0)
         for old, new, target, momentum in zip(before, after, *self._targets(step, before)):
             theta = old.wide.double()
             update = (shrunk * theta - target) / LR
@@ -160,7 +156,7 @@ class _Truth:
             bounds = step_bounds(
                 theta, target, size, dtype, LR, self.case["normalizer"] == "cdf",
                 buffer=torch.float32 if new.momentum is None else new.momentum.dtype,
-                stochastic=self.stochastic,
+                stochastic=self.case.stochastic,
             )  # fmt: skip
             # ghat is a difference of numbers of size 1
             scale = torch.stack([theta.abs(), target.abs(), LR * (1 + update.abs())]).amax(0)

@@ -100,7 +100,8 @@ def test_names() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--case", "bf16,rows"], "no part 'rows'"),
+        (["--case", "bf16,rows"], "no part 'rows', in 'bf16,rows'; did you mean row or zeros?"),
+        (["--case", "bf16,xyz"], "parts are storage: f32, "),
         (["--case", "bf16,f16"], "two values of storage, bf16 and f16"),
         (["--seed", "-1"], "--seed must be in"),
         (["--json", "/proc/found.json"], "--json /proc cannot be written"),
