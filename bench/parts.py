@@ -16,8 +16,10 @@ PYTHON = [sys.executable, "-m"]
 # files whose tests take the fixture `device`, kernels before what is built on them
 KERNEL_TESTS = (
     "kernels", "plan", "prepared", "single", "interleaving", "statistics", "precision", "inputs",
-    "properties", "layout", "optimizer", "accumulation", "master_weights", "masters", "grad_stats",
-    "release", "buffers", "steady", "scaling", "checkpoint", "telemetry", "info", "verify",
+    "properties", "layout", "optimizer", "groups", "around_a_step", "repointed", "refused_options",
+    "refused_parameters", "refused_steps", "accumulation", "master_weights", "masters",
+    "grad_stats", "release", "buffers", "flat_models", "unflattened", "steady", "kept", "captured",
+    "scaling", "checkpoint", "refused_checkpoints", "telemetry", "info", "verify", "verify_finds",
 )  # fmt: skip
 # memory that torch's allocator keeps hides accesses past a tensor's end
 SANITIZED = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}

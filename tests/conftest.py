@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import limits
@@ -61,3 +61,26 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         name = "_" + module.__name__.rpartition(".")[2] + "_kernel"
         monkeypatch.setattr(module, name, Noting(name, getattr(module, name)))
     return names
+
+
+@pytest.fixture
+def layouts(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
+    """Counts how often a step was laid out or checked in full since the last call."""
+    from bngd_triton.stepper import Stepper
+
+    count = 0
+    full = Stepper.lay_out_and_step
+
+    def counting(*args: Any) -> None:
+        nonlocal count
+        count += 1
+        full(*args)
+
+    monkeypatch.setattr(Stepper, "lay_out_and_step", counting)
+
+    def since() -> int:
+        nonlocal count
+        found, count = count, 0
+        return found
+
+    return since

@@ -1,16 +1,15 @@
-"""Checkpoints: what is saved, what loads where, and what is refused."""
+"""State dicts: what they hold, and runs that go on from them."""
 
 from __future__ import annotations
 
 import copy
-import io
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
 from paths import StepPath
-from snapshots import snapshot
+from resumed import assert_equal, load_params, make_params, through_a_file
+from steps import momenta, take_steps
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -18,7 +17,6 @@ from bngd_triton import BNGD
 
 # eager against fused: a few roundings of float32 in values below 4
 ATOL = 2e-6
-
 OPTION_SETS: list[dict[str, Any]] = [
     {},
     {"granularity": "row", "nesterov": True, "weight_decay": 0.1},
@@ -28,48 +26,6 @@ OPTION_SETS: list[dict[str, Any]] = [
 option_sets = pytest.mark.parametrize("options", OPTION_SETS, ids=str)
 # BNGD(..., fused=) of a run that the other path goes on with
 other_path = pytest.mark.parametrize("other", [False, True], ids=["into_eager", "into_fused"])
-
-
-def make_params(device: torch.device, dtype: torch.dtype = torch.float32) -> list[Parameter]:
-    """The same values at every call; the second is channels_last."""
-    generator = torch.Generator().manual_seed(5)
-    shapes = [(4, 3), (3, 2, 2, 5), (5,), ()]
-    params = [torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes]
-    params[1] = params[1].contiguous(memory_format=torch.channels_last)
-    return [Parameter(param) for param in params]
-
-
-def take_steps(optimizer: BNGD, params: Sequence[Tensor], seeds: Iterable[int]) -> None:
-    for seed in seeds:
-        generator = torch.Generator().manual_seed(seed)
-        for param in params:
-            grad = torch.randn(param.shape, generator=generator)
-            param.grad = grad.to(param.device, param.dtype)
-        optimizer.step()
-
-
-def through_a_file(state_dict: dict[str, Any]) -> dict[str, Any]:
-    file = io.BytesIO()
-    torch.save(state_dict, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
-
-
-def load_params(params: Sequence[Tensor], saved: Sequence[Tensor]) -> None:
-    with torch.no_grad():
-        for param, value in zip(params, saved):
-            param.copy_(value)
-
-
-def momenta(optimizer: BNGD, params: Sequence[Tensor]) -> list[Tensor]:
-    return [optimizer.state[param]["momentum_buffer"] for param in params]
-
-
-def assert_equal(got: Sequence[Tensor], want: Sequence[Tensor]) -> None:
-    """Bit for bit, dtypes and strides included."""
-    assert len(got) == len(want)
-    for a, b in zip(got, want):
-        torch.testing.assert_close(a.detach(), b.detach(), rtol=0, atol=0, check_stride=True)
 
 
 @option_sets
@@ -368,149 +324,3 @@ def test_state_that_others_keep_beside_momentum_survives(path: StepPath) -> None
     assert set(state) == {"momentum_buffer", "average", "count"}
     assert state["count"] == 3
     assert torch.equal(state["average"], params[0])
-
-
-class Refused(NamedTuple):
-    desc: str
-    # from a good checkpoint of the same parameters to a bad one
-    spoil: Callable[[dict[str, Any], list[Parameter]], dict[str, Any]]
-    error: type[Exception]
-    match: str
-
-
-def of_another_optimizer(
-    kind: type[torch.optim.Optimizer], **options: Any
-) -> Callable[[dict[str, Any], list[Parameter]], dict[str, Any]]:
-    def spoil(_: dict[str, Any], params: list[Parameter]) -> dict[str, Any]:
-        optimizer = kind(params, **options)
-        for param in params:
-            param.grad = torch.ones_like(param)
-        with torch.no_grad():
-            optimizer.step()
-        return optimizer.state_dict()
-
-    return spoil
-
-
-def with_momentum(
-    change: Callable[[Tensor], Tensor],
-) -> Callable[[dict[str, Any], list[Parameter]], dict[str, Any]]:
-    def spoil(saved: dict[str, Any], _: list[Parameter]) -> dict[str, Any]:
-        state = saved["state"][1]
-        state["momentum_buffer"] = change(state["momentum_buffer"])
-        return saved
-
-    return spoil
-
-
-def with_option(
-    **options: Any,
-) -> Callable[[dict[str, Any], list[Parameter]], dict[str, Any]]:
-    def spoil(saved: dict[str, Any], _: list[Parameter]) -> dict[str, Any]:
-        saved["param_groups"][0].update(options)
-        return saved
-
-    return spoil
-
-
-def one_parameter_less(saved: dict[str, Any], _: list[Parameter]) -> dict[str, Any]:
-    saved["param_groups"][0]["params"].pop()
-    return saved
-
-
-def one_group_more(saved: dict[str, Any], _: list[Parameter]) -> dict[str, Any]:
-    saved["param_groups"].append({**saved["param_groups"][0], "params": [9]})
-    return saved
-
-
-REFUSED = [
-    Refused(
-        "SGD",
-        of_another_optimizer(torch.optim.SGD, lr=0.1),
-        ValueError,
-        r"param_groups\[0\] .*not a BNGD checkpoint",
-    ),
-    Refused(
-        "SGD_with_momentum",
-        of_another_optimizer(torch.optim.SGD, lr=0.1, momentum=0.9),
-        ValueError,
-        r"not a BNGD checkpoint",
-    ),
-    Refused("AdamW", of_another_optimizer(torch.optim.AdamW), ValueError, r"not a BNGD checkpoint"),
-    Refused(
-        "momentum_of_another_shape",
-        with_momentum(lambda m: m[:2]),
-        ValueError,
-        r"momentum_buffer of param_groups\[0\]\['params'\]\[1\] has shape \(2, 2, 2, 5\), "
-        r"the parameter \(3, 2, 2, 5\)",
-    ),
-    Refused(
-        # it would broadcast
-        "momentum_of_one_entry",
-        with_momentum(lambda m: m.sum()),
-        ValueError,
-        r"momentum_buffer of .* has shape \(\)",
-    ),
-    Refused(
-        # as many entries, elsewhere
-        "momentum_flattened",
-        with_momentum(lambda m: m.flatten()),
-        ValueError,
-        r"momentum_buffer of .* has shape \(60,\)",
-    ),
-    Refused(
-        "integer_momentum",
-        with_momentum(lambda m: m.long()),
-        ValueError,
-        r"momentum_buffer of .* has dtype torch\.int64",
-    ),
-    Refused(
-        "complex_momentum",
-        with_momentum(lambda m: m.to(torch.complex64)),
-        ValueError,
-        r"momentum_buffer of .* has dtype torch\.complex64",
-    ),
-    Refused("bad_lr", with_option(lr=-1.0), ValueError, r"lr must be >= 0.*, got -1\.0"),
-    Refused("bad_lr_type", with_option(lr="0.1"), TypeError, r"lr must be a number, got '0\.1'"),
-    Refused(
-        "unknown_granularity",
-        with_option(granularity="column"),
-        ValueError,
-        r"granularity must be one of .*, got 'column'",
-    ),
-    Refused("one_parameter_less", one_parameter_less, ValueError, "doesn't match the size"),
-    Refused("one_group_more", one_group_more, ValueError, "different number of parameter groups"),
-]
-
-
-@pytest.mark.parametrize("steps", [0, 2], ids=["new", "stepped"])
-@pytest.mark.parametrize("case", REFUSED, ids=[case.desc for case in REFUSED])
-def test_refused_checkpoints_change_nothing(case: Refused, steps: int, path: StepPath) -> None:
-    source = make_params(path.device)
-    good = BNGD(source, lr=0.1, fused=path.fused)
-    take_steps(good, source, [7])
-    bad = case.spoil(copy.deepcopy(good.state_dict()), make_params(path.device))
-
-    params = make_params(path.device)
-    optimizer = BNGD(params, lr=0.2, fused=path.fused)
-    take_steps(optimizer, params, range(steps))
-    before = snapshot(optimizer, params)
-    with pytest.raises(case.error, match=case.match):
-        optimizer.load_state_dict(bad)
-    assert snapshot(optimizer, params) == before
-    # and it goes on as if nothing had been tried
-    twins = make_params(path.device)
-    untouched = BNGD(twins, lr=0.2, fused=path.fused)
-    take_steps(untouched, twins, range(steps + 1))
-    take_steps(optimizer, params, [steps])
-    assert_equal(params, twins)
-
-
-def test_names_of_parameters_are_in_the_refusal(path: StepPath) -> None:
-    params = make_params(path.device)
-    optimizer = BNGD(zip("abcd", params), fused=path.fused)
-    take_steps(optimizer, params, [0])
-    saved = copy.deepcopy(optimizer.state_dict())
-    saved["state"][2]["momentum_buffer"] = torch.ones(3)
-    with pytest.raises(ValueError, match=r"momentum_buffer of c has shape \(3,\)"):
-        optimizer.load_state_dict(saved)

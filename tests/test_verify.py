@@ -1,4 +1,4 @@
-"""`bngd verify`: that it passes what is right, and names what is not."""
+"""`bngd verify`: what it runs, prints and refuses."""
 
 from __future__ import annotations
 
@@ -7,39 +7,19 @@ import itertools
 import json
 import re
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import triton
-import triton.language as tl
+from verifying import CPU, cases_of, run
 
-from bngd_triton import cli, folds, reference, verify, verify_arms, verify_judge
-from bngd_triton.kernels import precision, prepared, publish, tiles, update
+from bngd_triton import verify, verify_judge
 from bngd_triton.kernels.architectures import tuning_for
-from bngd_triton.kernels.moments import fold
-from bngd_triton.kernels.precision import MASTER_COPY, REMAINDER, narrow, store_as, widen
-from bngd_triton.moments import moments
 from bngd_triton.verify_arms import more_arms
 from bngd_triton.verify_cases import FACTORS, QUICK, Case, covering, suite
 from bngd_triton.verify_judge import Error, Result
 from bngd_triton.verify_tensors import gradients, place, shapes
-
-interpreted = pytest.mark.skipif(
-    torch.cuda.is_available(), reason="the interpreter lets kernels be changed while Python runs"
-)
-CPU = torch.device("cpu")
-
-
-def run(*arguments: str, device: torch.device = CPU) -> int:
-    return cli.main(["verify", "--device", str(device), *arguments])
-
-
-def cases_of(names: tuple[str, ...]) -> list[str]:
-    return [part for name in names for part in ("--case", name)]
-
 
 # one of each promise: bits, powers of two, skipped slices, and what is kept of narrow parameters
 RIGHT = ("bf16,exact,nearest,decay", "row,eps0,vanishing,f32/bf16", "f16,inf,global,stochastic")
@@ -193,245 +173,6 @@ def test_the_page_has_every_value_and_the_right_counts() -> None:
     assert f"in {len(suite(3))} cases" in text
     (command,) = re.findall("bngd verify --case ([^`]*)`", text)
     assert Case.named(command).name == command
-
-
-# what follows breaks the kernels or the reference on purpose
-
-
-@triton.jit
-def _eps_in_the_root(mean, m2, n, uniform, centering, eps, sign):
-    return fold(mean, m2 + n * eps, n, uniform, centering, 0.0, sign)
-
-
-@triton.jit
-def _sample_deviation(mean, m2, n, uniform, centering, eps, sign):
-    return fold(mean, m2 * n / tl.maximum(n - 1.0, 1.0), n, uniform, centering, eps, sign)
-
-
-@triton.jit
-def _worse_when_large(mean, m2, n, uniform, centering, eps, sign):
-    up, more, high, low, inverse = fold(mean, m2, n, uniform, centering, eps, sign)
-    # one or two units in the last place
-    return up, more, high, low, inverse * tl.where(mean > 1e20, 1.0000001, 1.0)
-
-
-@triton.jit
-def _put(
-    param, momentum, master, theta, m, hashed, moved, held,
-    KIND: tl.constexpr, SOFT: tl.constexpr,
-):  # fmt: skip
-    """What the right `move` does last."""
-    p, rest = narrow(theta, param.dtype.element_ty, hashed, KIND, SOFT)
-    tl.store(param, p, mask=moved)
-    if KIND == REMAINDER or KIND == MASTER_COPY:  # noqa: SIM109
-        tl.store(master, rest, mask=moved)
-    tl.store(momentum, store_as(m, momentum.dtype.element_ty, SOFT), mask=held)
-
-
-@triton.jit
-def _nesterov_from_the_old_momentum(
-    param, momentum, master, p, m, rest, ghat, hashed, moved, held, lr, decay, beta, fresh,
-    nesterov, KIND: tl.constexpr, SOFT: tl.constexpr,
-):  # fmt: skip
-    new = ghat * fresh
-    ahead = m * beta + new * 2.0
-    m = m * beta + new
-    update = tl.where(nesterov != 0, ahead, m)
-    theta = widen(p, rest, KIND, SOFT) * decay - update * lr
-    _put(param, momentum, master, theta, m, hashed, moved, held, KIND, SOFT)
-
-
-@triton.jit
-def _momentum_of_lr_steps(
-    param, momentum, master, p, m, rest, ghat, hashed, moved, held, lr, decay, beta, fresh,
-    nesterov, KIND: tl.constexpr, SOFT: tl.constexpr,
-):  # fmt: skip
-    m = m * beta + ghat
-    theta = widen(p, rest, KIND, SOFT) * decay - m * lr
-    _put(param, momentum, master, theta, m, hashed, moved, held, KIND, SOFT)
-
-
-@triton.jit
-def _other_order(
-    param, momentum, master, p, m, rest, ghat, hashed, moved, held, lr, decay, beta, fresh,
-    nesterov, KIND: tl.constexpr, SOFT: tl.constexpr,
-):  # fmt: skip
-    m = m * beta + ghat * fresh
-    old = widen(p, rest, KIND, SOFT)
-    # within the bounds
-    theta = old - (old * (1.0 - decay) + m * lr)
-    _put(param, momentum, master, theta, m, hashed, moved, held, KIND, SOFT)
-
-
-@triton.jit
-def _truncated(x, like: tl.constexpr, SOFT: tl.constexpr):
-    if like == tl.bfloat16:
-        bits = x.to(tl.uint32, bitcast=True)
-        return (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
-    else:
-        return x.to(like)
-
-
-@triton.jit
-def _short_float16(x, like: tl.constexpr, SOFT: tl.constexpr):
-    if like == tl.float16:
-        return (x * 0.998).to(like)
-    else:
-        return x.to(like)
-
-
-def encoding(column: int, value: Callable[[Any], float]) -> Callable[..., list[float]]:
-    """`encode` with one column of the option table wrong."""
-    right = prepared.encode
-
-    def encode(options: Any, closing: bool = True) -> list[float]:
-        row = right(options, closing)
-        row[column] = value(options)
-        return row
-
-    return encode
-
-
-def without_tail(*args: Any, **kwargs: Any) -> Any:
-    """A plan that does not move the last entry of a tensor of 257."""
-    plan = build(*args, **kwargs)
-    for batch in plan.batches:
-        batch.chunks[:, 2] -= (batch.chunks[:, 2] == 257).long()
-    return plan
-
-
-build = prepared.build
-
-
-def sample_moments(*args: Any, **kwargs: Any) -> Any:
-    found = moments(*args, **kwargs)
-    return found._replace(m2=found.m2 * found.n / max(found.n - 1, 1))
-
-
-def no_remainder(param: Any, master: Any, new: Any, hashed: Any) -> None:
-    store(param, master, new, hashed)
-    if master is not None:
-        master.zero_()
-
-
-store = reference.store_
-
-
-MUTANTS = [
-    # name, what is replaced, by what, in which case it shows, in what words
-    ("eps in the root", [(publish, "fold")], _eps_in_the_root, "eps0.1", "kernels: step"),
-    ("ddof 1", [(publish, "fold")], _sample_deviation, "row", "kernels: step"),
-    ("worse when large", [(publish, "fold")], _worse_when_large, "eps0,exploding", "power of"),
-    (
-        "nesterov from the old momentum",
-        [(tiles, "move"), (update, "move")],
-        _nesterov_from_the_old_momentum,
-        "nesterov",
-        "kernels: step",
-    ),
-    (
-        "momentum of whole steps",
-        [(tiles, "move"), (update, "move")],
-        _momentum_of_lr_steps,
-        "bf16,m16",
-        "kernels: step",
-    ),
-    (
-        "another order",
-        [(tiles, "move"), (update, "move")],
-        _other_order,
-        "exact,decay",
-        "reference: other bits than the kernels'",
-    ),
-    (
-        "bfloat16 truncated",
-        [(precision, "store_as")],
-        _truncated,
-        "bf16,nearest",
-        "kernels: step",
-    ),
-    (
-        "float16 beside another master",
-        [(precision, "store_as")],
-        _short_float16,
-        "f16",
-        "kernels: step",
-    ),
-    ("missed tail", [(prepared, "build")], without_tail, "defaults", "(257,), entry 256"),
-    (
-        "coupled decay",
-        [(prepared, "encode")],
-        encoding(1, lambda options: 1 - options.weight_decay),
-        "decay",
-        "kernels: step",
-    ),
-    (
-        "NaN not skipped",
-        [(prepared, "encode")],
-        encoding(9, lambda options: 1.0),
-        "nan",
-        "the kernels skipped 0 slices, the reference",
-    ),
-    (
-        "mean not removed",
-        [(prepared, "encode")],
-        encoding(5, lambda options: 0.0),
-        "global",
-        "kernels: step",
-    ),
-    ("reference, ddof 1", [(folds, "moments")], sample_moments, "row", "reference: step"),
-    ("reference, no remainder", [(reference, "store_")], no_remainder, "bf16", "reference: step"),
-]
-
-
-@interpreted
-@pytest.mark.parametrize(
-    ("places", "wrong", "case", "words"),
-    [pytest.param(*mutant, id=name) for name, *mutant in MUTANTS],
-)
-def test_what_is_broken_is_named(
-    places: list[tuple[Any, str]],
-    wrong: Any,
-    case: str,
-    words: str,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    for module, name in places:
-        monkeypatch.setattr(module, name, wrong)
-    # a form of its own would show the same
-    monkeypatch.setattr(verify_judge, "more_arms", lambda *_: {})
-    name = Case.named(case).name
-    assert run("--case", name, "--seed", "1") == 1
-    printed = capsys.readouterr().out
-    assert "1 failed" in printed
-    assert f"bngd verify --device cpu --seed 1 --case {name}\n" in printed
-    assert words in printed
-
-
-def test_a_form_that_differs(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], device: torch.device
-) -> None:
-    right = verify_arms.fused_step_
-
-    def one_bit_more(params: Any, *args: Any, **kwargs: Any) -> Any:
-        found = right(params, *args, **kwargs)
-        params[-1].view(torch.int32)[(0,) * params[-1].dim()] += 1
-        return found
-
-    monkeypatch.setattr(verify_arms, "fused_step_", one_bit_more)
-    assert run("--case", "defaults", device=device) == 1
-    words = "single-launch: other bits than the kernels': param of shape (2, 3, 4, 5) after step 1"
-    assert words in capsys.readouterr().out
-
-
-def test_a_form_that_counts_otherwise(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], device: torch.device
-) -> None:
-    right = verify_arms.fused_step_
-    monkeypatch.setattr(verify_arms, "fused_step_", lambda *args, **more: right(*args, **more) + 1)
-    assert run("--case", "defaults", device=device) == 1
-    assert "single-launch: other bits than the kernels': 0 and 3 slices" in capsys.readouterr().out
 
 
 def test_a_gpu_has_more_arms() -> None:

@@ -1,0 +1,171 @@
+"""Changes between two steps, each of which the second must notice."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.nn import Parameter
+
+from bngd_triton import BNGD
+
+
+def pair(device: torch.device, **options: Any) -> Iterator[tuple[list[Parameter], BNGD]]:
+    """The same parameters under the kernels and under the reference."""
+    for fused in (True, False):
+        torch.manual_seed(0)
+        params = [
+            Parameter(torch.randn(shape, device=device)) for shape in ((4, 8), (600, 5), (16,))
+        ]
+        groups = [{"params": params[:2]}, {"params": params[2:], "lr": 3e-3}]
+        yield params, BNGD(groups, fused=fused, **options)
+
+
+def give_gradients(params: list[Parameter], seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for param in params:
+        values = torch.randn(param.shape, generator=generator).to(param.device)
+        param.grad = values
+
+
+def assert_same(found: list[Parameter], want: list[Parameter]) -> None:
+    for one, other in zip(found, want):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
+
+
+def swap_storage(params: list[Parameter], optimizer: BNGD) -> None:
+    params[0].data = params[0].data.clone()
+
+
+def replace_momentum(params: list[Parameter], optimizer: BNGD) -> None:
+    optimizer.state[params[1]]["momentum_buffer"] = torch.ones_like(params[1])
+
+
+def replace_entry(params: list[Parameter], optimizer: BNGD) -> None:
+    optimizer.state[params[1]] = {"momentum_buffer": torch.ones_like(params[1])}
+
+
+def replace_state(params: list[Parameter], optimizer: BNGD) -> None:
+    optimizer.load_state_dict(optimizer.state_dict())
+
+
+def copy_state(params: list[Parameter], optimizer: BNGD) -> None:
+    """The same groups, and a state of its own."""
+    copies = {p: {k: v.clone() for k, v in entry.items()} for p, entry in optimizer.state.items()}
+    optimizer.state = defaultdict(dict, copies)
+
+
+def swap_equal_states(params: list[Parameter], optimizer: BNGD) -> None:
+    state = optimizer.state
+    state[params[0]], state[params[1]] = dict(state[params[0]]), dict(state[params[1]])
+    state[params[0]]["momentum_buffer"] = state[params[0]]["momentum_buffer"].clone()
+
+
+def pass_state_on(params: list[Parameter], optimizer: BNGD) -> None:
+    """The last parameter's state, under another key: in its place, so values are the same."""
+    entry = optimizer.state.pop(params[2])
+    optimizer.state[Parameter(params[2].detach().clone())] = entry
+
+
+def same_memory(params: list[Parameter], optimizer: BNGD) -> None:
+    """Another parameter in the memory of the first; it has no momentum yet."""
+    new = Parameter(params[0].data)
+    new.grad = params[0].grad
+    optimizer.param_groups[0]["params"][0] = new
+
+
+def drop_gradient(params: list[Parameter], optimizer: BNGD) -> None:
+    params[1].grad = None
+
+
+def other_strides(params: list[Parameter], optimizer: BNGD) -> None:
+    params[1].grad = params[1].grad.t().contiguous().t()
+
+
+def unaligned(params: list[Parameter], optimizer: BNGD) -> None:
+    memory = torch.empty(params[1].numel() + 1, device=params[1].device)
+    params[1].grad = memory[1:].view_as(params[1]).copy_(params[1].grad)
+
+
+def no_momentum(params: list[Parameter], optimizer: BNGD) -> None:
+    optimizer.param_groups[0]["momentum"] = 0.0
+
+
+def by_row(params: list[Parameter], optimizer: BNGD) -> None:
+    optimizer.param_groups[0]["granularity"] = "row"
+
+
+def centre_vectors(params: list[Parameter], optimizer: BNGD) -> None:
+    optimizer.param_groups[1]["center_1d"] = True
+
+
+def fewer_parameters(params: list[Parameter], optimizer: BNGD) -> None:
+    del optimizer.param_groups[0]["params"][1]
+
+
+def another_parameter(params: list[Parameter], optimizer: BNGD) -> None:
+    new = Parameter(params[0].detach().clone())
+    new.grad = params[0].grad
+    optimizer.param_groups[0]["params"][0] = new
+
+
+def one_more_parameter(params: list[Parameter], optimizer: BNGD) -> None:
+    new = Parameter(params[0].detach().clone())
+    new.grad = params[0].grad
+    optimizer.param_groups[1]["params"].append(new)
+
+
+def another_group(params: list[Parameter], optimizer: BNGD) -> None:
+    new = Parameter(torch.ones(8, device=params[0].device))
+    new.grad = torch.arange(8.0, device=params[0].device)
+    optimizer.add_param_group({"params": [new]})
+
+
+def raise_on_nonfinite(params: list[Parameter], optimizer: BNGD) -> None:
+    optimizer.param_groups[0]["nonfinite"] = "raise"
+
+
+CHANGES = [
+    swap_storage, replace_momentum, replace_entry, replace_state, copy_state, swap_equal_states,
+    pass_state_on, same_memory, drop_gradient, other_strides, unaligned, no_momentum, by_row,
+    centre_vectors, fewer_parameters, another_parameter, one_more_parameter, another_group,
+    raise_on_nonfinite,
+]  # fmt: skip
+
+
+def grad_transposed(square: Parameter) -> None:
+    assert square.grad is not None
+    square.grad.t_()
+
+
+def grad_data_transposed(square: Parameter) -> None:
+    assert square.grad is not None
+    square.grad.data = square.grad.data.t()
+
+
+def grad_data_halved(square: Parameter) -> None:
+    assert square.grad is not None
+    square.grad.data = square.grad.data.view(torch.float16)[:, ::2]
+
+
+def grad_set(square: Parameter) -> None:
+    grad = square.grad
+    assert grad is not None
+    grad.set_(grad.untyped_storage(), 0, (8, 8), (1, 8))  # type: ignore[call-overload]
+
+
+def param_data_transposed(square: Parameter) -> None:
+    square.data = square.data.t()
+
+
+def param_set(square: Parameter) -> None:
+    with torch.no_grad():
+        square.set_(square.untyped_storage(), 0, (8, 8), (1, 8))  # type: ignore[call-overload]
+
+
+IN_PLACE = [
+    grad_transposed, grad_data_transposed, grad_data_halved, grad_set, param_data_transposed,
+    param_set,
+]  # fmt: skip
