@@ -6,6 +6,7 @@ import math
 import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from functools import cached_property
 from operator import is_, itemgetter
 from typing import Any
 
@@ -94,6 +95,14 @@ class Options:
         """Whether tensors of `ndim` dimensions are centred; vectors are not unless asked."""
         return ndim >= 2 or self.center_1d or self.granularity == "global"
 
+    @cached_property
+    def layout(self) -> tuple[object, ...]:
+        """What is not in the kernels' table of options: the layout, and the clock's seed."""
+        return (
+            self.granularity, self.center_1d, self.buffered, self.accumulation_steps > 1,
+            self.master_weights, self.seed,
+        )  # fmt: skip
+
     @property
     def buffered(self) -> bool:
         """Whether parameters have a momentum buffer; micro-batches meet there."""
@@ -162,6 +171,9 @@ def _bounded(
     name: str, value: Any, low: float, high: float = math.inf, *, open_above: bool = False
 ) -> float:
     """`value` as a Python float: a NumPy scalar would do the products in its own precision."""
+    # most are; the rest of this takes 1 us. NaN and inf go on
+    if type(value) is float and low <= value < high:
+        return value
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number, got {value!r}")
     number = float(value)

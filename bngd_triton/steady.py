@@ -14,7 +14,7 @@ from typing import Any
 
 from .kept import Kept, Witness
 from .kernels.plan import ALIGNMENT, capturing
-from .kernels.prepared import FusedStep, gradient_of, structure
+from .kernels.prepared import FusedStep, gradient_of
 from .members import Member, Pass
 from .options import Options, OptionsReader
 from .state import KEYS
@@ -62,7 +62,7 @@ class Steady:
         self.device = members[0].param.device
         self.same_groups = same_dicts(groups)
         self.reader = reader
-        self.structure = [structure(one) for one in reader.options]
+        self.layouts = [one.layout for one in reader.options]
         self.closing = closing
         self.same_state = same_dicts([optimizer.state])
         # state tensors by key, each beside the entries that must still hold them
@@ -176,7 +176,7 @@ class Steady:
         if same_groups and not self.reader.by_value:
             return True
         options = self.reader.read(groups)
-        if [structure(one) for one in options] != self.structure:
+        if [one.layout for one in options] != self.layouts:
             return False
         if any(one.nonfinite == "raise" for one in options):
             return False

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Sequence
-from itertools import chain
+from struct import pack
 
 import torch
 from torch import Tensor
@@ -63,7 +62,7 @@ class FusedStep:
     @staticmethod
     def sign(members: Sequence[Member], groups: Sequence[Options]) -> list[object]:
         """All that a prepared step depends on; equal lists may share one."""
-        parts: list[object] = [structure(options) for options in groups]
+        parts: list[object] = [options.layout for options in groups]
         parts += [
             (
                 group,
@@ -148,14 +147,6 @@ class FusedStep:
         torch.autograd.graph.increment_version(self.params)
 
 
-def structure(options: Options) -> tuple[object, ...]:
-    """What of a group's options is not in the option table: the layout, and its clock's seed."""
-    return (
-        options.granularity, options.center_1d, options.buffered,
-        options.accumulation_steps > 1, options.master_weights, options.seed,
-    )  # fmt: skip
-
-
 class _Device:
     """The part of a step that runs on one device."""
 
@@ -222,11 +213,13 @@ class _Device:
                     "an option changed while a CUDA graph is being captured; call "
                     "sync_hyperparameters() before the capture, and before each replay"
                 )
-            values = array("d", chain.from_iterable(row[:-1] for row in rows))
-            upload(self.table, torch.frombuffer(values, dtype=torch.float64).view(len(rows), -1))
+            flat = [value for row in rows for value in row[:-1]]
+            values = torch.frombuffer(bytearray(pack(f"{len(flat)}d", *flat)), dtype=torch.float64)
+            upload(self.table, values.view(len(rows), -1))
         self.rows, self.written = rows, written
-        for row, options in enumerate(groups):
-            write_rates(self.table, row, options)
+        if any(row[-1] for row in rows):
+            for index, options in enumerate(groups):
+                write_rates(self.table, index, options)
 
     def inputs(self, this: Pass) -> Inputs:
         """What the kernels read besides the plan."""
