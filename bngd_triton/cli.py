@@ -90,7 +90,12 @@ def _parser() -> argparse.ArgumentParser:
         "JSON, a table at the end. Runs `python -m bench.gpu` of the checkout.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    bench.add_argument("--suite", choices=("quick", "full"), default="quick", help="how much")
+    bench.add_argument(
+        "--suite",
+        choices=("quick", "full", "compiled"),
+        default="quick",
+        help="how much; compiled: torch.compile's variants",
+    )
     bench.add_argument("--part", type=int, choices=(1, 2, 3), default=1, help="of the full suite")
     bench.add_argument(
         "--only", default="", help="comma-separated workloads, dtypes and arms to keep"
