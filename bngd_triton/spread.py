@@ -22,6 +22,7 @@ from .options import Options
 class Part(NamedTuple):
     """One rank's part of a tensor: local tensors, and what they are a part of."""
 
+    param: Tensor
     member: Member
     share: Share
     fused: bool
@@ -33,9 +34,12 @@ class Spread:
 
     def __init__(self) -> None:
         self._exchange: Exchange | None = None
-        self._prepared: FusedStep | None = None
-        self._parts: list[Part] = []
+        # of the step that is being made, with the tables of whole slices
+        self.prepared: FusedStep | None = None
+        self.parts: list[Part] = []
         self._tables: list[Tensor] = []
+        # of the last step, without gradients
+        self._kept: list[Part] = []
 
     def measure(self, parts: Sequence[Part], options: list[Options], this: Pass) -> None:
         """Find the statistics of the whole slices.
@@ -48,28 +52,53 @@ class Spread:
         Raises:
             FloatingPointError: a non-finite slice with ``nonfinite="raise"``, on every rank.
         """
-        self._parts = _united(parts, options)
-        kernels = [part.member for part in self._parts if _by_kernels(part)]
+        self.parts = _united(parts, options)
+        kernels = [part.member for part in self.parts if by_kernels(part)]
         measured: list[Tensor] = []
         if kernels:
-            self._prepared = FusedStep.fitting(self._prepared, kernels, options, apart=True)
-            measured = self._prepared.measure(kernels, options, this)
-        tables = []
-        for part in self._parts:
-            if _by_kernels(part):
-                tables.append(measured.pop(0))
-            else:
-                assert part.member.grad is not None
-                tables.append(local_table(part.member.grad, options[part.member.group].granularity))
-        shares = tuple(part.share for part in self._parts)
+            self.prepared = FusedStep.fitting(self.prepared, kernels, options, apart=True)
+            measured = self.prepared.measure(kernels, options, this)
+        else:
+            self.prepared = None
+        shares = tuple(part.share for part in self.parts)
         if self._exchange is None or self._exchange.shares != shares:
             self._exchange = Exchange(shares)
-        self._tables = self._exchange.run(tables)
+        self._merge(measured, options)
         if this.found_inf is None:
             self._refuse_nonfinite(options)
 
+    def keep(self) -> None:
+        """After `measure`: have `measure_at` repeat it, if the kernels serve all with entries."""
+        self._kept = [_stripped(part) for part in self.parts]
+
+    def measure_at(self, addresses: list[int], options: list[Options], this: Pass) -> None:
+        """As the `measure` that was kept, of gradients of the same kind elsewhere.
+
+        Args:
+            addresses: of the gradients of what the kernels serve, multiples of 16, in the order of
+                the parts.
+            options: of every group; those last written to `prepared`.
+            this: what is new in this step.
+        """
+        self.parts = self._kept
+        measured = [] if self.prepared is None else self.prepared.measure_at(addresses, this)
+        self._merge(measured, options)
+
+    def _merge(self, measured: list[Tensor], options: list[Options]) -> None:
+        """Exchange the kernels' tables and those of the other parts."""
+        ready = iter(measured)
+        tables = []
+        for part in self.parts:
+            if by_kernels(part):
+                tables.append(next(ready))
+            else:
+                assert part.member.grad is not None
+                tables.append(local_table(part.member.grad, options[part.member.group].granularity))
+        assert self._exchange is not None
+        self._tables = self._exchange.run(tables)
+
     def _refuse_nonfinite(self, options: list[Options]) -> None:
-        for part, table in zip(self._parts, self._tables):
+        for part, table in zip(self.parts, self._tables):
             if options[part.member.group].nonfinite != "raise":
                 continue
             if not bool(table[:, 1:3].isfinite().all()):
@@ -77,23 +106,32 @@ class Spread:
 
     def move(self, options: list[Options], this: Pass) -> None:
         """Move the parts by the statistics that were found."""
-        kernels = [t for part, t in zip(self._parts, self._tables) if _by_kernels(part)]
-        if kernels and self._prepared is not None:
-            self._prepared.move(kernels, this)
+        kernels = [t for part, t in zip(self.parts, self._tables) if by_kernels(part)]
+        if self.prepared is not None:
+            self.prepared.move(kernels, this)
         assert self._exchange is not None
         for index, one in enumerate(options):
             rest = {
                 i: part.member
-                for i, part in enumerate(self._parts)
-                if part.member.group == index and not _by_kernels(part)
+                for i, part in enumerate(self.parts)
+                if part.member.group == index and not by_kernels(part)
             }
             found = [self._exchange.moments(i, self._tables[i]) for i in rest]
             reference.apply_(list(rest.values()), one, this, found)
-        self._parts, self._tables = [], []
+        self.parts, self._tables = [], []
 
 
-def _by_kernels(part: Part) -> bool:
+def by_kernels(part: Part) -> bool:
+    """Whether the kernels serve a part: not where it has no entries."""
     return part.fused and part.member.param.numel() > 0
+
+
+def _stripped(part: Part) -> Part:
+    """Without its gradient, which is not to be held; an empty one has a double of its own."""
+    grad = None
+    if part.member.grad is not None and not part.member.grad.numel():
+        grad = part.member.grad.new_empty(part.member.grad.shape)
+    return part._replace(member=part.member._replace(grad=grad))
 
 
 def _united(parts: Sequence[Part], options: list[Options]) -> list[Part]:

@@ -10,18 +10,39 @@ from collections.abc import Sequence
 from itertools import chain
 from math import gcd
 from operator import attrgetter, itemgetter
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from torch import Tensor
 
 from .kept import Kept, Witness
 from .kernels.plan import ALIGNMENT, capturing
 from .kernels.prepared import FusedStep, gradient_of
 from .members import Member, Pass
+from .memory import local
 from .options import Options, OptionsReader
 from .state import KEYS
 from .unchanged import Addresses, Same, same_dicts, same_kinds
 
+if TYPE_CHECKING:
+    # torch may be built without torch.distributed
+    from .spread import Spread
+
 _PARAMS = itemgetter("params")
 _GRAD = attrgetter("grad")
+
+
+class Lot(NamedTuple):
+    """What one prepared step serves.
+
+    Attributes:
+        prepared: the step; None for parameters of which this process holds nothing.
+        pairs: each parameter, and what of it the step was last run with, in the step's order.
+        spread: keeps the statistics of slices of which other processes hold parts.
+    """
+
+    prepared: FusedStep | None
+    pairs: Sequence[tuple[Tensor, Member]]
+    spread: Spread | None = None
 
 
 class Steady:
@@ -29,41 +50,37 @@ class Steady:
 
     Args:
         optimizer: its groups, its state, and its choice of implementation.
-        prepared: the step; all its tensors in place.
-        members: what it was last run with.
+        lots: all that was stepped, `serves`.
         reader: has read the options of each group.
-        closing: what was written to the tables with the options.
+        this: the step.
     """
 
     def __init__(
-        self,
-        optimizer: Any,
-        prepared: FusedStep,
-        members: Sequence[Member],
-        reader: OptionsReader,
-        closing: Sequence[bool],
+        self, optimizer: Any, lots: Sequence[Lot], reader: OptionsReader, this: Pass
     ) -> None:
         groups = optimizer.param_groups
         # users may keep things of their own there
         entries = self.entries = [
             entry for entry in optimizer.state.values() if isinstance(entry, dict)
         ]
-        self.prepared = prepared
+        self.prepared = [lot.prepared for lot in lots if lot.prepared is not None]
         self.fused = optimizer.fused
         self.lists = list(map(_PARAMS, groups))
         # parameters of each group: one may move to its neighbour and stay where it was in the list
         self.sizes = list(map(len, self.lists))
         params = list(chain.from_iterable(self.lists))
         self.params = Same(params)
-        stepped = {id(member.param) for member in members}
-        self.moved = [param for param in params if id(param) in stepped]
+        pairs = [pair for lot in lots for pair in lot.pairs]
+        members = [member for _, member in pairs]
+        self.moved = [param for param, _ in pairs]
+        stepped = set(map(id, self.moved))
         self.idle = [p for p in params if id(p) not in stepped and p.numel()]
         self.empty = [param for param in params if not param.numel()]
         self.device = members[0].param.device
         self.same_groups = same_dicts(groups)
         self.reader = reader
         self.layouts = [one.layout for one in reader.options]
-        self.closing = closing
+        self.closing = this.closing
         self.same_state = same_dicts([optimizer.state])
         # state tensors by key, each beside the entries that must still hold them
         self.held: list[tuple[itemgetter[str], list[Any], Same]] = []
@@ -74,22 +91,23 @@ class Steady:
         # `buffer.data = ...` leaves the object as it is: the first, and one more in every step, are
         # looked at (all would take a sixth of a step). The memory that the kernels write is held
         state = [one for _, _, same in self.held for one in same.tensors]
-        self.memory = [one.detach() for one in state]
-        self.state_at = [(one, one.data_ptr()) for one in state]
+        self.memory = [local(one).detach() for one in state]
+        self.state_at = [(one, local(one).data_ptr()) for one in state]
         self.turn = 0
         self.params_at = Addresses([member.param.data_ptr() for member in members])
         # of the last step's gradients
         self.grads_at = Addresses([])
         self.kept: Kept | None = None
-        self.witness = Witness()
+        self.witness: Witness | None = Witness()
         # parameters too: `p.data = p.data.T` changes neither the address nor, if square, the shape
         grads = [gradient_of(member) for member in members]
         self.same_kinds = same_kinds([*grads, *(member.param for member in members)])
 
     @staticmethod
-    def serves(prepared: FusedStep, options: Sequence[Options]) -> bool:
+    def serves(lots: Sequence[Lot], options: Sequence[Options]) -> bool:
         """Whether a step by kernels alone is of the sort that can be recognised."""
-        return prepared.in_place and all(one.nonfinite != "raise" for one in options)
+        in_place = all(lot.prepared is None or lot.prepared.in_place for lot in lots)
+        return in_place and all(one.nonfinite != "raise" for one in options)
 
     def run(self, optimizer: Any, this: Pass) -> bool:
         """Step if all is as it was but for options and gradients; else move nothing.
@@ -126,9 +144,10 @@ class Steady:
         except (TypeError, RuntimeError):
             return False
         stayed = found is self.grads_at.addresses
+        params = self._params()
         as_before = (
-            (recognised or self.same_kinds(*grads, *self.moved))
-            and self.params_at.of(self.moved) is self.params_at.addresses
+            (recognised or self.same_kinds(*grads, *params))
+            and self.params_at.of(params) is self.params_at.addresses
             and ((kept is not None and recognised and kept.untouched(state)) or self._holds(state))
             and self._in_place()
             and (stayed or gcd(ALIGNMENT, *found) == ALIGNMENT)
@@ -137,9 +156,9 @@ class Steady:
             return False
         if not stayed:
             self.grads_at.addresses = found
-        if not recognised:
+        if not recognised and self.witness is not None:
             self.kept = self.witness.kept(self.lists, self.moved, groups, state, self.entries)
-        self.prepared.run_at(found, this)
+        self._launch(found, this)
         return True
 
     def _grads(self) -> list[Any] | None:
@@ -152,6 +171,15 @@ class Steady:
         if any(param.numel() for param in self.empty):
             return None
         return list(map(_GRAD, self.moved))
+
+    def _params(self) -> list[Tensor]:
+        """What of `moved` this process holds."""
+        return self.moved
+
+    def _launch(self, found: list[int], this: Pass) -> None:
+        """Run the step, of gradients at these addresses."""
+        for prepared in self.prepared:
+            prepared.run_at(found, this)
 
     def _holds(self, state: dict[Any, Any]) -> bool:
         """Whether the state holds the tensors that it held."""
@@ -168,7 +196,7 @@ class Steady:
             return True
         self.turn = (self.turn + 1) % len(self.state_at)
         looked_at = self.state_at[0], self.state_at[self.turn]
-        return all(one.data_ptr() == address for one, address in looked_at)
+        return all(local(one).data_ptr() == address for one, address in looked_at)
 
     def _follow(self, groups: list[dict[str, Any]], this: Pass, same_groups: bool) -> bool:
         """Bring the option tables up to date; False where the layout of the work would change."""
@@ -180,7 +208,8 @@ class Steady:
             return False
         if any(one.nonfinite == "raise" for one in options):
             return False
-        self.prepared.write(options, this.closing)
+        for prepared in self.prepared:
+            prepared.write(options, this.closing)
         self.same_groups = same_dicts(groups)
         self.closing = this.closing
         return True

@@ -17,7 +17,7 @@ from .memory import is_sharded, local
 from .options import Options, OptionsReader
 from .precision import GOLDEN
 from .state import MOMENTUM, WINDOW, make_state, master_of
-from .steady import Steady
+from .steady import Lot, Steady
 
 if TYPE_CHECKING:
     # torch may be built without torch.distributed
@@ -71,7 +71,9 @@ class Stepper:
                 # of a window that was given up
                 group["micro_step"] = 0
         keys = {id(p): i for i, p in enumerate(p for group in groups for p in group["params"])}
-        served: list[Member] = []
+        served: list[tuple[Tensor, Member]] = []
+        # of which other ranks hold all
+        hollow: list[tuple[Tensor, Member]] = []
         rest: list[list[Member]] = []
         spread: list[Part] = []
         for index, (part, choice) in enumerate(zip(work, options)):
@@ -81,23 +83,23 @@ class Stepper:
                 for param, grad in zip([*part.params, *part.ending], grads)
             ]
             rest.append(of_group[len(part.params) :])
-            for one, name, fused, share in zip(of_group, part.names, part.fused, part.shares):
+            here = zip(part.params, of_group, part.names, part.fused, part.shares)
+            for param, one, name, fused, share in here:
                 if share is not None:
                     from .spread import Part
 
-                    spread.append(Part(one, share, fused, name))
+                    spread.append(Part(param, one, share, fused, name))
                 elif not fused:
                     rest[-1].append(one)
                 elif one.param.numel():
-                    served.append(one)
+                    served.append((param, one))
+                elif is_sharded(param):
+                    hollow.append((param, one))
         # the other ranks wait for what is here: first
-        for device in dict.fromkeys(part.member.param.device for part in spread):
-            here = [part for part in spread if part.member.param.device == device]
-            if device not in self.spread:
-                from .spread import Spread
-
-                self.spread[device] = Spread()
-            self.spread[device].measure(here, options, this)
+        spreads = [
+            self._measured(device, spread, options, this)
+            for device in dict.fromkeys(part.member.param.device for part in spread)
+        ]
         for members, part, choice in zip(rest, work, options):
             if members:
                 reference.apply_(members, choice, this)
@@ -105,13 +107,44 @@ class Stepper:
                 # the next gradient makes it anew; until then steps can be recognised
                 del optimizer.state[param][WINDOW]
         if served:
-            self.run(served, options, this)
-            whole = not any(is_sharded(param) for part in work for param in part.params)
-            alone = whole and all(all(part.fused) and not part.waiting for part in work)
-            if alone and self.prepared is not None and Steady.serves(self.prepared, options):
-                self.steady = Steady(optimizer, self.prepared, served, self.reader, this.closing)
-        for device in dict.fromkeys(part.member.param.device for part in spread):
-            self.spread[device].move(options, this)
+            self.run([one for _, one in served], options, this)
+        if all(all(part.fused) and not part.waiting for part in work):
+            lots = [Lot(self.prepared, served)] if served else []
+            self.steady = self._repeating(optimizer, lots, spreads, hollow, this)
+        for found in spreads:
+            found.move(options, this)
+
+    def _measured(
+        self, device: torch.device, parts: list[Part], options: list[Options], this: Pass
+    ) -> Spread:
+        """The statistics of what other ranks have parts of, on one device."""
+        if device not in self.spread:
+            from .spread import Spread
+
+            self.spread[device] = Spread()
+        found = self.spread[device]
+        here = [part for part in parts if part.member.param.device == device]
+        found.measure(here, options, this)
+        return found
+
+    def _repeating(
+        self,
+        optimizer: Any,
+        lots: list[Lot],
+        spreads: list[Spread],
+        hollow: list[tuple[Tensor, Member]],
+        this: Pass,
+    ) -> Steady | None:
+        """What recognises the next step, if it is of the sort that can be."""
+        sharded = spreads or hollow or any(is_sharded(p) for lot in lots for p, _ in lot.pairs)
+        kind: type[Steady] = Steady
+        if sharded:
+            from .steady_shards import SteadyShards, lots_of
+
+            kind, lots = SteadyShards, [*lots, *lots_of(spreads, hollow)]
+        if not any(lot.pairs for lot in lots) or not Steady.serves(lots, self.reader.options):
+            return None
+        return kind(optimizer, lots, self.reader, this)
 
     def run(self, members: list[Member], options: list[Options], this: Pass) -> None:
         """A step by the kernels, laid out anew where the last layout does not fit."""

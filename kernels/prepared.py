@@ -116,12 +116,21 @@ class FusedStep:
             float64 [slices, 5] for each member, in order.
         """
         self.write(groups, this.closing)
-        found: dict[int, Tensor] = {}
         for device in self._devices:
             device.stage(members)
+        return self._measured(this)
+
+    def measure_at(self, addresses: list[int], this: Pass) -> list[Tensor]:
+        """As `measure`, of gradients as for `run_at`."""
+        self._point_at(addresses)
+        return self._measured(this)
+
+    def _measured(self, this: Pass) -> list[Tensor]:
+        found: dict[int, Tensor] = {}
+        for device in self._devices:
             tables = measure(device.plan, device.inputs(this))
             found |= dict(zip(device.order, tables.split([path.rows for path in device.walks])))
-        return [found[i] for i in range(len(members))]
+        return [found[i] for i in range(len(found))]
 
     def move(self, tables: Sequence[Tensor], this: Pass) -> None:
         """Move the parameters by the statistics of whole slices, after `measure`."""
@@ -138,13 +147,17 @@ class FusedStep:
             addresses: of the gradients, multiples of 16, in the order of the members.
             this: as for `run`; options are those last written.
         """
+        self._point_at(addresses)
+        for device in self._devices:
+            launch(device.plan, device.inputs(this))
+        torch.autograd.graph.increment_version(self.params)
+
+    def _point_at(self, addresses: list[int]) -> None:
         for device in self._devices:
             here = addresses
             if len(self._devices) > 1:
                 here = [addresses[i] for i in device.order]
             device.plan.point_at(here)
-            launch(device.plan, device.inputs(this))
-        torch.autograd.graph.increment_version(self.params)
 
 
 class _Device:

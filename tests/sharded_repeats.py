@@ -1,0 +1,178 @@
+"""Repeated steps of sharded parameters on every rank, and what changes between two of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from sharded_model import NAMES, Parts, gradients, initial, like, mesh_of, parts
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Replicate
+
+from bngd_triton import BNGD
+from bngd_triton.memory import local
+from bngd_triton.stepper import Stepper
+
+# three, so that some ranks have no entry of some parameters
+WORLD = 3
+STEPS = 4
+CHANGED = 2
+# the last has one row
+NAMED = ("up.weight", "down.bias", "lone")
+UP, LONE = 0, 2
+
+
+class Run(NamedTuple):
+    """One optimizer on one rank: layouts of each step, what its tensors are in the end."""
+
+    layouts: list[int]
+    tensors: list[Tensor]
+
+
+def nothing(params: list[Tensor], optimizer: BNGD) -> None:
+    pass
+
+
+def other_rates(params: list[Tensor], optimizer: BNGD) -> None:
+    for group in optimizer.param_groups:
+        group["lr"], group["weight_decay"] = 3e-3, 0.2
+
+
+def other_memory(params: list[Tensor], optimizer: BNGD) -> None:
+    """As `fully_shard` does when a state dict is assigned."""
+    with torch.no_grad():
+        params[UP]._local_tensor = params[UP].to_local().clone()
+
+
+def momentum_on_one_rank(params: list[Tensor], optimizer: BNGD) -> None:
+    if dist.get_rank() == 1:
+        entry = optimizer.state[params[UP]]
+        entry["momentum_buffer"] = like(params[UP], local(entry["momentum_buffer"]).clone())
+
+
+def no_gradient(params: list[Tensor], optimizer: BNGD) -> None:
+    params[UP].grad = None
+
+
+def no_gradient_where_empty(params: list[Tensor], optimizer: BNGD) -> None:
+    """Of the parameter of which two ranks hold nothing."""
+    params[LONE].grad = None
+
+
+def replicated_gradient(params: list[Tensor], optimizer: BNGD) -> None:
+    grad = params[UP].grad
+    assert isinstance(grad, DTensor)
+    params[UP].grad = grad.redistribute(placements=[Replicate()])
+
+
+def strided_on_one_rank(params: list[Tensor], optimizer: BNGD) -> None:
+    if dist.get_rank() == 2:
+        grad = local(params[UP].grad)
+        params[UP].grad = like(params[UP], grad.t().contiguous().t())
+
+
+def by_row(params: list[Tensor], optimizer: BNGD) -> None:
+    optimizer.param_groups[0]["granularity"] = "row"
+
+
+def overflow_elsewhere(params: list[Tensor], optimizer: BNGD) -> None:
+    """A GradScaler's first step."""
+    optimizer.grad_scale, optimizer.found_inf = torch.ones(1), torch.zeros(1)
+
+
+class Change(NamedTuple):
+    """What is done before a step, the ranks that must notice, and the group's options."""
+
+    make: Callable[[list[Tensor], BNGD], None]
+    ranks: tuple[int, ...] = (0, 1, 2)
+    options: dict[str, Any] = {}  # noqa: RUF012
+
+    @property
+    def name(self) -> str:
+        """Of the change, and where it is not the default of the granularity."""
+        return f"{self.make.__name__} {self.options.get('granularity', '')}".strip()
+
+
+ROW = {"granularity": "row", "nesterov": True}
+GLOBAL = {"granularity": "global", "weight_decay": 0.1}
+CHANGES = [
+    Change(nothing, ()), Change(nothing, (), ROW), Change(nothing, (), GLOBAL),
+    Change(other_rates, ()), Change(other_memory), Change(momentum_on_one_rank, (1,)),
+    Change(momentum_on_one_rank, (1,), ROW), Change(no_gradient),
+    Change(no_gradient_where_empty), Change(no_gradient_where_empty, options=ROW),
+    Change(replicated_gradient), Change(strided_on_one_rank, (2,)), Change(by_row),
+    Change(overflow_elsewhere),
+]  # fmt: skip
+
+
+def held() -> Parts:
+    """The named parameters of a block, as this rank holds them."""
+    made = parts("fsdp", WORLD, torch.float32)
+    made.place(initial())
+    chosen = [NAMES.index(name) for name in NAMED]
+    return Parts([made.params[i] for i in chosen], [made.indices[i] for i in chosen])
+
+
+def give(one: Parts, step: int) -> None:
+    found = dict(zip(NAMES, gradients(step)))
+    one.give([found[name] for name in NAMED])
+
+
+def run(change: Change, *, recognise: bool) -> Run:
+    made = held()
+    optimizer = BNGD(made.params, 1e-2, fused=True, **change.options)
+    layouts = []
+    for step in range(STEPS):
+        give(made, step)
+        if step == CHANGED:
+            change.make(made.params, optimizer)
+        if not recognise:
+            optimizer._stepper.steady = None
+        layouts.append(counted(optimizer))
+    records = [optimizer._records[param] for param in made.params]
+    momenta = [optimizer.state[param]["momentum_buffer"] for param in made.params]
+    return Run(layouts, [local(tensor).clone() for tensor in (*made.params, *momenta, *records)])
+
+
+def counted(optimizer: BNGD) -> int:
+    """Step, and say how often it was laid out."""
+    full, count = Stepper.lay_out_and_step, 0
+
+    def counting(*arguments: object) -> None:
+        nonlocal count
+        count += 1
+        full(*arguments)  # type: ignore[arg-type]
+
+    Stepper.lay_out_and_step = counting  # type: ignore[method-assign,assignment]
+    try:
+        with torch.no_grad():
+            optimizer.step()
+    finally:
+        Stepper.lay_out_and_step = full  # type: ignore[method-assign]
+    return count
+
+
+def freed() -> list[bool]:
+    """Whether gradients are, once they are dropped after repeated steps."""
+    made = held()
+    optimizer = BNGD(made.params, 1e-2, fused=True)
+    for step in range(3):
+        give(made, step)
+        memory = [
+            torch.multiprocessing.reductions.StorageWeakRef(local(param.grad).untyped_storage())
+            for param in made.params
+            if param.grad is not None
+        ]
+        optimizer.step()
+        optimizer.zero_grad()
+    return [one.expired() for one in memory]
+
+
+def on_every_rank() -> tuple[list[tuple[Run, Run]], list[bool]]:
+    """Each change, with recognition and without; what `freed` says."""
+    mesh_of((WORLD,))
+    with torch.no_grad():
+        gone = freed()
+    return [(run(c, recognise=True), run(c, recognise=False)) for c in CHANGES], gone
