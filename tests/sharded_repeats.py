@@ -11,7 +11,7 @@ from sharded_model import NAMES, Parts, gradients, initial, like, mesh_of, parts
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate
 
-from bngd_triton import BNGD
+from bngd_triton import BNGD, kept
 from bngd_triton.memory import local
 from bngd_triton.stepper import Stepper
 
@@ -170,9 +170,23 @@ def freed() -> list[bool]:
     return [one.expired() for one in memory]
 
 
-def on_every_rank() -> tuple[list[tuple[Run, Run]], list[bool]]:
-    """Each change, with recognition and without; what `freed` says."""
+def stayed() -> Run:
+    """Gradients that are the same tensors in every step, with new values."""
+    kept.PATIENCE = 1
+    made = held()
+    optimizer = BNGD(made.params, 1e-2, fused=True)
+    give(made, 0)
+    layouts = []
+    for _ in range(STEPS):
+        for param in made.params:
+            local(param.grad).mul_(-1.5)
+        layouts.append(counted(optimizer))
+    return Run(layouts, [local(param).clone() for param in made.params])
+
+
+def on_every_rank() -> tuple[list[tuple[Run, Run]], list[bool], Run]:
+    """Each change, with recognition and without; what `freed` and `stayed` say."""
     mesh_of((WORLD,))
     with torch.no_grad():
-        gone = freed()
-    return [(run(c, recognise=True), run(c, recognise=False)) for c in CHANGES], gone
+        runs = [(run(c, recognise=True), run(c, recognise=False)) for c in CHANGES]
+        return runs, freed(), stayed()

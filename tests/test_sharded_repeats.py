@@ -20,13 +20,13 @@ pytestmark = [
 
 
 @functools.cache
-def visited() -> list[tuple[list[tuple[Run, Run]], list[bool]]]:
+def visited() -> list[tuple[list[tuple[Run, Run]], list[bool], Run]]:
     return processes.run(WORLD, sharded_repeats.on_every_rank)
 
 
 @pytest.mark.parametrize("index", range(len(CHANGES)), ids=[c.name for c in CHANGES])
 def test_a_step_is_laid_out_again_where_it_must_be(index: int) -> None:
-    for rank, (runs, _) in enumerate(visited()):
+    for rank, (runs, _, _) in enumerate(visited()):
         recognised, _ = runs[index]
         noticed = rank in CHANGES[index].ranks
         assert recognised.layouts[: CHANGED + 1] == [1, *[0] * (CHANGED - 1), int(noticed)]
@@ -35,7 +35,7 @@ def test_a_step_is_laid_out_again_where_it_must_be(index: int) -> None:
 
 @pytest.mark.parametrize("index", range(len(CHANGES)), ids=[c.name for c in CHANGES])
 def test_the_bits_are_those_of_steps_laid_out_anew(index: int) -> None:
-    for runs, _ in visited():
+    for runs, _, _ in visited():
         recognised, anew = runs[index]
         assert anew.layouts == [1] * STEPS
         for found, want in zip(recognised.tensors, anew.tensors):
@@ -43,6 +43,11 @@ def test_the_bits_are_those_of_steps_laid_out_anew(index: int) -> None:
 
 
 def test_gradients_are_not_held() -> None:
-    for _, gone in visited():
+    for _, gone, _ in visited():
         assert gone
         assert all(gone)
+
+
+def test_gradients_that_stay() -> None:
+    for _, _, run in visited():
+        assert run.layouts == [1, *[0] * (STEPS - 1)]
