@@ -9,7 +9,8 @@ import torch
 import torch.distributed as dist
 from sharded_model import NAMES, Parts, gradients, initial, like, mesh_of, parts
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor import DTensor, Partial, Replicate
+from torch.nn import Parameter
 
 from bngd_triton import BNGD, kept
 from bngd_triton.memory import local
@@ -19,9 +20,9 @@ from bngd_triton.stepper import Stepper
 WORLD = 3
 STEPS = 4
 CHANGED = 2
-# the last has one row
+# "lone" has one row; the last parameter is whole on every rank
 NAMED = ("up.weight", "down.bias", "lone")
-UP, LONE = 0, 2
+UP, LONE, WHOLE = 0, 2, 3
 
 
 class Run(NamedTuple):
@@ -67,6 +68,12 @@ def replicated_gradient(params: list[Tensor], optimizer: BNGD) -> None:
     params[UP].grad = grad.redistribute(placements=[Replicate()])
 
 
+def partial_gradient(params: list[Tensor], optimizer: BNGD) -> None:
+    """Shaped here as the reduced one is."""
+    part = local(params[WHOLE].grad) * (dist.get_rank() + 1)
+    params[WHOLE].grad = DTensor.from_local(part, mesh_of((WORLD,)), [Partial()])
+
+
 def strided_on_one_rank(params: list[Tensor], optimizer: BNGD) -> None:
     if dist.get_rank() == 2:
         grad = local(params[UP].grad)
@@ -102,8 +109,8 @@ CHANGES = [
     Change(other_rates, ()), Change(other_memory), Change(momentum_on_one_rank, (1,)),
     Change(momentum_on_one_rank, (1,), ROW), Change(no_gradient),
     Change(no_gradient_where_empty), Change(no_gradient_where_empty, options=ROW),
-    Change(replicated_gradient), Change(strided_on_one_rank, (2,)), Change(by_row),
-    Change(overflow_elsewhere),
+    Change(replicated_gradient), Change(partial_gradient), Change(strided_on_one_rank, (2,)),
+    Change(by_row), Change(overflow_elsewhere),
 ]  # fmt: skip
 
 
@@ -112,12 +119,16 @@ def held() -> Parts:
     made = parts("fsdp", WORLD, torch.float32)
     made.place(initial())
     chosen = [NAMES.index(name) for name in NAMED]
-    return Parts([made.params[i] for i in chosen], [made.indices[i] for i in chosen])
+    whole = Parameter(DTensor.from_local(torch.ones(4, 3), mesh_of((WORLD,)), [Replicate()]))
+    return Parts(
+        [*(made.params[i] for i in chosen), whole],
+        [*(made.indices[i] for i in chosen), torch.arange(12).view(4, 3)],
+    )
 
 
 def give(one: Parts, step: int) -> None:
     found = dict(zip(NAMES, gradients(step)))
-    one.give([found[name] for name in NAMED])
+    one.give([*(found[name] for name in NAMED), torch.arange(12.0).sub(step).square()])
 
 
 def run(change: Change, *, recognise: bool) -> Run:
@@ -158,9 +169,10 @@ def freed() -> list[bool]:
     """Whether gradients are, once they are dropped after repeated steps."""
     made = held()
     optimizer = BNGD(made.params, 1e-2, fused=True)
+    memory = []
     for step in range(3):
         give(made, step)
-        memory = [
+        memory += [
             torch.multiprocessing.reductions.StorageWeakRef(local(param.grad).untyped_storage())
             for param in made.params
             if param.grad is not None

@@ -132,3 +132,24 @@ def test_the_same_tensors() -> None:
         assert not same([t.clone() if i == j else t for j, t in enumerate(tensors)])
     assert not same(tensors[:2])
     assert not same([*tensors, tensors[0]])
+
+
+def test_sharded_tensors_are_not_compared() -> None:
+    """To compare two may take the other ranks."""
+    compared = []
+
+    class Placed(torch.Tensor):
+        placements = ()
+
+        def __eq__(self, other: object) -> Any:
+            compared.append(other)
+            return super().__eq__(other)
+
+        __hash__ = torch.Tensor.__hash__
+
+    one, other = (torch.ones(1).as_subclass(Placed) for _ in range(2))
+    same = Same([one])
+    assert same([one])
+    assert not same([other])
+    assert not same([one, one])
+    assert not compared

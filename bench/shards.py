@@ -1,0 +1,98 @@
+"""Host time of a step of sharded parameters, beside that of torch's SGD.
+
+    python -m bench.shards [--tensors 300] [--repeats 100] [--out FILE]
+
+Runs anywhere: one of four ranks, on the CPU; launches do nothing, and collectives of torch's fake
+process group return at once. Each step has new gradients, as `fully_shard` leaves them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+# the kernels serve CPU tensors only in the interpreter, which the do-nothing launchers never enter
+os.environ["TRITON_INTERPRET"] = "1"
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
+from torch.nn import Parameter
+from torch.optim import SGD, Optimizer
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from bench.host import nothing, timed
+from bench.report import commit, environment
+from bngd_triton import BNGD
+from bngd_triton.kernels import prepared
+from bngd_triton.kernels.plan import Plan
+
+RANKS = 4
+SHAPE = (16, 64)
+
+
+def no_statistics(plan: Plan, _: object) -> Tensor:
+    """Stands in for the first launch; a tensor is one slice."""
+    return torch.zeros(len(plan.addresses), 5, dtype=torch.float64)
+
+
+def measure(n: int, repeats: int) -> dict[str, float]:
+    """Medians in milliseconds: of a step laid out anew, of one that is repeated, of SGD's."""
+    prepared.launch = prepared.move = nothing
+    prepared.measure = no_statistics
+    mesh = init_device_mesh("cpu", (RANKS,))
+
+    def part() -> DTensor:
+        return DTensor.from_local(torch.randn(SHAPE), mesh, [Shard(0)])
+
+    def optimizer(kind: Callable[..., Optimizer], **options: object) -> Optimizer:
+        return kind([Parameter(part()) for _ in range(n)], lr=1e-3, momentum=0.9, **options)
+
+    repeating = optimizer(BNGD, fused=True, flatten=False)
+    anew = optimizer(BNGD, fused=True, flatten=False)
+    arms = {
+        "repeated": repeating,
+        "laid out anew": anew,
+        "torch.optim.SGD(foreach=True)": optimizer(SGD, foreach=True),
+    }
+    times: dict[str, list[float]] = {name: [] for name in arms}
+    for _ in range(2 + repeats):
+        for name, arm in arms.items():
+            for group in arm.param_groups:
+                for param in group["params"]:
+                    param.grad = part()
+            if arm is anew:
+                anew._stepper.steady = None
+            times[name].append(timed(arm.step))
+    assert repeating._stepper.steady is not None, "the step was not recognised as repeatable"
+    # the first two make state, and fill torch's caches
+    return {name: 1e3 * statistics.median(some[2:]) for name, some in times.items()}
+
+
+def main() -> int:
+    """Print the figures, and write them to a file if one is named."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser.add_argument("--tensors", type=int, default=300)
+    parser.add_argument("--repeats", type=int, default=100)
+    parser.add_argument("--out", metavar="FILE", help="write the figures there, as JSON")
+    args = parser.parse_args()
+    dist.init_process_group("fake", rank=0, world_size=RANKS, store=FakeStore())
+    found = measure(args.tensors, args.repeats)
+    for name, value in found.items():
+        print(f"{name:30s} {value:7.2f} ms")
+    conditions = {"environment": environment(torch.device("cpu")), "commit": commit()}
+    figures = {**conditions, "tensors": args.tensors, "repeats": args.repeats, "ms": found}
+    if args.out:
+        Path(args.out).write_text(json.dumps(figures, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
