@@ -536,3 +536,14 @@ def test_host_time_is_measured_without_a_device(tmp_path: Path) -> None:
         assert row["ratio"] == row["step"] / row["bare loop"]
         # known to stay only where they do
         assert ("  gradients, kinds" in row) == (row["gradients"] == "kept")
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no distributed")
+def test_host_time_of_shards(tmp_path: Path) -> None:
+    out = tmp_path / "shards.json"
+    command = [sys.executable, "-m", "bench.shards", "--tensors", "8", "--repeats", "3"]
+    done = subprocess.run([*command, "--out", str(out)], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(out.read_text())
+    assert set(found["ms"]) == {"repeated", "laid out anew", "torch.optim.SGD(foreach=True)"}
+    assert found["ms"]["repeated"] < found["ms"]["laid out anew"]
