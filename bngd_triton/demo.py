@@ -281,7 +281,10 @@ def demo(
         for run in results.exploding + results.loss_scale:
             if run.status == "running":
                 run.status = "interrupted"
-        console.print("Interrupted: what follows is what was done so far.")
+        console.print(
+            "Interrupted: what follows is what was done so far; with --resume, the same command "
+            "goes on."
+        )
     shared = {"batch": BATCH, "momentum": MOMENTUM, "lr_schedule": "linear to 0"}
     write_json(results, settings, shared, out / JSON_NAME, interrupted=code != 0)
     draw(results, settings, out / PNG_NAME)

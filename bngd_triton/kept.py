@@ -1,4 +1,4 @@
-"""Gradients that stay the tensors they are, as ``zero_grad(set_to_none=False)`` leaves them."""
+"""What is slower to make and sooner to ask than `unchanged.py`: for steps that repeat for long."""
 
 from __future__ import annotations
 
@@ -11,23 +11,21 @@ import torch
 from torch import Tensor
 from torch.__future__ import get_swap_module_params_on_conversion
 
-# steps through which gradients stay before all are looked at one by one, which takes 5 ms for 300
+# steps through which gradients stay before all are looked at one by one, which takes 5 ms for 300;
+# and steps that repeat one another before guards are made over the state, which takes 2 ms
 PATIENCE = 8
 
 
 class Kept:
     """Recognises parameters and gradients that are the same objects, and of the same kinds.
 
-    torch.compile's guards walk the lists in C, at 130 ns for a parameter with its gradient where
-    `.grad` and `TensorGuards` take 185. References to gradients are weak: whoever drops them frees
-    them.
+    Gradients stay so under ``zero_grad(set_to_none=False)``. torch.compile's guards walk the lists
+    in C, at 130 ns for a parameter with its gradient where `.grad` and `TensorGuards` take 185.
+    References to gradients are weak: whoever drops them frees them.
 
     Args:
         lists: the parameters of each group.
         moved: those that a step moves. The others are empty, or have no gradient.
-        groups: the optimizer's.
-        state: likewise.
-        entries: of the state.
 
     Raises:
         ImportError: this torch has no such guards, or others.
@@ -36,14 +34,7 @@ class Kept:
         RuntimeError: likewise.
     """
 
-    def __init__(
-        self,
-        lists: list[list[Tensor]],
-        moved: list[Tensor],
-        groups: list[dict[str, Any]],
-        state: dict[Any, Any],
-        entries: list[dict[str, Any]],
-    ) -> None:
+    def __init__(self, lists: list[list[Tensor]], moved: list[Tensor]) -> None:
         from torch._C._dynamo.guards import RootGuardManager
         from torch._dynamo.guards import GuardManagerType
 
@@ -72,11 +63,7 @@ class Kept:
                     )
         self._same: Callable[[list[list[Tensor]]], bool] = root.check
         self._grads = [weakref.ref(param.grad) for param in moved]
-        self._state = state
-        self._owned: list[dict[Any, Any]] = [state, *entries]
-        self._untouched = _versions(self._owned)
-        self.same_groups = _versions(groups)
-        if not (self._same(lists) and self.untouched(state) and self.same_groups(groups)):
+        if not self._same(lists):
             raise TypeError("a guard refuses what it was made from")
 
     def grads(self, lists: list[list[Tensor]]) -> list[Tensor] | None:
@@ -87,13 +74,50 @@ class Kept:
         grads: list[Any] = list(map(_dereferenced, self._grads))
         return None if grads[0] is None else grads
 
-    def untouched(self, state: dict[Tensor, Any]) -> bool:
-        """Whether this is the state that it was, and nothing was set in it and in its entries."""
-        return state is self._state and self._untouched(self._owned)
-
 
 # Python 3.11's, in half the time of the method
 _dereferenced: Callable[[Any], Any] = getattr(operator, "call", weakref.ref.__call__)
+
+
+class Untouched:
+    """Recognises groups and state as the dicts that they were, in which nothing was set since.
+
+    Args:
+        groups: the optimizer's.
+        state: likewise.
+        entries: of the state.
+
+    Raises:
+        ImportError: as for `Kept`, like what follows.
+        AttributeError: see there.
+        TypeError: see there.
+        RuntimeError: see there.
+    """
+
+    def __init__(
+        self,
+        groups: list[dict[str, Any]],
+        state: dict[Any, Any],
+        entries: list[dict[str, Any]],
+    ) -> None:
+        self._state = state
+        self._owned: list[dict[Any, Any]] = [state, *entries]
+        self._same = _versions(self._owned)
+        self.same_groups = _versions(groups)
+        if not (self.same_state(state) and self.same_groups(groups)):
+            raise TypeError("a guard refuses what it was made from")
+
+    def same_state(self, state: dict[Tensor, Any]) -> bool:
+        """Whether this is the state, as it was."""
+        return state is self._state and self._same(self._owned)
+
+    @classmethod
+    def of(cls, *dicts: Any) -> Untouched | None:
+        """One, or None where torch lacks what it needs."""
+        try:
+            return cls(*dicts)
+        except (ImportError, AttributeError, TypeError, RuntimeError):
+            return None
 
 
 def _versions(dicts: Sequence[dict[Any, Any]]) -> Callable[[Sequence[dict[Any, Any]]], bool]:
@@ -126,13 +150,12 @@ class Witness:
         self._stayed = 0
         self._patience = PATIENCE
 
-    def kept(self, lists: list[list[Tensor]], moved: list[Tensor], *dicts: Any) -> Kept | None:
+    def kept(self, lists: list[list[Tensor]], moved: list[Tensor]) -> Kept | None:
         """What recognises these gradients, once they have stayed for long enough.
 
         Args:
-            lists: as for `Kept`, like what follows.
-            moved: see there.
-            *dicts: see there.
+            lists: as for `Kept`.
+            moved: likewise.
         """
         first = moved[0].grad
         assert first is not None
@@ -148,6 +171,6 @@ class Witness:
         # where some stay and others do not, this is for nothing: ever more seldom
         self._stayed, self._patience = 0, 2 * self._patience
         try:
-            return Kept(lists, moved, *dicts)
+            return Kept(lists, moved)
         except (ImportError, AttributeError, TypeError, RuntimeError):
             return None

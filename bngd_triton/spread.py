@@ -68,20 +68,18 @@ class Spread:
             self._refuse_nonfinite(options)
 
     def keep(self) -> None:
-        """After `measure`: have `measure_at` repeat it, if the kernels serve all with entries."""
+        """After `measure`: have `measure_again` repeat it; the kernels serve all with entries."""
         self._kept = [_stripped(part) for part in self.parts]
 
-    def measure_at(self, addresses: list[int], options: list[Options], this: Pass) -> None:
-        """As the `measure` that was kept, of gradients of the same kind elsewhere.
+    def measure_again(self, options: list[Options], this: Pass) -> None:
+        """As the `measure` that was kept, of the gradients that `prepared` points at.
 
         Args:
-            addresses: of the gradients of what the kernels serve, multiples of 16, in the order of
-                the parts.
             options: of every group; those last written to `prepared`.
             this: what is new in this step.
         """
         self.parts = self._kept
-        measured = [] if self.prepared is None else self.prepared.measure_at(addresses, this)
+        measured = [] if self.prepared is None else self.prepared.measure_again(this)
         self._merge(measured, options)
 
     def _merge(self, measured: list[Tensor], options: list[Options]) -> None:

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import chain
-from math import gcd
 from operator import attrgetter, itemgetter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
-from .kept import Kept, Witness
-from .kernels.plan import ALIGNMENT, capturing
+from . import kept
+from .kernels.plan import capturing
 from .kernels.prepared import FusedStep, gradient_of
 from .members import Member, Pass
 from .memory import local
@@ -66,10 +65,9 @@ class Steady:
         self.prepared = [lot.prepared for lot in lots if lot.prepared is not None]
         self.fused = optimizer.fused
         self.lists = list(map(_PARAMS, groups))
-        # parameters of each group: one may move to its neighbour and stay where it was in the list
-        self.sizes = list(map(len, self.lists))
+        # by group: a parameter may move to the neighbour and stay where it was among all
+        self.params = Same(self.lists)
         params = list(chain.from_iterable(self.lists))
-        self.params = Same(params)
         pairs = [pair for lot in lots for pair in lot.pairs]
         members = [member for _, member in pairs]
         self.moved = [param for param, _ in pairs]
@@ -87,18 +85,20 @@ class Steady:
         for key in KEYS:
             get, having = itemgetter(key), [entry for entry in entries if key in entry]
             if having:
-                self.held.append((get, having, Same(list(map(get, having)))))
+                self.held.append((get, having, Same([list(map(get, having))])))
         # `buffer.data = ...` leaves the object as it is: the first, and one more in every step, are
         # looked at (all would take a sixth of a step). The memory that the kernels write is held
-        state = [one for _, _, same in self.held for one in same.tensors]
+        state = [one for _, _, same in self.held for one in same.lists[0]]
         self.memory = [local(one).detach() for one in state]
         self.state_at = [(one, local(one).data_ptr()) for one in state]
         self.turn = 0
         self.params_at = Addresses([member.param.data_ptr() for member in members])
         # of the last step's gradients
         self.grads_at = Addresses([])
-        self.kept: Kept | None = None
-        self.witness: Witness | None = Witness()
+        self.kept: kept.Kept | None = None
+        self.witness: kept.Witness | None = kept.Witness()
+        self.untouched: kept.Untouched | None = None
+        self.repeats = 0
         # parameters too: `p.data = p.data.T` changes neither the address nor, if square, the shape
         grads = [gradient_of(member) for member in members]
         self.same_kinds = same_kinds([*grads, *(member.param for member in members)])
@@ -123,8 +123,10 @@ class Steady:
             ValueError: an option, changed since, is out of bounds.
             TypeError: likewise.
         """
-        groups, state, kept = optimizer.param_groups, optimizer.state, self.kept
-        same_groups = (kept is not None and kept.same_groups(groups)) or self.same_groups(groups)
+        groups, state, untouched = optimizer.param_groups, optimizer.state, self.untouched
+        same_groups = (untouched is not None and untouched.same_groups(groups)) or self.same_groups(
+            groups
+        )
         if not same_groups:
             self.lists = list(map(_PARAMS, groups))
         if optimizer.fused is not self.fused:
@@ -132,7 +134,7 @@ class Steady:
         # a graph would leave them out of every replay: the full check refuses them by name
         if self.idle and capturing(self.device):
             return False
-        grads = None if kept is None else kept.grads(self.lists)
+        grads = None if self.kept is None else self.kept.grads(self.lists)
         recognised = grads is not None
         if grads is None:
             grads = self._grads()
@@ -148,23 +150,27 @@ class Steady:
         as_before = (
             (recognised or self.same_kinds(*grads, *params))
             and self.params_at.of(params) is self.params_at.addresses
-            and ((kept is not None and recognised and kept.untouched(state)) or self._holds(state))
+            and ((untouched is not None and untouched.same_state(state)) or self._holds(state))
             and self._in_place()
-            and (stayed or gcd(ALIGNMENT, *found) == ALIGNMENT)
         )
         if not as_before or not self._follow(groups, this, same_groups):
             return False
         if not stayed:
+            # the kernels were laid out for addresses that 16 divides
+            if not self._point_at(found):
+                return False
             self.grads_at.addresses = found
+        self.repeats += 1
+        if self.repeats == kept.PATIENCE:
+            self.untouched = kept.Untouched.of(groups, state, self.entries)
         if not recognised and self.witness is not None:
-            self.kept = self.witness.kept(self.lists, self.moved, groups, state, self.entries)
-        self._launch(found, this)
+            self.kept = self.witness.kept(self.lists, self.moved)
+        self._launch(this)
         return True
 
     def _grads(self) -> list[Any] | None:
         """The gradients, if parameters are as they were and still have one, or none."""
-        params = list(chain.from_iterable(self.lists))
-        if list(map(len, self.lists)) != self.sizes or not self.params(params):
+        if not self.params(self.lists):
             return None
         if any(param.grad is not None for param in self.idle):
             return None
@@ -176,17 +182,21 @@ class Steady:
         """What of `moved` this process holds."""
         return self.moved
 
-    def _launch(self, found: list[int], this: Pass) -> None:
-        """Run the step, of gradients at these addresses."""
+    def _point_at(self, found: list[int]) -> bool:
+        """Have the kernels read gradients at these addresses; False where they cannot."""
+        return all(prepared.point_at(found) for prepared in self.prepared)
+
+    def _launch(self, this: Pass) -> None:
+        """Run the step."""
         for prepared in self.prepared:
-            prepared.run_at(found, this)
+            prepared.run_again(this)
 
     def _holds(self, state: dict[Any, Any]) -> bool:
         """Whether the state holds the tensors that it held."""
         if not self.same_state([state]):
             return False
         try:
-            return all(same(list(map(get, entries))) for get, entries, same in self.held)
+            return all(same([list(map(get, entries))]) for get, entries, same in self.held)
         except KeyError:
             return False
 

@@ -66,22 +66,25 @@ class SteadyShards(Steady):
     def _params(self) -> list[Tensor]:
         return list(map(local, self.moved))
 
-    def _launch(self, found: list[int], this: Pass) -> None:
-        options = self.reader.options
+    def _point_at(self, found: list[int]) -> bool:
         start = 0
-        alone = []
-        for prepared, spread, count in self.runs:
+        for prepared, _, count in self.runs:
             here = found[start : start + count]
             start += count
-            if spread is not None:
-                # the other ranks wait for it
-                spread.measure_at(here, options, this)
-            elif prepared is not None:
-                alone.append((prepared, here))
-        for prepared, here in alone:
-            prepared.run_at(here, this)
-        for spread in self.spreads:
-            spread.move(options, this)
+            if prepared is not None and not prepared.point_at(here):
+                return False
+        return True
+
+    def _launch(self, this: Pass) -> None:
+        options = self.reader.options
+        # the other ranks wait for them
+        for shared in self.spreads:
+            shared.measure_again(options, this)
+        for prepared, spread, _ in self.runs:
+            if spread is None and prepared is not None:
+                prepared.run_again(this)
+        for shared in self.spreads:
+            shared.move(options, this)
 
 
 def _placed(tensors: Sequence[Tensor]) -> list[Any]:

@@ -265,8 +265,8 @@ def _summary_writer(path: str | os.PathLike[str], first_step: int) -> Any:
         if (error.name or "").partition(".")[0] != "tensorboard":
             raise
         raise ModuleNotFoundError(
-            "path needs tensorboard, which is not installed: pip install "
-            "'bngd-triton[tensorboard]', or give a writer of your own, or neither",
+            "path needs tensorboard, which is not installed: pip install tensorboard, or give a "
+            "writer of your own, or neither",
             name=error.name,
         ) from error
     return SummaryWriter(os.fspath(path), purge_step=first_step or None)

@@ -18,29 +18,37 @@ from .memory import is_sharded
 
 
 class Same:
-    """Tells whether a list holds the very tensors that this one does, in their order.
+    """Tells whether lists hold the very tensors that these do, in their order.
 
-    Lists compare equal without asking their elements where these are the same objects, at 2 ns an
-    element against 17 ns for `is`. Elements that are not are asked, and a tensor's answer is a
+    Lists compare equal without touching their elements where these are the same objects, at 2 ns
+    an element against 17 ns for `is`. Elements that are not are asked, and a tensor's answer is a
     tensor: its truth is an error, which is a no, unless it has a single entry.
     """
 
-    def __init__(self, tensors: list[Tensor]) -> None:
-        self.tensors = tensors
+    def __init__(self, lists: Sequence[Sequence[Tensor]]) -> None:
+        # of its own: a list that was changed in place would equal itself
+        self.lists = list(map(list, lists))
         # a DTensor's answer may take the other ranks
-        self.asked = not any(map(is_sharded, tensors))
-        self.single = [i for i, tensor in enumerate(tensors) if tensor.numel() < 2]
+        self.asked = not any(map(is_sharded, chain.from_iterable(lists)))
+        self.single = [
+            (i, j)
+            for i, tensors in enumerate(lists)
+            for j, tensor in enumerate(tensors)
+            if tensor.numel() < 2
+        ]
 
-    def __call__(self, found: list[Tensor]) -> bool:
-        """Whether `found` is the same list of objects."""
+    def __call__(self, found: list[list[Tensor]]) -> bool:
+        """Whether `found` are the same lists of objects."""
         if not self.asked:
-            return len(found) == len(self.tensors) and all(map(is_, found, self.tensors))
+            return list(map(len, found)) == list(map(len, self.lists)) and all(
+                map(is_, chain.from_iterable(found), chain.from_iterable(self.lists))
+            )
         try:
-            equal = found == self.tensors
+            equal = found == self.lists
         # whatever a stranger's comparison raises
         except Exception:
             return False
-        return equal and all(found[i] is self.tensors[i] for i in self.single)
+        return equal and all(found[i][j] is self.lists[i][j] for i, j in self.single)
 
 
 def same_dicts(dicts: Sequence[dict[Any, Any]]) -> Callable[[Sequence[dict[Any, Any]]], bool]:

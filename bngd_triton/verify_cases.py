@@ -98,7 +98,8 @@ class Case:
             ValueError: there is no such value, or two of one factor.
         """
         found: dict[str, str] = {}
-        for value in name.split(",") if name != "defaults" else []:
+        parts = [part.strip() for part in name.split(",")]
+        for value in parts if parts != ["defaults"] else []:
             factors = [factor for factor, values in FACTORS.items() if value in values]
             if not factors:
                 every = [value for values in FACTORS.values() for value in values]

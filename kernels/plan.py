@@ -27,6 +27,7 @@ from .work import Work, lay_out
 
 # bytes of the widest access
 ALIGNMENT = 16
+_MULTIPLES = bytes(range(0, 256, ALIGNMENT))
 # `Kind.master`, as in precision.py, which imports Triton
 PLAIN, REMAINDER, MASTER_COPY, STOCHASTIC = range(4)
 
@@ -164,23 +165,35 @@ class Plan:
     in_batch_order: Callable[[list[int]], tuple[int, ...]]
     addresses: list[int] = field(default_factory=list)
 
-    def point_at(self, addresses: list[int]) -> None:
-        """Upload the gradients' addresses where one changed; they are in entry order."""
+    def point_at(self, addresses: list[int], *, aligned: bool = False) -> bool:
+        """Upload the gradients' addresses where one changed.
+
+        Args:
+            addresses: in entry order.
+            aligned: refuse new ones of which one is no multiple of 16.
+
+        Returns:
+            False where they were refused, and those before them are still in use.
+        """
         if addresses is self.addresses:
-            return
+            return True
         if addresses == self.addresses:
             # the list that will be given again
             self.addresses = addresses
-            return
+            return True
+        # 3 us for 300, where `array` takes 8
+        ordered = pack(f"<{len(addresses)}Q", *self.in_batch_order(addresses))
+        # their lowest bytes, less those of multiples of 16: 0.5 us for 300, where gcd takes 7
+        if aligned and ordered[::8].translate(None, _MULTIPLES):
+            return False
         if capturing(self.device):
             raise RuntimeError(
                 "a gradient moved while a CUDA graph is being captured; run one whole iteration "
                 "with zero_grad(set_to_none=False) before the capture, on the same stream"
             )
-        # 3 us for 300, where `array` takes 8
-        ordered = pack(f"{len(addresses)}P", *self.in_batch_order(addresses))
         upload(self.grad_ptrs, torch.frombuffer(bytearray(ordered), dtype=torch.int64))
         self.addresses = addresses
+        return True
 
 
 def capturing(device: torch.device) -> bool:

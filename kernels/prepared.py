@@ -118,14 +118,10 @@ class FusedStep:
         self.write(groups, this.closing)
         for device in self._devices:
             device.stage(members)
-        return self._measured(this)
+        return self.measure_again(this)
 
-    def measure_at(self, addresses: list[int], this: Pass) -> list[Tensor]:
-        """As `measure`, of gradients as for `run_at`."""
-        self._point_at(addresses)
-        return self._measured(this)
-
-    def _measured(self, this: Pass) -> list[Tensor]:
+    def measure_again(self, this: Pass) -> list[Tensor]:
+        """As `measure`, after `point_at`; options are those last written."""
         found: dict[int, Tensor] = {}
         for device in self._devices:
             tables = measure(device.plan, device.inputs(this))
@@ -140,24 +136,28 @@ class FusedStep:
             device.unstage()
         torch.autograd.graph.increment_version(self.params)
 
-    def run_at(self, addresses: list[int], this: Pass) -> None:
-        """Move the parameters by gradients of the same kind elsewhere, when `in_place`.
-
-        Args:
-            addresses: of the gradients, multiples of 16, in the order of the members.
-            this: as for `run`; options are those last written.
-        """
-        self._point_at(addresses)
+    def run_again(self, this: Pass) -> None:
+        """Move the parameters, after `point_at`; options are those last written."""
         for device in self._devices:
             launch(device.plan, device.inputs(this))
         torch.autograd.graph.increment_version(self.params)
 
-    def _point_at(self, addresses: list[int]) -> None:
+    def point_at(self, addresses: list[int]) -> bool:
+        """Read gradients of the same kind elsewhere from now on, when `in_place`.
+
+        Args:
+            addresses: of the gradients, in the order of the members.
+
+        Returns:
+            Whether the kernels can: only at multiples of 16.
+        """
         for device in self._devices:
             here = addresses
             if len(self._devices) > 1:
                 here = [addresses[i] for i in device.order]
-            device.plan.point_at(here)
+            if not device.plan.point_at(here, aligned=True):
+                return False
+        return True
 
 
 class _Device:

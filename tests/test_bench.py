@@ -533,7 +533,7 @@ def test_host_time_is_measured_without_a_device(tmp_path: Path) -> None:
         (1, "kept"), (1, "new"), (28, "kept"), (28, "new"),
     ]  # fmt: skip
     for row in found["rows"]:
-        assert row["ratio"] == row["step"] / row["bare loop"]
+        assert 1 < row["ratio"] < 100
         # known to stay only where they do
         assert ("  gradients, kinds" in row) == (row["gradients"] == "kept")
 

@@ -67,7 +67,8 @@ def test_sync_hyperparameters_reaches_a_replay(device: torch.device) -> None:
         optimizer.param_groups[0]["lr"] = lr
         optimizer.sync_hyperparameters()
         before = param.detach().clone()
-        step.run_at([param.grad.data_ptr()], optimizer._pass([True]))
+        step.point_at([param.grad.data_ptr()])
+        step.run_again(optimizer._pass([True]))
         size = (param.detach() - before).square().mean().sqrt()
         assert float(size) == pytest.approx(lr, rel=1e-4)
 

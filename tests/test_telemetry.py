@@ -267,7 +267,7 @@ def test_tensorboard_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     for module in [name for name in sys.modules if name.startswith("torch.utils.tensorboard")]:
         monkeypatch.delitem(sys.modules, module)
     monkeypatch.setitem(sys.modules, "tensorboard", None)
-    with pytest.raises(ModuleNotFoundError, match=r"pip install 'bngd-triton\[tensorboard\]'"):
+    with pytest.raises(ModuleNotFoundError, match="pip install tensorboard"):
         GradStatsLogger(Given(a=(0.0, 1.0, 0.0)), path=tmp_path / "runs")
     assert not list(tmp_path.iterdir())
 

@@ -126,12 +126,17 @@ def test_torchs_comparison_of_addresses_is_used_where_there_is_one(
 
 def test_the_same_tensors() -> None:
     tensors = [torch.ones(3), torch.ones(()), torch.ones(3)]
-    same = Same(tensors)
-    assert same(list(tensors))
+    lists = [tensors[:2], tensors[2:]]
+    same = Same(lists)
+    assert same([list(tensors[:2]), list(tensors[2:])])
     for i in range(3):
-        assert not same([t.clone() if i == j else t for j, t in enumerate(tensors)])
-    assert not same(tensors[:2])
-    assert not same([*tensors, tensors[0]])
+        found = [t.clone() if i == j else t for j, t in enumerate(tensors)]
+        assert not same([found[:2], found[2:]])
+    assert not same(lists[:1])
+    assert not same([*lists, []])
+    assert not same([tensors[:1], tensors[1:]])
+    lists[1].append(tensors[0])
+    assert not same(lists)
 
 
 def test_sharded_tensors_are_not_compared() -> None:
@@ -148,8 +153,10 @@ def test_sharded_tensors_are_not_compared() -> None:
         __hash__ = torch.Tensor.__hash__
 
     one, other = (torch.ones(1).as_subclass(Placed) for _ in range(2))
-    same = Same([one])
-    assert same([one])
-    assert not same([other])
-    assert not same([one, one])
+    same = Same([[one], [other]])
+    assert same([[one], [other]])
+    assert not same([[other], [one]])
+    assert not same([[one, other], []])
+    assert not same([[one], [other, one]])
+    assert not same([[one]])
     assert not compared
