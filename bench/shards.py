@@ -2,51 +2,40 @@
 
     python -m bench.shards [--tensors 300] [--repeats 100] [--out FILE]
 
-Runs anywhere: one of four ranks, on the CPU; launches do nothing, and collectives of torch's fake
-process group return at once. Each step has new gradients, as `fully_shard` leaves them.
+Runs anywhere: one of four ranks, on the CPU; kernels are dispatched to a driver that does nothing,
+and collectives of torch's fake process group return at once. Each step has new gradients, as
+`fully_shard` leaves them.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
-# the kernels serve CPU tensors only in the interpreter, which the do-nothing launchers never enter
-os.environ["TRITON_INTERPRET"] = "1"
-
 import torch
 import torch.distributed as dist
-from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.nn import Parameter
 from torch.optim import SGD, Optimizer
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from bench.host import nothing, timed
+from bench import driver
+from bench.host import timed  # before anything defines kernels
 from bench.report import commit, environment
 from bngd_triton import BNGD
-from bngd_triton.kernels import prepared
-from bngd_triton.kernels.plan import Plan
 
 RANKS = 4
 SHAPE = (16, 64)
 
 
-def no_statistics(plan: Plan, _: object) -> Tensor:
-    """Stands in for the first launch; a tensor is one slice."""
-    return torch.zeros(len(plan.addresses), 5, dtype=torch.float64)
-
-
 def measure(n: int, repeats: int) -> dict[str, float]:
     """Medians in milliseconds: of a step laid out anew, of one that is repeated, of SGD's."""
-    prepared.launch = prepared.move = nothing
-    prepared.measure = no_statistics
+    driver.as_if_on_a_gpu()
     mesh = init_device_mesh("cpu", (RANKS,))
 
     def part() -> DTensor:

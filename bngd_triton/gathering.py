@@ -13,7 +13,7 @@ from .kernels.plan import capturing
 from .kernels.support import why_not
 from .members import Pass
 from .memory import is_sharded, local
-from .options import Options
+from .options import Layout, Options
 from .state import MOMENTUM, WINDOW
 
 if TYPE_CHECKING:
@@ -62,6 +62,30 @@ def refuse_capture(optimizer: Any) -> None:
             "layouts and granularity, kernels only); run one whole iteration on the same "
             "stream first, and keep its gradients (zero_grad(set_to_none=False))"
         )
+
+
+def check_replayable(layouts: Sequence[Layout], options: Sequence[Options]) -> None:
+    """Refuse options that a captured step cannot follow.
+
+    Args:
+        layouts: of the groups, when the step was laid out.
+        options: of the groups now.
+    """
+    if len(layouts) != len(options):
+        raise RuntimeError(
+            f"{len(layouts)} groups were captured, there are {len(options)} now; take a step and "
+            "capture again"
+        )
+    for index, (old, new) in enumerate(zip(layouts, options)):
+        pairs = zip(Layout._fields, old, new.layout)
+        changed = [name for name, before, now in pairs if before != now]
+        if new.nonfinite == "raise":
+            changed.append("nonfinite='raise'")
+        if changed:
+            raise RuntimeError(
+                f"the replay of a CUDA graph cannot follow {', '.join(changed)} of group {index}, "
+                "which the host decides by; set it back, or take a step and capture again"
+            )
 
 
 def gather(

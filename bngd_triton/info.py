@@ -23,6 +23,7 @@ from .kernels import direct
 from .kernels.architectures import OTHERS, TABLE, architecture_of, dependent_launches, tuning_for
 from .kernels.launch import FORMS
 from .kernels.support import has_triton, interpreting, why_not
+from .kernels.tuning import Tuning
 
 PACKAGES = ("numpy", "triton", "pytorch-triton", "pytorch-triton-rocm", "triton-windows")
 EXTRAS = (
@@ -220,10 +221,16 @@ def _dependent(device: torch.device) -> str:
     return f"{state}, {'available' if dependent_launches(device) else 'not available'}"
 
 
+def _form(tuning: Tuning) -> str:
+    if tuning.form or not tuning.single_to:
+        return tuning.form or FORMS[0]
+    return f"{FORMS[1]} for {tuning.single_from} to {tuning.single_to} bytes, else {FORMS[0]}"
+
+
 _KERNEL_PARTS: dict[str, Callable[[torch.device], Any]] = {
     "architecture": architecture_of,
     "sizes": _row,
-    "form of a step": lambda device: tuning_for(device).form or FORMS[0],
+    "form of a step": lambda device: _form(tuning_for(device)),
     "statistics": lambda device: "float64 lanes" if tuning_for(device).wide else "float32 tiles",
     "compiled handles": _direct,
     "dependent launches": _dependent,

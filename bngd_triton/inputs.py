@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .checks import check_float
 from .folds import fold_moments
-from .kernels.launch import standardize_columns
+from .kernels.standardize import standardize_columns
 from .kernels.support import why_not
 from .moments import moments
 from .options import Options

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from .buffers import flatten_, why_not_flat
 from .checkpoint import COUNTS, asks_for_state, check_state_dict, parameter_names, place_state
 from .checks import check_parameter, check_step
-from .gathering import serve
+from .gathering import check_replayable, serve
 from .hooks import QuietStep
 from .members import Pass
 from .memory import local
@@ -301,9 +301,11 @@ class BNGD(QuietStep):
 
         Raises:
             ValueError: an option is out of bounds.
+            RuntimeError: an option changed that no replay can follow; nothing was written.
         """
         if self._stepper.prepared is not None:
             options = self._stepper.reader.read(self.param_groups)
+            check_replayable(self._stepper.prepared.layouts, options)
             self._stepper.prepared.write(options, closing_of(self.param_groups))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

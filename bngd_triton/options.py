@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from operator import is_, itemgetter
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +17,21 @@ GRANULARITIES = ("tensor", "row", "global")
 NORMALIZERS = ("zscore", "cdf")
 NONFINITE = ("skip", "propagate", "raise")
 MASTER_WEIGHTS = ("split", "stochastic", None)
+
+
+class Layout(NamedTuple):
+    """What of the options decides how a step is laid out, and the seed of its group's clock.
+
+    Named after the options; `momentum` and `accumulation_steps` are whether there are buffers and
+    windows.
+    """
+
+    granularity: str
+    center_1d: bool
+    momentum: bool
+    accumulation_steps: bool
+    master_weights: str | None
+    seed: int
 
 
 @dataclass(frozen=True)
@@ -96,9 +111,9 @@ class Options:
         return ndim >= 2 or self.center_1d or self.granularity == "global"
 
     @cached_property
-    def layout(self) -> tuple[object, ...]:
-        """What is not in the kernels' table of options: the layout, and the clock's seed."""
-        return (
+    def layout(self) -> Layout:
+        """What is not in the kernels' table of options."""
+        return Layout(
             self.granularity, self.center_1d, self.buffered, self.accumulation_steps > 1,
             self.master_weights, self.seed,
         )  # fmt: skip

@@ -8,6 +8,7 @@ sizes and its reason together.
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -30,18 +31,15 @@ _TILES = gpu_tuning(wide=False, wave=32)
 TABLE: dict[str, Row] = {
     "sm_80": Row(
         _LANES,
-        "float64 at 1/2; 80 registers leave 6 programs to an SM; 16-byte accesses; 40 MB of L2 "
-        "hold three waves",
+        "float64 at 1/2; 80 registers leave 6 programs to an SM; 16-byte accesses",
     ),
     "sm_90": Row(
         _LANES,
-        "float64 at 1/2; 80 registers leave 6 programs to an SM; 16-byte accesses; 50 MB of L2 "
-        "or more hold three waves",
+        "float64 at 1/2; 80 registers leave 6 programs to an SM; 16-byte accesses",
     ),
     "sm_100": Row(
         _LANES,
-        "float64 at 1/2; 80 registers leave 6 programs to an SM; 16-byte accesses; more than "
-        "100 MB of L2 hold three waves",
+        "float64 at 1/2; 80 registers leave 6 programs to an SM; 16-byte accesses",
     ),
     "sm_86": Row(_TILES, "float64 at 1/64; 80 registers in the streaming loop; 16-byte accesses"),
     "sm_89": Row(_TILES, "float64 at 1/64; 80 registers in the streaming loop; 16-byte accesses"),
@@ -86,10 +84,19 @@ def architecture_of(device: torch.device) -> str:
 @functools.cache
 def tuning_for(device: torch.device) -> Tuning:
     """The sizes for a device."""
-    wave = 32
-    if device.type == "cuda":
-        wave = torch.cuda.get_device_properties(device).warp_size
-    return row_for(architecture_of(device), wave).tuning
+    if device.type != "cuda":
+        return row_for(architecture_of(device)).tuning
+    properties = torch.cuda.get_device_properties(device)
+    tuning = row_for(architecture_of(device), properties.warp_size).tuning
+    return replace(tuning, wave=wave_for(properties.L2_cache_size, tuning.wave))
+
+
+def wave_for(l2_bytes: int, most: int) -> int:
+    """Bytes of gradient in a wave of the single launch: a power of two.
+
+    Three waves are live at a time, and an L2 in two halves may hold data from the far half twice.
+    """
+    return min(most, 1 << max(16, (l2_bytes // 6).bit_length() - 1))
 
 
 @functools.cache

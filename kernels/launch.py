@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import direct
 from .architectures import dependent_launches, processors
+from .direct import Launch
 from .plan import Batch, Plan
 from .support import interpreting
 
@@ -20,32 +20,34 @@ def form_for(plan: Plan, form: str | None = None) -> str:
     """Which form a step takes: "two-launch" or "single-launch".
 
     A global group that spans batches takes two launches, since all its statistics come before any
-    update. Else `form` decides, then `Tuning.form`, then the default.
+    update. Else `form` decides, then `Tuning.form`, then the device and the bytes of gradient: one
+    launch from `Tuning.single_from` bytes on and below `Tuning.single_to`.
 
     Raises:
         ValueError: no such form.
     """
-    # two launches until a measurement on a GPU says where one is faster
-    form = form or plan.tuning.form or FORMS[0]
+    tuning = plan.tuning
+    fits = tuning.single_from <= plan.grad_bytes < tuning.single_to
+    form = form or tuning.form or FORMS[fits]
     if form not in FORMS:
         raise ValueError(f"form must be one of {', '.join(FORMS)}, got {form!r}")
     return FORMS[0] if plan.spanning else form
 
 
 class Inputs(NamedTuple):
-    """What a step reads besides its plan; all on the plan's device.
+    """What a step reads besides its plan, by the kernels' names; all on the plan's device.
 
     Attributes:
-        options: float64 [groups, 16], rows as `option_table.encode` makes them.
-        clocks: int64 [groups], the seeds of stochastic rounding.
-        grad_scale: float32 [1].
-        found_inf: float32 [1].
+        options_ptr: float64 [groups, 16], rows as `option_table.encode` makes them.
+        clocks_ptr: int64 [groups], the seeds of stochastic rounding.
+        scale_ptr: float32 [1], a GradScaler's scale.
+        found_ptr: float32 [1], what a GradScaler found.
     """
 
-    options: Tensor
-    clocks: Tensor
-    grad_scale: Tensor
-    found_inf: Tensor
+    options_ptr: Tensor
+    clocks_ptr: Tensor
+    scale_ptr: Tensor
+    found_ptr: Tensor
 
 
 def launch(plan: Plan, inputs: Inputs, form: str | None = None) -> None:
@@ -56,16 +58,14 @@ def launch(plan: Plan, inputs: Inputs, form: str | None = None) -> None:
         inputs: options and seeds.
         form: see `form_for`.
     """
+    form = form_for(plan, form)
+    launches = plan.launches.get(form)
     with on_device(plan.device):
-        if form_for(plan, form) == "single-launch":
-            for batch in plan.batches:
-                single(plan, batch, inputs)
-            return
-        early = early_updates(plan)
-        for batch in plan.batches:
-            statistics(plan, batch, inputs, early=early)
-        for batch in plan.batches:
-            update(plan, batch, inputs, early=early)
+        if launches is None:
+            made = _single(plan) if form == "single-launch" else _two(plan)
+            launches = plan.launches[form] = made
+        for one in launches:
+            one(inputs)
 
 
 def early_updates(plan: Plan) -> bool:
@@ -78,6 +78,13 @@ def early_updates(plan: Plan) -> bool:
     return wanted and any(batch.n_chunks for batch in plan.batches)
 
 
+def statistics(plan: Plan, inputs: Inputs) -> None:
+    """Records and folds of all segments of a plan without tiles; nothing moves."""
+    with on_device(plan.device):
+        for one in _statistics(plan):
+            one(inputs)
+
+
 def measure(plan: Plan, inputs: Inputs) -> Tensor:
     """The first half of a step whose segments lie on several processes, for plans without tiles.
 
@@ -86,9 +93,11 @@ def measure(plan: Plan, inputs: Inputs) -> Tensor:
         parts at hand. Least and greatest are meaningless where `Tuning.wide`.
     """
     tables = torch.empty(len(plan.segments), 5, dtype=torch.float64, device=plan.device)
+    if "measure" not in plan.launches:
+        plan.launches["measure"] = _statistics(plan, TABLES=True)
     with on_device(plan.device):
-        for batch in plan.batches:
-            statistics(plan, batch, inputs, tables=tables)
+        for one in plan.launches["measure"]:
+            one(inputs, tables_ptr=tables)
     return tables
 
 
@@ -100,60 +109,124 @@ def move(plan: Plan, inputs: Inputs, tables: Tensor) -> None:
         inputs: likewise.
         tables: float64 [segments, 5], contiguous.
     """
-    from .publish import _publish_kernel
-
+    if "move" not in plan.launches:
+        plan.launches["move"] = [_publish(plan), *_updates(plan)]
+    publish, *updates = plan.launches["move"]
     with on_device(plan.device):
-        _publish_kernel[(len(tables),)](
-            tables_ptr=tables,
-            n_segments=len(tables),
-            segments_ptr=plan.segments,
-            folds_ptr=plan.folds,
-            options_ptr=inputs.options,
-            scale_ptr=inputs.grad_scale,
-            found_ptr=inputs.found_inf,
-            WIDE=plan.tuning.wide,
-            WINDOWS=bool(plan.windows),
-            num_warps=1,
-            enable_fp_fusion=False,
-        )
-        for batch in plan.batches:
-            update(plan, batch, inputs)
+        publish(inputs, tables_ptr=tables)
+        for one in updates:
+            one(inputs)
 
 
-def statistics(
-    plan: Plan,
-    batch: Batch,
-    inputs: Inputs,
-    *,
-    early: bool = False,
-    tables: Tensor | None = None,
-) -> None:
-    """First launch: statistics and folds of the segments, or tables; tiles from start to end."""
+def _two(plan: Plan) -> list[Launch]:
+    early = early_updates(plan)
+    return [*_statistics(plan, PDL=early), *_updates(plan, early=early)]
+
+
+def _statistics(plan: Plan, **constants: bool) -> list[Launch]:
+    """First launches: statistics and folds of the segments, or tables; tiles from start to end."""
     from .statistics import _statistics_kernel
 
-    programs = batch.n_slices + batch.n_tiles
-    if programs == 0:
-        return
-    arguments = {
-        "slices_ptr": batch.slices,
-        "n_slices": batch.n_slices,
-        "tiles_ptr": batch.tiles,
-        **_statistics_arguments(plan, batch, inputs),
-        "tables_ptr": plan.partials if tables is None else tables,
-        "TABLES": tables is not None,
-        "PDL": early,
-    }
-    _run(_statistics_kernel, programs, arguments, plan, batch, num_warps=plan.tuning.warps)
+    return [
+        Launch(
+            _statistics_kernel,
+            batch.n_slices + batch.n_tiles,
+            {
+                "slices_ptr": batch.slices,
+                "n_slices": batch.n_slices,
+                "tiles_ptr": batch.tiles,
+                "tables_ptr": plan.partials,
+                **_of_slices_and_tiles(plan, batch),
+                "TABLES": False,
+                "PDL": False,
+                **constants,
+            },
+            Inputs._fields,
+            direct=plan.tuning.direct,
+            num_warps=plan.tuning.warps,
+        )
+        for batch in plan.batches
+        if batch.n_slices + batch.n_tiles
+    ]
 
 
-def _run(
-    kernel: Any, programs: int, arguments: dict[str, Any], plan: Plan, batch: Batch, **options: Any
-) -> None:
-    handles = batch.handles if plan.tuning.direct else None
-    direct.launch(kernel, programs, arguments, {**options, "enable_fp_fusion": False}, handles)
+def _updates(plan: Plan, *, early: bool = False) -> list[Launch]:
+    """Second launches: normalise and move the segments."""
+    from .update import _update_kernel
+
+    # an option of the CUDA backend alone
+    more = {"launch_pdl": True} if early else {}
+    return [
+        Launch(
+            _update_kernel,
+            batch.n_chunks,
+            {
+                "chunks_ptr": batch.chunks,
+                "segments_ptr": plan.segments,
+                "folds_ptr": plan.folds,
+                **_tensors(plan, batch),
+                "BLOCK": plan.tuning.update_block,
+                "PDL": early,
+            },
+            ("options_ptr", "clocks_ptr"),
+            direct=plan.tuning.direct,
+            num_warps=plan.tuning.update_warps,
+            **more,
+        )
+        for batch in plan.batches
+        if batch.n_chunks
+    ]
 
 
-def _statistics_arguments(plan: Plan, batch: Batch, inputs: Inputs) -> dict[str, Any]:
+def _publish(plan: Plan) -> Launch:
+    """What folds statistics that were merged over processes."""
+    from .publish import _publish_kernel
+
+    return Launch(
+        _publish_kernel,
+        len(plan.segments),
+        {
+            "n_segments": len(plan.segments),
+            "segments_ptr": plan.segments,
+            "folds_ptr": plan.folds,
+            "WIDE": plan.tuning.wide,
+            "WINDOWS": bool(plan.windows),
+        },
+        ("options_ptr", "scale_ptr", "found_ptr"),
+        direct=plan.tuning.direct,
+        num_warps=1,
+    )
+
+
+def _single(plan: Plan) -> list[Launch]:
+    """The whole step of each batch in one launch."""
+    from .single import _single_kernel
+
+    tuning = plan.tuning
+    most = tuning.programs_per_sm * processors(plan.device)
+    found = []
+    for batch in plan.batches:
+        work = batch.work(tuning)
+        arguments = {
+            "items_ptr": work.items,
+            "n_items": len(work.items),
+            "counters_ptr": work.counters,
+            "first_segment": work.first_segment,
+            "n_segments": len(work.counters) - 1,
+            **_of_slices_and_tiles(plan, batch),
+            "UPDATE_BLOCK": tuning.update_block,
+        }
+        # warps of the first launch: the order of its sums depends on them, the update's bits do not
+        found.append(
+            Launch(
+                _single_kernel, min(len(work.items), most), arguments, Inputs._fields,
+                direct=tuning.direct, num_warps=tuning.warps,
+            )
+        )  # fmt: skip
+    return found
+
+
+def _of_slices_and_tiles(plan: Plan, batch: Batch) -> dict[str, Any]:
     """What slices and tiles need in either form."""
     tuning = plan.tuning
     return {
@@ -163,10 +236,6 @@ def _statistics_arguments(plan: Plan, batch: Batch, inputs: Inputs) -> dict[str,
         "n_partials": plan.partials.shape[1],
         "arrived_ptr": plan.arrived,
         "folds_ptr": plan.folds,
-        "options_ptr": inputs.options,
-        "clocks_ptr": inputs.clocks,
-        "scale_ptr": inputs.grad_scale,
-        "found_ptr": inputs.found_inf,
         **_tensors(plan, batch),
         "WIDE": tuning.wide,
         "TILES": batch.n_tiles > 0,
@@ -175,96 +244,6 @@ def _statistics_arguments(plan: Plan, batch: Batch, inputs: Inputs) -> dict[str,
         "MERGE": tuning.merge,
         "TILE": tuning.tile,
     }
-
-
-def update(plan: Plan, batch: Batch, inputs: Inputs, *, early: bool = False) -> None:
-    """Second launch: normalise and move the segments."""
-    from .update import _update_kernel
-
-    if batch.n_chunks == 0:
-        return
-    arguments = {
-        "chunks_ptr": batch.chunks,
-        "segments_ptr": plan.segments,
-        "folds_ptr": plan.folds,
-        "options_ptr": inputs.options,
-        "clocks_ptr": inputs.clocks,
-        **_tensors(plan, batch),
-        "BLOCK": plan.tuning.update_block,
-        "PDL": early,
-    }
-    # an option of the CUDA backend alone
-    more = {"launch_pdl": True} if early else {}
-    warps = plan.tuning.update_warps
-    _run(_update_kernel, batch.n_chunks, arguments, plan, batch, num_warps=warps, **more)
-
-
-def single(plan: Plan, batch: Batch, inputs: Inputs) -> None:
-    """The whole step of a batch in one launch."""
-    from .single import _single_kernel
-
-    tuning = plan.tuning
-    work = batch.work(tuning)
-    if len(work.items) == 0:
-        return
-    arguments = {
-        "items_ptr": work.items,
-        "n_items": len(work.items),
-        "counters_ptr": work.counters,
-        "first_segment": work.first_segment,
-        "n_segments": len(work.counters) - 1,
-        **_statistics_arguments(plan, batch, inputs),
-        "UPDATE_BLOCK": tuning.update_block,
-    }
-    grid = min(len(work.items), tuning.programs_per_sm * processors(plan.device))
-    # warps of the first launch: the order of its sums depends on them, the update's bits do not
-    _run(_single_kernel, grid, arguments, plan, batch, num_warps=tuning.warps)
-
-
-def standardize_columns(x: Tensor) -> Tensor:
-    """``(x - mean) / std`` of every column of a row-major matrix; 0 in a constant column.
-
-    Args:
-        x: [n, c], contiguous, of a dtype and device that `why_not` serves; n and c at least 1.
-
-    Returns:
-        A tensor like `x`.
-    """
-    from .columns import _column_moments_kernel, _standardize_kernel
-
-    n_rows, n_columns = x.shape
-    # 32 columns are one 128-byte line of float32; 256 rows to a split keep the merge short
-    columns, rows = 32, 64
-    splits = min(64, -(-n_rows // 256))
-    partials = torch.empty(3, splits, n_columns, dtype=torch.float64, device=x.device)
-    out = torch.empty_like(x)
-    across = -(-n_columns // columns)
-    with on_device(x.device):
-        _column_moments_kernel[(across, splits)](
-            x_ptr=x,
-            partials_ptr=partials,
-            n_rows=n_rows,
-            n_columns=n_columns,
-            rows_per_split=-(-n_rows // splits),
-            UNROLL=8,
-            COLUMNS=columns,
-            num_warps=1,
-            enable_fp_fusion=False,
-        )
-        _standardize_kernel[(-(-n_rows // rows), across)](
-            x_ptr=x,
-            out_ptr=out,
-            partials_ptr=partials,
-            splits=splits,
-            n_rows=n_rows,
-            n_columns=n_columns,
-            SOFT=interpreting(),
-            ROWS=rows,
-            COLUMNS=columns,
-            num_warps=4,
-            enable_fp_fusion=False,
-        )
-    return out
 
 
 def _tensors(plan: Plan, batch: Batch) -> dict[str, Any]:
@@ -295,4 +274,6 @@ def on_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """Triton launches on the current device, whatever the tensors' device is."""
     if device.type == "cpu":
         return contextlib.nullcontext()
+    if device.type == "cuda":
+        return torch.cuda.device(device)
     return torch.get_device_module(device).device(device)  # type: ignore[no-any-return]

@@ -12,6 +12,7 @@ from ..options import Options
 
 # of a row; which is which is in update.py, which imports Triton
 COLUMNS = 16
+_WEIGHT_DECAY = 12
 _FLOAT32 = struct.Struct("4f")
 
 
@@ -25,7 +26,7 @@ def encode(options: Options, closing: bool = True) -> list[float]:
     row = [*_FLOAT32.unpack(_FLOAT32.pack(*exact))]
     row += [options.eps, options.centering, -1.0 if options.maximize else 1.0]
     row += [options.nesterov, options.normalizer == "cdf", options.nonfinite == "propagate"]
-    row += [options.buffered, closing]
+    row += [options.buffered, closing, options.weight_decay]
     return row + [0.0] * (COLUMNS - len(row))
 
 
@@ -39,4 +40,5 @@ def write_rates(table: Tensor, row: int, options: Options) -> None:
     if on_a_device(options.lr):
         lr = options.lr.detach().to(table.device, torch.float64)
         table[row, 0] = lr.float()
-        table[row, 1] = (1 - lr * options.weight_decay).float()
+        # the decay from the table too: a graph that holds this follows it
+        table[row, 1] = (1 - lr * table[row, _WEIGHT_DECAY]).float()

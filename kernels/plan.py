@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .direct import Handle
+from .direct import Launch
 from .tuning import Tuning
 from .work import Work, lay_out
 
@@ -133,8 +133,6 @@ class Batch:
     master_ptrs: Tensor
     grad_ptrs: Tensor
     _work: Work | None = field(default=None, init=False)
-    # of this batch's compiled kernels: see `direct.launch`
-    handles: dict[int, Handle] = field(default_factory=dict, init=False)
 
     def work(self, tuning: Tuning) -> Work:
         """The work list of a single launch, laid out when first asked for."""
@@ -163,7 +161,11 @@ class Plan:
     # the batches' gradient addresses, one table, and what was uploaded to it last
     grad_ptrs: Tensor
     in_batch_order: Callable[[list[int]], tuple[int, ...]]
+    # bytes of all gradients
+    grad_bytes: int
     addresses: list[int] = field(default_factory=list)
+    # what each form launches, made when it is first asked for
+    launches: dict[str, list[Launch]] = field(default_factory=dict)
 
     def point_at(self, addresses: list[int], *, aligned: bool = False) -> bool:
         """Upload the gradients' addresses where one changed.

@@ -61,6 +61,7 @@ def build(entries: Sequence[Entry], tuning: Tuning, *, tiles: bool = True) -> Pl
         records=[entry.record for entry in entries],
         windows=[entry.window for entry in entries if entry.window is not None],
         spanning=len(groups) > len(set(groups)),
+        grad_bytes=sum(entry.grad.numel() * entry.grad.element_size() for entry in entries),
         grad_ptrs=grad_ptrs,
         # a list in C; of one place itemgetter would give no tuple
         in_batch_order=itemgetter(*order) if len(order) > 1 else tuple,

@@ -23,32 +23,35 @@ class Tuning:
         warps: per program of the first launch.
         update_warps: per program of the second launch.
         form: "two-launch" or "single-launch"; None leaves it to `launch.form_for`.
-        wave: bytes of gradient in a wave of the single launch. Two or three waves are live at a
-            time; beyond 25 MB they would not stay in the 60 MB of an H200's L2, which may hold
-            data from its far half twice. Programs wait where a wave has fewer slices than there
-            are programs: 4 MiB are 512 slices of 2048 float32, and an H200 runs 528 programs.
+        single_from: bytes of gradient in a plan from which on one launch is taken.
+        single_to: bytes of gradient below which it is; 0 for never.
+        wave: most bytes of gradient in a wave of the single launch; see `architectures.wave_for`.
+            Programs wait where two waves have fewer slices than there are programs: 8 MiB are 256
+            slices of 8192 float32, and an H200 runs 528 programs.
         programs_per_sm: of the single launch; 4 fit the registers of an SM, 3 with tiles.
         pdl: let the updates start while the statistics end (NVIDIA's programmatic dependent
             launch, from sm_90 on; of no effect elsewhere). Compiled, never run or timed.
-        direct: launch compiled kernels by their handles (`direct.py`). Never run or timed.
+        direct: launch compiled kernels by their handles (`direct.py`).
     """
 
     wide: bool = True
     block: int = 512
     unroll: int = 4
-    slice: int = 16384
+    slice: int = 8192
     max_partials: int = 4096
     merge: int = 256
     update_block: int = 1024
-    chunk: int = 16384
+    chunk: int = 8192
     tile: int = 2048
     warps: int = 4
     update_warps: int = 4
     form: str | None = None
-    wave: int = 4 << 20
+    single_from: int = 0
+    single_to: int = 0
+    wave: int = 8 << 20
     programs_per_sm: int = 4
     pdl: bool = False
-    direct: bool = False
+    direct: bool = True
 
     @property
     def tile_columns(self) -> tuple[int, ...]:

@@ -40,6 +40,7 @@ CDF = tl.constexpr(8)
 PROPAGATE = tl.constexpr(9)
 BUFFERED = tl.constexpr(10)
 CLOSING = tl.constexpr(11)
+# 12: the weight decay, for `option_table.write_rates`
 
 # columns of the fold table, float32: up, more, high, low, inverse, mode, beta, fresh
 FOLD_COLUMNS = tl.constexpr(8)

@@ -21,11 +21,14 @@ def pretend(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Makes `GPU` a device of the given kind."""
 
     def become(
-        capability: tuple[int, int] = (9, 0), gfx: str | None = None, wave: int = 32
+        capability: tuple[int, int] = (9, 0),
+        gfx: str | None = None,
+        wave: int = 32,
+        l2: int = 60 << 20,
     ) -> None:
         for cached in (architectures.architecture_of, tuning_for, dependent_launches):
             cached.cache_clear()
-        properties = SimpleNamespace(gcnArchName=gfx, warp_size=wave)
+        properties = SimpleNamespace(gcnArchName=gfx, warp_size=wave, L2_cache_size=l2)
         monkeypatch.setattr(torch.version, "hip", "7.0" if gfx else None)
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
@@ -92,6 +95,17 @@ def test_amd(pretend: Any, name: str, wave: int, wide: bool) -> None:
     assert tuning_for(GPU).wide is wide
     assert tuning_for(GPU).warps * wave == 128
     assert not dependent_launches(GPU)
+
+
+@pytest.mark.parametrize(
+    ("l2_mib", "wave_mib"),
+    [(126, 8), (60, 8), (50, 8), (40, 4), (8, 1), (6, 1), (4, 0.5)],
+)
+def test_three_waves_fit_the_l2(pretend: Any, l2_mib: int, wave_mib: float) -> None:
+    """Twice, where an L2 in two halves may hold everything twice."""
+    pretend(l2=l2_mib << 20)
+    assert tuning_for(GPU).wave == wave_mib * 2**20
+    assert 6 * tuning_for(GPU).wave <= l2_mib << 20
 
 
 def test_others_and_the_interpreter() -> None:

@@ -82,7 +82,7 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> Any:
         name, major, minor = kinds[device.index]
         return SimpleNamespace(
             name=name, major=major, minor=minor, total_memory=80 << 30, warp_size=32,
-            multi_processor_count=132,
+            multi_processor_count=132, L2_cache_size=50 << 20,
         )  # fmt: skip
 
     def capability(device: torch.device) -> tuple[int, int]:

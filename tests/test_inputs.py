@@ -10,7 +10,7 @@ from closeness import assert_close
 from torch import Tensor
 
 from bngd_triton import BatchStandardize, standardize
-from bngd_triton.kernels.launch import standardize_columns
+from bngd_triton.kernels.standardize import standardize_columns
 from bngd_triton.tolerances import GHAT
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -156,6 +157,58 @@ def test_rates_written_on_a_device_are_those_of_a_float(
         option_table.write_rates(table, row, options)
     want = [rows[0], option_table.encode(Options(float(rate), weight_decay=0.3))]
     assert table.tolist() == want
+
+
+def test_a_decay_set_after_a_capture_reaches_a_rate_on_a_device(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A replay repeats what the host queued: with the options of the capture."""
+    monkeypatch.setattr(option_table, "on_a_device", lambda lr: isinstance(lr, Tensor))
+    rate = torch.tensor(0.1, device=device)
+    captured, now = Options(rate, weight_decay=0.3), Options(rate, weight_decay=0.9)
+    table = torch.tensor([option_table.encode(now)], dtype=torch.float64, device=device)
+    option_table.write_rates(table, 0, captured)
+    assert table.tolist() == [option_table.encode(Options(float(rate), weight_decay=0.9))]
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"granularity": "row"}, "granularity of group 1"),
+        ({"center_1d": True}, "center_1d of group 1"),
+        ({"momentum": 0.0}, "momentum of group 1"),
+        ({"accumulation_steps": 4}, "accumulation_steps of group 1"),
+        ({"master_weights": None}, "master_weights of group 1"),
+        ({"seed": 3}, "seed of group 1"),
+        ({"nonfinite": "raise"}, "nonfinite='raise' of group 1"),
+        (None, "2 groups were captured, there are 3 now"),
+    ],
+    ids=str,
+)
+def test_a_sync_refuses_what_no_replay_follows(
+    change: dict[str, Any] | None, named: str, device: torch.device
+) -> None:
+    params = [torch.nn.Parameter(torch.randn(16, device=device)) for _ in range(3)]
+    optimizer = BNGD([{"params": params[:1]}, {"params": params[1:2]}], fused=True)
+    for param in params:
+        param.grad = torch.randn_like(param)
+    optimizer.step()
+    prepared = optimizer._stepper.prepared
+    assert prepared is not None
+    (part,) = prepared._devices
+    before = part.table.clone()
+    if change is None:
+        optimizer.add_param_group({"params": params[2:]})
+    else:
+        # of another group, and one that a replay could follow
+        optimizer.param_groups[0]["lr"] = 0.5
+        optimizer.param_groups[1].update(change)
+    with pytest.raises(RuntimeError, match=named):
+        optimizer.sync_hyperparameters()
+    assert torch.equal(part.table, before)
+    optimizer.step()
+    if change != {"nonfinite": "raise"}:
+        optimizer.sync_hyperparameters()
 
 
 def test_autograd_notices_the_write(device: torch.device) -> None:

@@ -166,7 +166,7 @@ def test_kinds_of_work(
 
 
 def test_empty_work(device: torch.device) -> None:
-    """Tables without rows give an empty list, which launches nothing."""
+    """Tables without rows give an empty list."""
     tensor = torch.randn(16, device=device)
     plan = plan_of([tensor], LANES)
     (batch,) = plan.batches
@@ -175,7 +175,6 @@ def test_empty_work(device: torch.device) -> None:
     work = batch.work(plan.tuning)
     assert work.items.shape == (0, 6)
     assert work.counters.tolist() == [0]
-    launch.single(plan, batch, inputs(device, Options(LR)))
     fused_step_([], [], [], lr=LR, tuning=Tuning(form="single-launch"))
 
 
@@ -255,6 +254,16 @@ def test_which_form_runs(device: torch.device, launched: list[str]) -> None:
     assert names(single_tuning) == one
     assert names(LANES, "single-launch") == one
     assert names(single_tuning, "two-launch") == two
+    # 500 float32 and 500 bfloat16 are 3000 bytes
+    for least, end, expected in (
+        (0, 3000, two),
+        (0, 3001, one),
+        (3000, 9999, one),
+        (3001, 9999, two),
+    ):
+        assert names(dataclasses.replace(LANES, single_from=least, single_to=end)) == expected
+    sized = dataclasses.replace(LANES, single_to=3001)
+    assert names(sized, "two-launch") == names(dataclasses.replace(sized, form="two-launch")) == two
     with pytest.raises(ValueError, match="must be one of two-launch, single-launch, got 'three'"):
         names(LANES, "three")
 
