@@ -13,6 +13,8 @@ import torch
 import torch.utils.dlpack
 from torch import Tensor
 
+from .memory import on_device
+
 # a GPU's L2 line, and a multiple of what 16-byte accesses need
 ALIGNMENT = 128
 # a buffer is filled while the parameters it replaces are still alive: this bounds the extra memory
@@ -107,7 +109,8 @@ def _views(params: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
     for param, start in zip(params, starts):
         run = flat[start : start + param.numel()]
         # a tensor that comes by DLPack has a storage of its own, which holds on to the buffer
-        own = torch.utils.dlpack.from_dlpack(run) if param.numel() else torch.empty_like(run)
+        with on_device(run.device):
+            own = torch.utils.dlpack.from_dlpack(run) if param.numel() else torch.empty_like(run)
         # dense strides in the parameter's order, also where the parameter itself has gaps
         strides = torch.empty_like(param, device="meta").stride()
         views.append(own.as_strided(param.shape, strides))

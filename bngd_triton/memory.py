@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any, TypeGuard
 
+import torch
 from torch import Tensor
 
 
@@ -49,3 +51,12 @@ def walked_in_place(tensor: Tensor, rows: int) -> bool:
     """Whether a tensor is dense and each of its rows one run: else a row-major copy is walked."""
     runs = rows == 1 or tensor.stride(0) * rows == tensor.numel()
     return is_dense(tensor) and runs
+
+
+def on_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Make a device current: Triton launches there and DLPack refuses tensors from elsewhere."""
+    if device.type == "cpu":
+        return contextlib.nullcontext()
+    if device.type == "cuda":
+        return torch.cuda.device(device)
+    return torch.get_device_module(device).device(device)  # type: ignore[no-any-return]

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..memory import on_device
 from .architectures import dependent_launches, processors
 from .direct import Launch
 from .plan import Batch, Plan
@@ -268,12 +268,3 @@ def _tensors(plan: Plan, batch: Batch) -> dict[str, Any]:
         "WINDOWS": bool(plan.windows),
         "SOFT": interpreting(),
     }
-
-
-def on_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Triton launches on the current device, whatever the tensors' device is."""
-    if device.type == "cpu":
-        return contextlib.nullcontext()
-    if device.type == "cuda":
-        return torch.cuda.device(device)
-    return torch.get_device_module(device).device(device)  # type: ignore[no-any-return]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .launch import on_device
+from ..memory import on_device
 from .support import interpreting
 
 

@@ -11,14 +11,23 @@ import pytest
 import torch
 from paths import StepPath
 
+INTERPRETED = not torch.cuda.is_available()
 # Triton reads it when kernels are defined, so it is set before any test imports them
-if not torch.cuda.is_available():
+if INTERPRETED:
     os.environ["TRITON_INTERPRET"] = "1"
+# the tests' tolerances are those of float32 products
+torch.backends.cudnn.allow_tf32 = False
 
 
 @pytest.fixture(autouse=True)
-def _seed() -> None:
+def _alone(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
+    # `bngd verify --device cpu` sets it: put back after the test
+    name = "TRITON_INTERPRET"
+    if name in os.environ:
+        monkeypatch.setenv(name, os.environ[name])
+    else:
+        monkeypatch.delenv(name, raising=False)
 
 
 def pytest_configure() -> None:
@@ -29,7 +38,7 @@ def pytest_configure() -> None:
 @pytest.fixture
 def device() -> Iterator[torch.device]:
     """Where both paths run; on a GPU for a limited time."""
-    if os.environ.get("TRITON_INTERPRET") == "1":
+    if INTERPRETED:
         yield torch.device("cpu")
         return
     with limits.limited(limits.LIMIT_S):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from bngd_triton.kernels import Tuning
+from bngd_triton.kernels.support import interpreting
 
 # small work items, so that small tensors have several slices, chunks and merges;
 # rows up to 256 + 15 entries are tiles
@@ -51,6 +52,16 @@ OPTIONS = [
     pytest.param({"normalizer": "cdf", "granularity": "row", "weight_decay": 0.1}, id="cdf, rows"),
 ]
 LR = 1e-2
+
+# of kernels that a test defines. To compile a block of 2**19 entries takes minutes; the interpreter
+# takes 0.1 ms for a block, whatever its size
+HOW = {"SOFT": interpreting(), "BLOCK": 2**16 if interpreting() else 2**10}
+
+
+def blocks(x: Tensor) -> tuple[int]:
+    """The grid of such a kernel."""
+    assert x.numel() % HOW["BLOCK"] == 0
+    return (x.numel() // HOW["BLOCK"],)
 
 
 def make(

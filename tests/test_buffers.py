@@ -240,3 +240,21 @@ def test_the_registry_does_not_keep_parameters_alive() -> None:
     gc.collect()
     # a later tensor may get the same id: an entry that stayed would keep it out of buffers
     assert keys.isdisjoint(buffers._flattened)
+
+
+def test_buffers_are_made_on_their_own_device(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """DLPack refuses tensors of a GPU that is not the current one."""
+    entered: list[torch.device] = []
+    leave = buffers.on_device
+
+    def on_device(where: torch.device) -> Any:
+        entered.append(where)
+        return leave(where)
+
+    monkeypatch.setattr(buffers, "on_device", on_device)
+    params = [Parameter(torch.randn(n, device=device)) for n in (5, 7)]
+    BNGD(params, fused=True, flatten=True)
+    assert entered
+    assert set(entered) == {params[0].device}

@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 from closeness import assert_close
-from kernel_cases import FEW, LANES, LR, OPTIONS, SHAPES, TILES, assert_guards, make
+from kernel_cases import FEW, HOW, LANES, LR, OPTIONS, SHAPES, TILES, assert_guards, blocks, make
 from work import member, nothing_new
 
 from bngd_triton import reference
@@ -17,7 +17,6 @@ from bngd_triton.folds import Fold, fold_moments
 from bngd_triton.kernels import Tuning, fused_step_
 from bngd_triton.kernels import prepared as prepared_module
 from bngd_triton.kernels.prepared import FusedStep
-from bngd_triton.kernels.support import interpreting
 from bngd_triton.kernels.tables import build
 from bngd_triton.kernels.update import store_as
 from bngd_triton.members import Member
@@ -197,7 +196,7 @@ def test_nonfinite(
 
 @triton.jit
 def _store_kernel(x_ptr, out_ptr, SOFT: tl.constexpr, BLOCK: tl.constexpr):
-    offsets = tl.arange(0, BLOCK)
+    offsets = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(x_ptr + offsets)
     tl.store(out_ptr + offsets, store_as(x, out_ptr.dtype.element_ty, SOFT))
 
@@ -210,7 +209,7 @@ def test_stores_round_to_nearest_even(dtype: torch.dtype, device: torch.device) 
     lower = torch.tensor([0, 1, 0x0FFF, 0x1000, 0x7FFF, 0x8000, 0x8001, 0xFFFF])
     x = (upper | lower).flatten().to(torch.int32).view(torch.float32)
     got = torch.empty(x.shape, dtype=dtype, device=device)
-    _store_kernel[(1,)](x.to(device), got, SOFT=interpreting(), BLOCK=x.numel())
+    _store_kernel[blocks(x)](x.to(device), got, **HOW)
     got, want = got.cpu(), x.to(dtype)
     assert torch.equal(got.isnan(), x.isnan())
     assert torch.equal(got.nan_to_num(0.0), want.nan_to_num(0.0))

@@ -125,7 +125,7 @@ def test_zero_grad_to_zeros_leaves_the_momentum_to_act(path: StepPath) -> None:
     assert [param.grad.data_ptr() for param in params] == addresses
     optimizer.step()
     # the default momentum is 0.9
-    assert_close(params, [p.cpu().double() - 0.1 * 0.9 * m for p, m in zip(before, buffers)])
+    assert_close(params, [p.cpu().double() - 0.1 * 0.9 * m.cpu() for p, m in zip(before, buffers)])
 
 
 def test_gradients_are_read_only(path: StepPath) -> None:

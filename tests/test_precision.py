@@ -8,13 +8,13 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from kernel_cases import HOW, blocks
 from runs import assert_bits, bits, make_params
 from torch import Tensor
 
 from bngd_triton import reference
 from bngd_triton.kernels import Tuning, fused_step_
 from bngd_triton.kernels import precision as kernels
-from bngd_triton.kernels.support import interpreting
 from bngd_triton.precision import hash_positions, new_master, store_, widen
 
 BFLOAT16, FLOAT16, FLOAT32 = torch.bfloat16, torch.float16, torch.float32
@@ -45,7 +45,7 @@ def _narrow_kernel(
     x_ptr, hashed_ptr, param_ptr, master_ptr, KIND: tl.constexpr, SOFT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    at = tl.arange(0, BLOCK)
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     hashed = tl.load(hashed_ptr + at).to(tl.uint32)
     p, rest = kernels.narrow(tl.load(x_ptr + at), param_ptr.dtype.element_ty, hashed, KIND, SOFT)
     tl.store(param_ptr + at, p)
@@ -56,7 +56,7 @@ def _narrow_kernel(
 def _widen_kernel(
     param_ptr, master_ptr, out_ptr, KIND: tl.constexpr, SOFT: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    at = tl.arange(0, BLOCK)
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     wide = kernels.widen(tl.load(param_ptr + at), tl.load(master_ptr + at), KIND, SOFT)
     tl.store(out_ptr + at, wide)
 
@@ -93,13 +93,13 @@ def test_kernels_narrow_as_the_reference_does(kind: str, device: torch.device) -
     rest = None if master_dtype is None else torch.empty_like(x, dtype=master_dtype)
     store_(want, rest, x, hashed if master_dtype is None else None)
     got, got_rest = torch.empty_like(want), torch.empty_like(x, dtype=master_dtype or FLOAT32)
-    _narrow_kernel[(1,)](x, hashed, got, got_rest, KIND=code, SOFT=interpreting(), BLOCK=x.numel())
+    _narrow_kernel[blocks(x)](x, hashed, got, got_rest, KIND=code, **HOW)
     assert same_values(got, want)
     if rest is None:
         return
     assert torch.equal(bits(got_rest), bits(rest))
     wide = torch.empty_like(x)
-    _widen_kernel[(1,)](got, got_rest, wide, KIND=code, SOFT=interpreting(), BLOCK=x.numel())
+    _widen_kernel[blocks(x)](got, got_rest, wide, KIND=code, **HOW)
     assert same_values(wide, x)
 
 
@@ -123,7 +123,7 @@ def test_a_parameter_written_by_others_is_believed(kind: str, device: torch.devi
     else:
         assert torch.equal(got.to(dtype).nan_to_num(7.0), param.nan_to_num(7.0))
     wide = torch.empty_like(got)
-    _widen_kernel[(1,)](param, rest, wide, KIND=code, SOFT=interpreting(), BLOCK=param.numel())
+    _widen_kernel[blocks(param)](param, rest, wide, KIND=code, **HOW)
     compared = torch.ones_like(param, dtype=torch.bool)
     if kind == "bfloat16 master":
         # the interpreter reads subnormal bfloat16 wrongly

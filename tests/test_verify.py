@@ -102,6 +102,7 @@ def test_a_device_that_kernels_do_not_serve(
     assert "the kernels cannot run on cpu: Triton is not installed" in error
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels are not for the CPU then")
 def test_a_triton_that_cannot_be_imported(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
