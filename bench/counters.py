@@ -42,9 +42,9 @@ CASES = (
     ("gpt2-124m", "fp32", "form=single-launch,slice=4096,chunk=4096"),
     ("gpt2-124m", "fp32", "torch-sgd-fused"),
     ("gpt2-1.5b", "bf16", "bngd"),
-    ("gpt2-1.5b", "bf16", "form=single-launch,slice=4096,chunk=4096"),
+    ("gpt2-1.5b", "bf16", "form=single-launch"),
     ("gpt2-1.5b", "bf16-split", "bngd"),
-    ("resnet50", "fp32", "form=single-launch,slice=4096,chunk=4096"),
+    ("resnet50", "fp32", "form=single-launch"),
 )
 
 

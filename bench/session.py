@@ -7,7 +7,8 @@ its limit does not keep the others from running; a table is printed last. The pa
 On a machine without a network, carry what it lacks as a folder of wheels and run
 ``pip install --no-index --find-links FOLDER torch-optimi flashoptim pytest pytest-xdist
 pytest-benchmark mpmath safetensors`` first; the package itself installs from the checkout with
-``pip install --no-index --no-deps --no-build-isolation -e .``.
+``pip install --no-index --no-deps --no-build-isolation -e .``. Compiled kernels may be carried too:
+Triton finds them by TRITON_CACHE_DIR if its version and this code are the same to the letter.
 """
 
 from __future__ import annotations
@@ -105,7 +106,10 @@ def _shorten(path: Path) -> None:
 
 
 def run_part(steps: Sequence[Step], out: Path, limit_s: float) -> list[dict[str, Any]]:
-    """Run all steps in turn, each for at most its limit and what is left of the call's."""
+    """Run the steps in turn, each for at most its limit and what is left of the call's.
+
+    One that is needed and not done is the last.
+    """
     out.mkdir(parents=True, exist_ok=True)
     end = time.monotonic() + limit_s
     outcomes = []
@@ -116,6 +120,8 @@ def run_part(steps: Sequence[Step], out: Path, limit_s: float) -> list[dict[str,
         text = json.dumps(outcomes, indent=1)
         (out / "summary.json").write_text(text + "\n", encoding="utf-8")
         print(_line(outcomes[-1]), flush=True)
+        if step.needed and outcomes[-1]["outcome"] != "done":
+            break
     return outcomes
 
 

@@ -125,17 +125,18 @@ def test_main(
 def test_parts_fit_a_call_and_name_what_exists(tmp_path: Path) -> None:
     known = parts.parts(tmp_path)
     assert set(known) == {
-        "correct", "quick", "sweep", "counters", "compiled", "full-1", "full-2", "full-3",
+        "first", "rest", "quick", "sweep", "counters", "compiled", "full-1", "full-2", "full-3",
     }  # fmt: skip
     for steps in known.values():
         assert sum(step.limit_s for step in steps) <= 540
-        # a log each, the summary, and at most one result file
-        assert len(steps) + 2 <= 8
+        # a log each, the summary, and the result files
+        results = sum("--out" in step.command for step in steps)
+        assert len(steps) + results + 1 <= 8
         assert len({step.name for step in steps}) == len(steps)
         for step in steps:
             for word in step.command:
                 if word.startswith("tests/"):
-                    assert (ROOT / word).is_file(), word
+                    assert (ROOT / word.partition("::")[0]).is_file(), word
             if "-m" in step.command:
                 module = step.command[step.command.index("-m") + 1]
                 assert module == "pytest" or (ROOT / f"{module.replace('.', '/')}.py").is_file()
@@ -150,8 +151,24 @@ def test_benchmarks_of_parts_take_their_arguments(tmp_path: Path) -> None:
                 at = step.command.index("bench.gpu") + 1
                 args = gpu._parser().parse_args(step.command[at:])
                 # the last case may run a minute past the budget
-                assert args.budget + 60 <= step.limit_s
+                assert 60 <= args.budget == step.limit_s - 60
                 assert args.out == tmp_path
+                gpu._selection(args, list(arms.ARMS))
+
+
+def test_the_two_halves_of_the_quick_suite(tmp_path: Path) -> None:
+    from bench import gpu
+
+    asked = {word for half in (parts.FIRST, parts.OTHERS) for word in half.split(",")}
+    assert asked == {item.workload for item in gpu.QUICK} | {"training"}
+
+
+def test_a_part_ends_where_what_is_needed_is_not_done(tmp_path: Path) -> None:
+    fails = parts.Step("fails", python("raise SystemExit(1)"), 20)
+    after = parts.Step("after", python("pass"), 20)
+    assert len(session.run_part([fails, after], tmp_path, 60)) == 2
+    assert len(session.run_part([fails._replace(needed=True), after], tmp_path, 60)) == 1
+    assert len(session.run_part([after._replace(needed=True), after], tmp_path, 60)) == 2
 
 
 def test_tests_of_the_kernels_are_those_that_take_a_device() -> None:
