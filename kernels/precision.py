@@ -7,7 +7,7 @@ master in 4; stochastic rounding moves nothing and takes about 15 integer instru
 import triton
 import triton.language as tl
 
-# how a parameter keeps what its storage type would lose; `plan.master_kind`
+# how a parameter keeps what its storage type would lose; `plan.Entry.kind` says which
 PLAIN = tl.constexpr(0)
 REMAINDER = tl.constexpr(1)
 MASTER_COPY = tl.constexpr(2)

@@ -3,9 +3,10 @@
     python tests/aot.py [--quick] [--json FILE] [--kernels FOLDER] [--only VARIANT ...]
 
 Every kernel must, for each target, dtype combination and variant: stream with accesses as wide as
-its block allows, keep spills out of the streaming loops, stay within a register budget, and keep
-the acquires and releases around the counter that elects a segment's last program and, in the
-single launch, on the flag that its updates wait for.
+its block allows, tell the caches what is read again and what is not, keep spills out of the
+streaming loops, stay within a register budget, and keep the acquires and releases around the
+counter that elects a segment's last program and, in the single launch, on the flag that its updates
+wait for.
 """
 
 from __future__ import annotations
@@ -95,6 +96,18 @@ MASTER_REGISTERS = 24
 SPILL_BYTES = {"update": 16, "statistics": 16, "single": 56}
 # with programmatic dependent launch, what is in the PTX of each kernel
 DEPENDENCE = {"statistics": "griddepcontrol.launch_dependents", "update": "griddepcontrol.wait"}
+# the update reads again what statistics load: evict_last on each row of a trip and on the rest
+READ_AGAIN = {"lanes": 5, "stream": 1}
+# nothing reads again what moves: evict_first on the loads of gradient, parameter and momentum and
+# on the stores of the last two; once for each shape of a tile, or in the update's loop and after it
+MOVED = {"tiles": 4, "update": 2, "single": 2}
+# eviction policies in SASS; AMD's code has none
+SASS_HINTS = {
+    "load evict_first": r"LDG\S*\.EF\b",
+    "load evict_last": r"LDG\S*\.EL\b",
+    "store evict_first": r"STG\S*\.EF\b",
+    "store evict_last": r"STG\S*\.EL\b",
+}
 # releases and acquires: around the counter that elects a segment's last program, and on its flag
 FENCES = {"statistics": 1, "single": 2}
 
@@ -201,6 +214,20 @@ class Case:
         extra = MASTER_REGISTERS if self.master != "plain" or self.windows else 0
         return BUDGETS[self.variant][0 if self.aligned else 1] + extra
 
+    @property
+    def hints(self) -> Counter[str]:
+        """How many accesses ask for which eviction policy."""
+        parts = re.split("[ +]", self.variant)
+        again = sum(READ_AGAIN.get(part, 0) for part in parts)
+        moved = sum(MOVED.get(part, 0) for part in parts)
+        master = self.master in ("remainder", "master")
+        wanted = {
+            "load evict_last": again,
+            "load evict_first": (3 + master) * moved,
+            "store evict_first": (2 + master) * moved,
+        }
+        return +Counter(wanted)
+
     def __str__(self) -> str:
         kind = "pdl" if self.pdl else "aligned" if self.aligned else "any"
         dtypes = ",".join((self.param, self.grad, self.buffer))
@@ -217,8 +244,10 @@ class Report:
         shared: bytes of shared memory.
         spill: bytes of stack and local memory.
         loop_spills: local accesses inside loops that read global memory.
-        loads: global loads by width in bytes; on NVIDIA those with an eviction policy, which the
-            kernels give to what they stream and to nothing else.
+        hints: accesses in the TTIR by eviction policy, which the kernels give to what they stream
+            and to nothing else.
+        machine_hints: which of them are in the machine code; None on AMD.
+        loads: global loads by width in bytes; on NVIDIA those with an eviction policy.
         stores: likewise.
         wanted_loads: the loads that the tensors of the streamed accesses ask for.
         wanted_stores: likewise.
@@ -235,6 +264,8 @@ class Report:
     shared: int
     spill: int
     loop_spills: int
+    hints: Counter[str]
+    machine_hints: list[str] | None
     loads: Counter[int]
     stores: Counter[int]
     wanted_loads: Counter[int]
@@ -254,6 +285,10 @@ class Report:
             found.append(f"spills {self.spill} bytes, {self.loop_spills} accesses in loops")
         if self.registers > case.budget:
             found.append(f"{self.registers} registers > {case.budget}")
+        if self.hints != case.hints:
+            found.append(f"cache hints {dict(self.hints)}, not {dict(case.hints)}")
+        if self.machine_hints is not None and self.machine_hints != sorted(case.hints):
+            found.append(f"cache hints in machine code {self.machine_hints}")
         if case.aligned:
             for what, seen, wanted in (
                 ("loads", self.loads, self.wanted_loads),
@@ -429,12 +464,17 @@ def inspect(compiled: Any, backend: str, seconds: float) -> Report:
     bodies = [codes[first : last + 1] for first, last in loops]
     atomics, releases, acquires = (len(matching(pattern, codes)) for pattern in patterns)
     lanes = compiled.metadata.target.warp_size
-    asked = asked_widths(compiled.asm["ttir"], compiled.metadata.num_warps * lanes)
+    ttir = compiled.asm["ttir"]
+    asked = asked_widths(ttir, compiled.metadata.num_warps * lanes)
+    hints = re.findall(r"tt\.(load|store) .*evictionPolicy = (\w+)", ttir)
+    in_code = sorted(hint for hint, pattern in SASS_HINTS.items() if matching(pattern, codes))
     return Report(
         registers=registers,
         shared=compiled.metadata.shared,
         spill=stack + local,
         loop_spills=sum(len(matching(spilling, b)) for b in bodies if matching(any_load, b)),
+        hints=Counter(map(" ".join, hints)),
+        machine_hints=in_code if backend == "cuda" else None,
         loads=Counter(map(width, matching(load, codes))),
         stores=Counter(map(width, matching(store, codes))),
         wanted_loads=asked["load"],

@@ -1,4 +1,4 @@
-"""The ahead-of-time check passes on the kernels and fails on kernels without alignment hints."""
+"""The ahead-of-time check passes on the kernels and fails on kernels with other hints."""
 
 import ast
 import os
@@ -15,6 +15,7 @@ pytest.importorskip("triton")
 
 CHECK = Path(__file__).with_name("aot.py")
 KERNELS = Path(bngd_triton.kernels.__file__).parent
+OTHER_POLICY = {"evict_first": "evict_last", "evict_last": "evict_first"}
 
 
 def run_check(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -38,18 +39,33 @@ class Unhinted(ast.NodeTransformer):
         return node.args[0]
 
 
+class Swapped(ast.NodeTransformer):
+    """Asks the caches to keep what is not read again, and not to keep what is."""
+
+    def __init__(self) -> None:
+        self.swapped = 0
+
+    def visit_keyword(self, node: ast.keyword) -> ast.keyword:
+        self.generic_visit(node)
+        if node.arg == "eviction_policy":
+            self.swapped += 1
+            node.value = ast.Constant(OTHER_POLICY[ast.literal_eval(node.value)])
+        return node
+
+
 def test_machine_code() -> None:
     done = run_check()
     assert done.returncode == 0, done.stdout + done.stderr
     assert ", 0 failed" in done.stdout
 
 
-def test_missing_hints_are_found(tmp_path: Path) -> None:
-    unhinted = Unhinted()
+def test_missing_and_wrong_hints_are_found(tmp_path: Path) -> None:
+    """Two mutants in one compilation: neither changes what the other's check reads."""
+    unhinted, swapped = Unhinted(), Swapped()
     for source in KERNELS.glob("*.py"):
-        tree = unhinted.visit(ast.parse(source.read_text()))
+        tree = swapped.visit(unhinted.visit(ast.parse(source.read_text())))
         (tmp_path / source.name).write_text(ast.unparse(tree))
-    assert unhinted.removed > 0
+    assert min(unhinted.removed, swapped.swapped) > 0
 
     variants = ("update", "lanes", "stream")
     done = run_check("--kernels", str(tmp_path), "--only", *variants)
@@ -58,6 +74,9 @@ def test_missing_hints_are_found(tmp_path: Path) -> None:
     for variant in variants:
         line = rf"FAIL {variant} +\S+ +plain +aligned +sm_90 .* loads < "
         assert re.search(line, done.stdout), done.stdout
+        for target in ("sm_90", "gfx942"):
+            line = rf"FAIL {variant} +\S+ +plain +aligned +{target} +cache hints "
+            assert re.search(line, done.stdout), done.stdout
 
 
 def test_an_update_that_reads_before_it_waits_is_found(tmp_path: Path) -> None:

@@ -7,10 +7,12 @@ from typing import Any
 import capture
 import pytest
 import torch
+from runs import exact_gradient, make_params, state_of, take_steps
 from torch import Tensor
 from torch.nn import Parameter
 
 from bngd_triton import BNGD
+from bngd_triton.tolerances import CDF
 
 
 def test_capture_refuses_what_it_could_not_replay(
@@ -55,22 +57,47 @@ def test_capture_needs_a_step_before_and_every_gradient(
     assert params[1] not in optimizer.state
 
 
-def test_sync_hyperparameters_reaches_a_replay(device: torch.device) -> None:
+CHANGES: list[dict[str, Any]] = [
+    {"lr": 1e-1},
+    {"lr": 0.0},
+    {"momentum": 0.5},
+    {"nesterov": True},
+    {"weight_decay": 0.5},
+    {"eps": 0.1},
+    {"centering": 0.3},
+    {"normalizer": "cdf"},
+    {"maximize": True},
+    {"nonfinite": "propagate"},
+]
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=str)
+def test_sync_hyperparameters_reaches_a_replay(
+    change: dict[str, Any], device: torch.device
+) -> None:
     """A replay runs the launches alone; options reach it through the device table."""
-    param = Parameter(torch.zeros(600, 5, device=device))
-    optimizer = BNGD([param], 1e-2, momentum=0.0, fused=True)
-    param.grad = torch.randn_like(param)
-    optimizer.step()
+    params, twins = make_params(device), make_params(device)
+    optimizer = BNGD(params, 1e-2, fused=True)
+    eager = BNGD(twins, 1e-2, fused=False)
+    for one, its in ((optimizer, params), (eager, twins)):
+        take_steps(one, its, range(2))
+        one.param_groups[0].update(change)
     step = optimizer._stepper.prepared
     assert step is not None
-    for lr in (1e-1, 1e-3):
-        optimizer.param_groups[0]["lr"] = lr
-        optimizer.sync_hyperparameters()
-        before = param.detach().clone()
-        step.point_at([param.grad.data_ptr()])
-        step.run_again(optimizer._pass([True]))
-        size = (param.detach() - before).square().mean().sqrt()
-        assert float(size) == pytest.approx(lr, rel=1e-4)
+    optimizer.sync_hyperparameters()
+    for place, (param, twin) in enumerate(zip(params, twins)):
+        for one in (param, twin):
+            one.grad.copy_(exact_gradient(one, 200 + place))
+    # left alone unless it is to propagate
+    params[-1].grad[3] = twins[-1].grad[3] = torch.inf
+    assert step.point_at([param.grad.data_ptr() for param in params])
+    step.run_again(optimizer._pass([True]))
+    eager.step()
+    # of an erf, which both have of their own
+    bound = CDF if "normalizer" in change else 0.0
+    same = {"rtol": 0.0, "atol": bound, "equal_nan": True}
+    torch.testing.assert_close(params, twins, **same)
+    torch.testing.assert_close(state_of(optimizer, params), state_of(eager, twins), **same)
 
 
 def test_compiled_training_step(device: torch.device) -> None:

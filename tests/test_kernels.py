@@ -10,11 +10,12 @@ import triton
 import triton.language as tl
 from closeness import assert_close
 from kernel_cases import FEW, HOW, LANES, LR, OPTIONS, SHAPES, TILES, assert_guards, blocks, make
+from torch import Tensor
 from work import member, nothing_new
 
 from bngd_triton import reference
 from bngd_triton.folds import Fold, fold_moments
-from bngd_triton.kernels import Tuning, fused_step_
+from bngd_triton.kernels import Tuning, fused_step_, statistics, update
 from bngd_triton.kernels import prepared as prepared_module
 from bngd_triton.kernels.prepared import FusedStep
 from bngd_triton.kernels.tables import build
@@ -158,6 +159,37 @@ def test_order_of_arrival_does_not_change_a_bit(
         found.append(torch.cat([*params, *(m.record.nan_to_num().flatten() for m in members)]))
     assert torch.equal(found[0], found[1])
     assert torch.equal(found[0], found[2])
+
+
+def test_updates_start_where_the_statistics_ended(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Programs start in the order of their numbers: what was read last is still in L2."""
+    if device.type != "cpu":
+        pytest.skip("compiled programs cannot be watched")
+    params, grads = ([torch.randn(n, device=device) for n in (700, 301)] for _ in range(2))
+    members = [member(p, g, torch.zeros_like(p)) for p, g in zip(params, grads)]
+    prepared = FusedStep(members, [Options(LR)], LANES)
+    (batch,) = prepared._devices[0].plan.batches
+
+    def watch(module: Any, name: str, table: Tensor) -> list[list[int]]:
+        seen: list[list[int]] = []
+        do = getattr(module, name)
+
+        def noting(row: Any, *args: Any) -> Any:
+            at = (row.handle.data.item() - table.data_ptr()) // table[0].nbytes
+            seen.append(table[at, :3].tolist())
+            return do(row, *args)
+
+        monkeypatch.setattr(module, name, noting)
+        return seen
+
+    measured = watch(statistics, "measure_slice", batch.slices)
+    moved = watch(update, "move_chunk", batch.chunks)
+    prepared.run(members, [Options(LR)], nothing_new(device))
+    assert [start for _, start, _ in measured] == [*range(0, 700, 128), 0, 128, 256]
+    # tensor, first element, elements
+    assert moved == [[1, 256, 45], [1, 0, 256], [0, 512, 188], [0, 256, 256], [0, 0, 256]]
 
 
 @pytest.mark.parametrize("granularity", ["tensor", "row", "global"])

@@ -119,7 +119,7 @@ LAYOUTS = [
     Layout("grad_at_odd_offset", (5, 16), contiguous, offset(1)),
     Layout("param_at_odd_offset", (5, 16), offset(3), contiguous),
     Layout("both_at_odd_offsets", (5, 16), offset(3), offset(1)),
-    # longer than a tile (4096 entries), so that streaming programs walk it too
+    # rows longer than a tile's 2048 entries, so that streaming programs walk them too
     Layout("long_transposed_grad", (3, 4500), contiguous, transposed),
     Layout("long_transposed", (3, 4500), transposed, contiguous),
     Layout("long_grad_at_odd_offset", (3, 4501), contiguous, offset(1)),

@@ -70,7 +70,6 @@ def verdict(verdicts: list[targets.Verdict], what: str) -> targets.Verdict:
 
 def test_predictions_by_hand() -> None:
     """GPT-2 124M at 4300 GB/s: 24 bytes of 94 % and two launches; short vectors are read once."""
-    vectors = 12 * (6 * 768) + 2 * 768
     at = predictions.predict("gpt2-124m", "fp32", "bngd", 4300.0)
     vectors = 12 * (6 * 768) + 2 * 768
     assert at == pytest.approx(6 + (24 * ELEMENTS - 4 * vectors) / (0.94 * 4.3e6), rel=1e-9)

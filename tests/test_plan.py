@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 
+import pytest
 import torch
 from kernel_cases import LANES, SHAPES, SMALL
 from torch import Tensor
@@ -66,11 +67,42 @@ def test_shape_of_a_plan(device: torch.device) -> None:
                 for row in range(count):
                     at = first + row * listed
                     length = int(batch.rows[at, 0])
-                    assert length - length % 16 <= columns
+                    assert length <= columns
                     assert start + row < entries[batch.order[at]].rows or listed
                     for part in covered.values():
                         part[at] = part.get(at, 0) + length
             assert covered == {"slices": sizes, "chunks": sizes}
+
+
+# the narrowest of 32, 128, 512 and 2048 columns that holds a row, and as many rows as fill a block
+# of 512: first tensor, rows, first row, whether every row is a tensor, columns
+TILES = {
+    "300 tensors of 16": (
+        [(16,)] * 300,
+        1,
+        [[first, 16, 0, 1, 32] for first in range(0, 288, 16)] + [[288, 12, 0, 1, 32]],
+    ),
+    "5 tensors of 100": ([(100,)] * 5, 1, [[0, 4, 0, 1, 128], [4, 1, 0, 1, 128]]),
+    "3 tensors of 1000": ([(1000,)] * 3, 1, [[i, 1, 0, 1, 2048] for i in range(3)]),
+    "70 rows of 16": (
+        [(70, 16)],
+        70,
+        [[0, 16, first, 0, 32] for first in range(0, 64, 16)] + [[0, 6, 64, 0, 32]],
+    ),
+    "3 rows of 1000": ([(3, 1000)], 3, [[0, 1, row, 0, 2048] for row in range(3)]),
+}
+
+
+@pytest.mark.parametrize(("shapes", "rows", "expected"), TILES.values(), ids=TILES)
+def test_rows_share_tiles(
+    shapes: list[tuple[int, ...]], rows: int, expected: list[list[int]], device: torch.device
+) -> None:
+    tensors = [torch.zeros(shape, device=device) for shape in shapes]
+    tuning = Tuning(block=512, tile=2048)
+    (batch,) = build([entry(t, t, None, rows) for t in tensors], tuning).batches
+    assert batch.tiles.tolist() == expected
+    assert batch.n_tiles == len(expected)
+    assert batch.n_slices == batch.n_chunks == 0
 
 
 def test_aligned_batches_are_aligned(device: torch.device) -> None:
