@@ -219,9 +219,9 @@ def _slice_step(length: int, tuning: Tuning) -> int:
 def _tile_columns(entry: Entry, aligned: bool, tuning: Tuning) -> int:
     """The narrowest tile shape that holds a row; 0 where rows are not finished in registers.
 
-    A tile masks by the row's length, which must not cut a wide access: aligned tensors of odd
-    length are segments, which take their last entries apart, unless the narrowest shape holds them.
+    A tile masks by the row's length, which must not cut a wide access: small aligned tensors of
+    odd length are segments, which take their last entries apart.
     """
-    found = next((columns for columns in tuning.tile_columns if entry.length <= columns), 0)
-    cut = aligned and entry.length % entry.granule and found != tuning.tile_columns[0]
-    return 0 if entry.shared is not None or cut else found
+    if entry.shared is not None or (aligned and entry.length % entry.granule):
+        return 0
+    return next((columns for columns in tuning.tile_columns if entry.length <= columns), 0)

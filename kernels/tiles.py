@@ -134,15 +134,12 @@ def tile_of_any_shape(
     KIND: tl.constexpr, ALIGNED: tl.constexpr, WINDOWS: tl.constexpr, SOFT: tl.constexpr,
     BLOCK: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """A tile by the code for its number of columns: `Tuning.tile_columns`.
-
-    The narrowest goes entry by entry, and so takes rows of any length.
-    """
+    """A tile by the code for its number of columns: `Tuning.tile_columns`."""
     columns = tl.load(row + 4)
     for shrink in tl.static_range(4):
         if columns == TILE >> (2 * shrink):
             _tile(
                 row, rows_ptr, options_ptr, clocks_ptr, scale_ptr, found_ptr, grad_ptrs,
-                param_ptrs, momentum_ptrs, master_ptrs, GRAD, PARAM, BUFFER, KIND,
-                ALIGNED and shrink < 3, WINDOWS, SOFT, BLOCK, TILE >> (2 * shrink),
+                param_ptrs, momentum_ptrs, master_ptrs, GRAD, PARAM, BUFFER, KIND, ALIGNED,
+                WINDOWS, SOFT, BLOCK, TILE >> (2 * shrink),
             )  # fmt: skip

@@ -106,15 +106,13 @@ def test_rows_share_tiles(
 
 
 def test_lengths_that_cut_an_access(device: torch.device) -> None:
-    """The narrowest tiles take them, aligned as the tensors may be; longer ones are segments."""
+    """In aligned tensors: they are segments."""
     tensors = [torch.zeros(n, device=device) for n in (10, 1, 33, 36)]
     (batch,) = build([entry(t, t) for t in tensors], Tuning(block=512, tile=2048)).batches
     assert batch.kind.aligned
     lengths = [tensors[i].numel() for i in batch.order]
-    assert [[lengths[row[0]], *row[1:]] for row in batch.tiles.tolist()] == [
-        [10, 2, 0, 1, 32], [36, 1, 0, 1, 128],
-    ]  # fmt: skip
-    assert [lengths[row[0]] for row in batch.slices.tolist()] == [33]
+    assert [lengths[row[0]] for row in batch.tiles.tolist()] == [36]
+    assert [lengths[row[0]] for row in batch.slices.tolist()] == [10, 1, 33]
 
 
 def test_aligned_batches_are_aligned(device: torch.device) -> None:
