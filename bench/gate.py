@@ -1,7 +1,7 @@
 """The correctness gate: steps of an arm against float64; no time is taken behind a red gate.
 
-The second step has other gradients: it needs the momentum of the first, and counters that are as
-the first found them.
+The last step has other gradients, larger ones: it needs the momentum of those before, statistics of
+its own, and counters as the first step found them.
 """
 
 from __future__ import annotations
@@ -122,7 +122,8 @@ def check(arm: Arm, storage: Storage, device: torch.device) -> None:
         value = torch.randn(shape, generator=generator, device=device).to(storage.param)
         params.append(Parameter(value))
         first.append(_gradient(shape, storage, generator))
-        second.append(_gradient(shape, storage, generator))
+        # also so that StableAdamW clips
+        second.append(2 * _gradient(shape, storage, generator))
         # a tensor of its own, which is overwritten
         params[-1].grad = first[-1].clone()
     wanted = [param.detach().double() for param in params]
