@@ -52,6 +52,26 @@ def test_gate_refuses_a_wrong_arm(build):
     assert missing["reason"].startswith("gate: a tensor of shape")
 
 
+def test_an_arm_is_gated_until_it_is_right_once_for_each_storage(monkeypatch):
+    asked = []
+    failures = iter([True])
+
+    def check(arm, storage, device):
+        asked.append(storage.label)
+        if next(failures, False):
+            raise arms.UnavailableError("no memory just now")
+
+    monkeypatch.setattr(gate, "check", check)
+    monkeypatch.setattr(cases, "_right", set())
+    for label, rows in (("fp32", 0), ("fp32", 1), ("fp32", 1), ("bf16", 1)):
+        case = cases.Case(
+            models.DRY_RUN["dry-run"], arms.STORAGES[label], [arms.ARMS["eager"]],
+            measure.CpuClock(), cases.Effort(1, 0.0, 1), 1.0, 2048, None, lambda: True,
+        )  # fmt: skip
+        assert len(cases.run(case).rows) == rows
+    assert asked == ["fp32", "fp32", "bf16"]
+
+
 @pytest.mark.parametrize("arm", ["eager", "compile", "torch-sgd-foreach", "torch-adamw-fused"])
 def test_gate_passes(arm):
     gate.check(arms.ARMS[arm], FP32, CPU)

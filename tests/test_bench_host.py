@@ -29,14 +29,15 @@ def test_host_time_is_measured_without_a_device(tmp_path: Path) -> None:
 def test_microbenchmarks_run() -> None:
     pytest.importorskip("pytest_benchmark")
     command = [sys.executable, "-m", "pytest", "bench/bench_micro.py", "--benchmark-disable", "-q"]
-    # a third of the time, and a plan of 300 tensors takes the same way
+    # every function and optimizer at its smallest sizes; larger ones take the same way
     command += ["--deselect", "bench/bench_micro.py::test_plan[10 000 tensors]"]
-    done = subprocess.run(
-        [*command, "-p", "no:cacheprovider"], cwd=ROOT, capture_output=True, text=True
-    )
+    command += ["-k", "not 16x256x256 and not 1x4M and not 1024 and not 100000"]
+    command += ["-p", "no:cacheprovider"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    skipped = torch.cuda.is_available()
-    assert ("skipped" in done.stdout) == skipped, done.stdout
+    # kernels and the host path need the interpreter
+    gpu = torch.cuda.is_available()
+    assert ("7 passed, 6 skipped" if gpu else "13 passed") in done.stdout
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no distributed")
