@@ -19,6 +19,8 @@ from bngd_triton.kernels.tuning import Tuning
 from . import compiled
 
 MOMENTUM = 0.9
+# calls before a capture
+WARM_UP = 3
 # the rivals' Triton kernels compute program_id * BLOCK in 32 bits
 SIGNED = 2**31 - 1
 
@@ -63,15 +65,23 @@ class Stepper:
     Args:
         step: takes one step.
         state: the tensors kept for each parameter with more than one entry, after a step.
+
+    Attributes:
+        first_steps: steps that `first` takes.
     """
+
+    first_steps = 1
 
     def __init__(self, step: Callable[[], Any], state: Callable[[], Iterator[list[Tensor]]]):
         self.step = step
         self.state = state
 
     def first(self) -> None:
-        """The first step, which may prepare what later ones use."""
+        """The first steps, which may prepare what later ones use."""
         self.step()
+
+    def check(self) -> None:
+        """Raise `UnavailableError` where the steps so far were not those of the arm's name."""
 
 
 class TunedStepper(Stepper):
@@ -79,24 +89,32 @@ class TunedStepper(Stepper):
 
     def __init__(self, optimizer: BNGD, tuning: Mapping[str, Any]):
         super().__init__(optimizer.step, lambda: _state(optimizer))
+        self.optimizer = optimizer
         self.tuning = tuning
 
     def first(self) -> None:
-        asked = []
         usual = prepared.tuning_for
 
         def forced(device: torch.device) -> Tuning:
-            asked.append(device)
             return replace(usual(device), **self.tuning)
 
         with mock.patch.object(prepared, "tuning_for", forced):
             self.step()
-        if not asked:
-            raise UnavailableError("the optimizer made its plan without asking tuning_for")
+        self.check()
+
+    def check(self) -> None:
+        # a plan that is laid out anew takes the device's sizes: nothing is forced after `first`
+        fused = self.optimizer._stepper.prepared
+        for device in fused._devices if fused else ():
+            found = {name: getattr(device.plan.tuning, name) for name in self.tuning}
+            if found != self.tuning:
+                raise UnavailableError(f"stepped with {label(found)}, not {label(self.tuning)}")
 
 
 class GraphStepper(Stepper):
     """Another stepper, captured once it has taken its first step."""
+
+    first_steps = 1 + WARM_UP
 
     def __init__(self, inner: Stepper):
         super().__init__(inner.step, inner.state)
@@ -108,12 +126,12 @@ class GraphStepper(Stepper):
 
 
 def capture(step: Callable[[], Any]) -> Callable[[], None]:
-    """The replay of a CUDA graph of one call; makes three calls itself."""
+    """The replay of a CUDA graph of one call; makes `WARM_UP` calls itself."""
     # warm up on a side stream, as torch asks: lazy initialisation must not be captured
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        for _ in range(3):
+        for _ in range(WARM_UP):
             step()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
@@ -261,6 +279,10 @@ ARMS = {
         Arm("bngd-direct", _bngd(tuning={"direct": True}), "bngd", again=_gradient, captures=True),
         Arm("bngd-graph", _bngd(graph=True), "bngd", again=_gradient),
         Arm("bngd-row", _bngd(granularity="row"), "bngd-row", again=_gradient, captures=True),
+        Arm(
+            "bngd-global", _bngd(granularity="global"), "bngd-global", again=_gradient,
+            captures=True,
+        ),
         Arm("eager", _bngd(eager=True, flatten=False), "bngd", again=None),
         Arm("compile", _compile, "bngd", again=_gradient, captures=True),
         # m *= c, m += g, p -= lr * m: m is read twice and written once more than needed

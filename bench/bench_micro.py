@@ -1,8 +1,10 @@
 """Microbenchmarks that need no GPU: ``python -m pytest bench/bench_micro.py --benchmark-only``.
 
-The CPU step beside torch.optim's, kernels in Triton's interpreter, and the making of plans.
+The CPU step beside torch.optim's, kernels in Triton's interpreter, the making of plans, and a
+repeated step on the host.
 """
 
+import importlib
 import os
 
 import pytest
@@ -13,12 +15,14 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 from bngd_triton import BNGD
-from bngd_triton.kernels import fused_step_
+from bngd_triton.kept import PATIENCE
+from bngd_triton.kernels import fused_step_, prepared
 from bngd_triton.kernels.plan import Entry
 from bngd_triton.kernels.tables import build
 from bngd_triton.kernels.tuning import gpu_tuning
 from bngd_triton.members import new_record, slices_of
 
+from .arms import grouped
 from .models import WORKLOADS
 
 SIZES = {"16x256x256": [(256, 256)] * 16, "1x4M": [(2048, 2048)], "300x1000": [(1000,)] * 300}
@@ -48,7 +52,12 @@ def test_cpu_step(benchmark, name, size):
     benchmark(optimizer.step)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are compiled where there is a GPU")
+interpreted = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="kernels are compiled where there is a GPU"
+)
+
+
+@interpreted
 @pytest.mark.parametrize("granularity", ["tensor", "row"])
 @pytest.mark.parametrize("shape", [(8, 16), (64, 1024), (2, 100_000)], ids=str)
 def test_interpreted_kernels(benchmark, shape, granularity):
@@ -85,3 +94,32 @@ def test_plan(benchmark, name):
     ]
     tuning = gpu_tuning(wide=True, wave=32)
     benchmark.pedantic(lambda: build(entries, tuning), rounds=3, warmup_rounds=1)
+
+
+@pytest.fixture
+def host(monkeypatch):
+    """`bench.host`, without what its import changes for processes of its own."""
+    monkeypatch.setenv("TRITON_INTERPRET", os.environ["TRITON_INTERPRET"])
+    found = importlib.import_module("bench.host")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    return found
+
+
+@interpreted
+@pytest.mark.parametrize("gradients", ["kept", "new"])
+@pytest.mark.parametrize("groups", [1, 28])
+def test_host_path(benchmark, host, monkeypatch, groups, gradients):
+    benchmark.group = f"a repeated step of 300 tensors without launches, {gradients} gradients"
+    monkeypatch.setattr(prepared, "launch", lambda *_: None)
+    params = parameters([(host.ELEMENTS,)] * 300)
+    optimizer = BNGD(grouped(params, groups), fused=True, flatten=False)
+
+    def prepare():
+        if gradients == "new":
+            host.renew(params)
+
+    for _ in range(2 + PATIENCE):
+        prepare()
+        optimizer.step()
+    assert optimizer._stepper.steady is not None, "the step was not recognised as repeatable"
+    benchmark.pedantic(optimizer.step, setup=prepare, rounds=1000)

@@ -1,8 +1,13 @@
-"""The correctness gate: one step of an arm against float64; no time is taken behind a red gate."""
+"""The correctness gate: steps of an arm against float64; no time is taken behind a red gate.
+
+The last step has other gradients, larger ones: it needs the momentum of those before, statistics of
+its own, and counters as the first step found them.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -10,8 +15,13 @@ from torch.nn import Parameter
 
 from .arms import MOMENTUM, Arm, Storage, UnavailableError, start
 
-# one entry, vectors, odd lengths, more than two dimensions, and several slices of a long row
-SHAPES = ((48, 32), (37, 19), (130,), (1,), (3, 5, 7), (2, 4097))
+# one entry, vectors, odd lengths, more than two dimensions, and rows longer than any tile. The last
+# has several slices and chunks, on a GPU by rows too: slices there are of 8192 entries or 16384,
+# in the interpreter of 65536
+SHAPES = ((48, 32), (37, 19), (130,), (1,), (3, 5, 7), (2, 4097), (3, 40_003))
+# on a GPU: more than 64 slices in a segment, and 27 MB of bf16 gradients, which are three waves of
+# 8 MiB or less in a single launch. 2056 is longer than a tile, and its rows are aligned
+LARGE = ((1_200_000,), *[(1024, 2056)] * 6)
 LR = 0.5
 # float32 statistics by torch.compile are good to about 2**-20 at these sizes; a step with a wrong
 # mean, a forgotten momentum weight or a swapped tensor is off by more than 2**-4
@@ -19,53 +29,143 @@ EXACT = 2.0**-17
 # one rounding at the store; Triton's interpreter truncates
 STORED = {torch.float32: 0.0, torch.bfloat16: 2.0**-7}
 
+Tensors = Sequence[Tensor]
+# from the gradients of each step to what each step subtracts, over lr
+Rule = Callable[[Sequence[Tensors]], Iterator[Tensors]]
+
 
 def _standardized(grad: Tensor, dims: tuple[int, ...]) -> Tensor:
     centred = grad if grad.dim() < 2 else grad - grad.mean(dims, keepdim=True)
     return centred / (centred.square().mean(dims, keepdim=True).sqrt() + 1e-8)
 
 
-def _bngd(grad: Tensor) -> Tensor:
-    return (1 - MOMENTUM) * _standardized(grad, tuple(range(grad.dim())))
+def _by_tensor(grads: Tensors) -> list[Tensor]:
+    return [_standardized(grad, tuple(range(grad.dim()))) for grad in grads]
 
 
-def _bngd_row(grad: Tensor) -> Tensor:
-    dims = tuple(range(1, grad.dim())) if grad.dim() > 1 else (0,)
-    return (1 - MOMENTUM) * _standardized(grad, dims)
+def _by_row(grads: Tensors) -> list[Tensor]:
+    return [_standardized(g, tuple(range(1, g.dim())) if g.dim() > 1 else (0,)) for g in grads]
 
 
-# what the first step subtracts, over lr; adam's bias corrections leave the gradient's sign, and
-# StableAdamW's RMS of it is 1
-RULES: dict[str, Callable[[Tensor], Tensor]] = {
-    "bngd": _bngd,
-    "bngd-row": _bngd_row,
-    "sgd": lambda grad: grad,
-    "adam": lambda grad: grad / (grad.abs() + 1e-8),
-    "stableadamw": lambda grad: grad / (grad.abs() + 1e-6),
+def _together(grads: Tensors) -> list[Tensor]:
+    whole = _standardized(torch.cat([grad.flatten() for grad in grads])[None], (0, 1))
+    parts = whole[0].split([grad.numel() for grad in grads])
+    return [part.view_as(grad) for part, grad in zip(parts, grads)]
+
+
+def _bngd(standardize: Callable[[Tensors], list[Tensor]]) -> Rule:
+    def rule(grads: Sequence[Tensors]) -> Iterator[Tensors]:
+        momenta = [torch.zeros_like(grad) for grad in grads[0]]
+        for now in grads:
+            pairs = zip(momenta, standardize(now))
+            momenta = [MOMENTUM * m + (1 - MOMENTUM) * ghat for m, ghat in pairs]
+            yield momenta
+
+    return rule
+
+
+def _sgd(grads: Sequence[Tensors]) -> Iterator[Tensors]:
+    momenta = [torch.zeros_like(grad) for grad in grads[0]]
+    for now in grads:
+        momenta = [MOMENTUM * m + grad for m, grad in zip(momenta, now)]
+        yield momenta
+
+
+def _adam(beta2: float, eps: float, *, clips: bool = False) -> Rule:
+    """Adam without weight decay.
+
+    Args:
+        beta2: of the squares' mean; that of the gradients' is 0.9.
+        eps: added to the root.
+        clips: StableAdamW: a tensor whose squares exceed their means moves by less.
+    """
+
+    def rule(grads: Sequence[Tensors]) -> Iterator[Tensors]:
+        # the means with their bias removed: (1 - beta) / (1 - beta**step) is the newest's weight
+        means = [torch.zeros_like(grad) for grad in grads[0]]
+        squares = means
+        for step, now in enumerate(grads, 1):
+            new, new_square = (1 - 0.9) / (1 - 0.9**step), (1 - beta2) / (1 - beta2**step)
+            means = [m + new * (g - m) for m, g in zip(means, now)]
+            squares = [s + new_square * (g * g - s) for s, g in zip(squares, now)]
+            steps = [m / (s.sqrt() + eps) for m, s in zip(means, squares)]
+            if clips:
+                ratios = [g * g / s.clamp_min(eps * eps) for s, g in zip(squares, now)]
+                steps = [u / r.mean().sqrt().clamp_min(1.0) for u, r in zip(steps, ratios)]
+            yield steps
+
+    return rule
+
+
+RULES: dict[str, Rule] = {
+    "bngd": _bngd(_by_tensor),
+    "bngd-row": _bngd(_by_row),
+    "bngd-global": _bngd(_together),
+    "sgd": _sgd,
+    "adam": _adam(0.999, 1e-8),
+    "stableadamw": _adam(0.99, 1e-6, clips=True),
 }
 
 
+def shapes_for(device: torch.device) -> list[tuple[int, ...]]:
+    """What is stepped: the interpreter would take minutes over the large ones."""
+    return [*SHAPES, *(() if device.type == "cpu" else LARGE)]
+
+
 def check(arm: Arm, storage: Storage, device: torch.device) -> None:
-    """Raise `UnavailableError` unless the arm's first step is right."""
-    generator = torch.Generator().manual_seed(7)
-    params, wanted = [], []
-    for shape in SHAPES:
-        # three of four entries positive, so that a mean that is not removed shows; none near 0,
-        # where adam's quotient would amplify roundings
-        sign = (torch.rand(shape, generator=generator) < 0.75) * 2.0 - 1
-        grad = (sign * (0.5 + torch.rand(shape, generator=generator))).to(storage.param)
-        value = torch.randn(shape, generator=generator).to(storage.param)
-        param = Parameter(value.to(device))
-        param.grad = grad.to(device)
-        params.append(param)
-        wanted.append(value.double() - LR * RULES[arm.rule](grad.double()))
-    start(arm, params, 1, storage, LR)
+    """Raise `UnavailableError` unless the arm's first steps and the one after them are right."""
+    generator = torch.Generator(device).manual_seed(7)
+    params: list[Parameter] = []
+    first: list[Tensor] = []
+    second: list[Tensor] = []
+    for shape in shapes_for(device):
+        value = torch.randn(shape, generator=generator, device=device).to(storage.param)
+        params.append(Parameter(value))
+        first.append(_gradient(shape, storage, generator))
+        # also so that StableAdamW clips
+        second.append(2 * _gradient(shape, storage, generator))
+        # a tensor of its own, which is overwritten
+        params[-1].grad = first[-1].clone()
+    wanted = [param.detach().double() for param in params]
+    stepper = start(arm, params, 1, storage, LR)
+    taken = stepper.first_steps
+    grads = [[g.double() for g in first]] * taken + [[g.double() for g in second]]
+    for number, moved in enumerate(RULES[arm.rule](grads), 1):
+        wanted = [want - LR * one for want, one in zip(wanted, moved)]
+        if number < taken:
+            continue
+        if number > taken:
+            # in place: a graph reads them where they were
+            for param, grad in zip(params, second):
+                assert param.grad is not None, "an optimizer removed a gradient"
+                param.grad.copy_(grad)
+            stepper.step()
+        _compare(params, wanted, number, storage)
+    stepper.check()
+
+
+def _gradient(shape: tuple[int, ...], storage: Storage, generator: torch.Generator) -> Tensor:
+    """Random entries whose mean rises along the tensor.
+
+    Three of four are positive, so that a mean that is not removed shows; all at the end and half at
+    the start, so that statistics without some slice show. None is near 0, where adam's quotient
+    would amplify roundings.
+    """
+    device = generator.device
+    rising = torch.linspace(0.5, 1.0, math.prod(shape), device=device).view(shape)
+    sign = (torch.rand(shape, generator=generator, device=device) < rising) * 2.0 - 1
+    size = 0.5 + torch.rand(shape, generator=generator, device=device)
+    return (sign * size).to(storage.param)
+
+
+def _compare(params: Sequence[Parameter], wanted: Tensors, steps: int, storage: Storage) -> None:
     for param, want in zip(params, wanted):
-        got = param.detach().cpu().double()
-        bound = (EXACT + STORED[storage.param]) * (1 + want.abs())
-        error = (got - want).abs()
+        # each step rounds once more
+        bound = steps * (EXACT + STORED[storage.param]) * (1 + want.abs())
+        error = (param.detach().double() - want).abs()
         # written so that a NaN fails
         if not bool((error <= bound).all()):
             raise UnavailableError(
-                f"gate: a tensor of shape {tuple(param.shape)} is off by {float(error.max()):.3g}"
+                f"gate: a tensor of shape {tuple(param.shape)} is off by "
+                f"{float(error.max()):.3g} after {steps} step{'s'[: steps - 1]}"
             )

@@ -37,6 +37,8 @@ class Clock(Protocol):
     """Where and how time is taken."""
 
     device: torch.device
+    # whether a profiler has run in this process
+    profiled: bool
 
     def span(self, run: Callable[[], None], lead_us: float = 0.0) -> float:
         """Microseconds that what `run` queues takes, the device being busy for `lead_us` before."""
@@ -59,6 +61,7 @@ class CudaClock:
 
     def __init__(self, device: torch.device):
         self.device = device
+        self.profiled = False
 
     def span(self, run: Callable[[], None], lead_us: float = 0.0) -> float:
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -75,6 +78,7 @@ class CudaClock:
 
     def launches(self, run: Callable[[], None]) -> tuple[int | None, float | None]:
         self.synchronize()
+        self.profiled = True
         with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as seen:
             run()
             self.synchronize()
@@ -103,6 +107,7 @@ class CpuClock:
     """The host's clock, for dry runs: no launches and no memory are counted."""
 
     device = torch.device("cpu")
+    profiled = False
 
     def span(self, run: Callable[[], None], lead_us: float = 0.0) -> float:
         start = time.perf_counter()
@@ -140,6 +145,7 @@ class Series:
         most_s: no more windows are taken once all of them together took this long.
         estimate_us: of one step.
         host_us: until a step returns, the device idle at its start.
+        host_after_profiler: whether that was taken with a profiler attached to the process.
         launches: kernels of one step.
         kernel_us: sum of the kernels' times, by the profiler.
         windows: microseconds per step, one entry per window.
@@ -151,6 +157,7 @@ class Series:
     per_call: int = 1
     estimate_us: float = 0.0
     host_us: float = 0.0
+    host_after_profiler: bool = False
     launches: int | None = None
     kernel_us: float | None = None
     windows: list[float] = field(default_factory=list)
@@ -177,6 +184,7 @@ class Series:
 
 def probe(series: Series, clock: Clock, calls: int) -> None:
     """Fill in a step's time on the host; warms up on the way."""
+    series.host_after_profiler = clock.profiled
     series.run(len(series.steps))
     clock.synchronize()
     series.estimate_us = clock.span(lambda: series.run(2)) / 2

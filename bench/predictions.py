@@ -65,6 +65,10 @@ def _rows(shapes: list[Shape], storage: Storage) -> tuple[int, float, int, list[
     return ARMS["bngd-row"].bytes_once(storage), EFFICIENCY["bngd"], 2 if long else 1, long
 
 
+def _together(shapes: list[Shape], storage: Storage) -> tuple[int, float, int, list[Shape]]:
+    return ARMS["bngd-global"].bytes_once(storage), EFFICIENCY["bngd"], 2, shapes
+
+
 def _torch(arm: str) -> _Rule:
     def rule(shapes: list[Shape], storage: Storage) -> tuple[int, float, int, list[Shape]]:
         issued = ARMS[arm].bytes_issued(storage)
@@ -89,6 +93,8 @@ _RULES: dict[str, _Rule] = {
     "bngd-graph": _two_launches,
     "bngd-single-launch": _single_launch,
     "bngd-row": _rows,
+    # no tensor is finished in registers: the slice ends with the last of them
+    "bngd-global": _together,
     "torch-sgd-fused": _torch("torch-sgd-fused"),
     "torch-sgd-foreach": _torch("torch-sgd-foreach"),
     "torch-adamw-fused": _torch("torch-adamw-fused"),

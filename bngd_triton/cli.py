@@ -87,14 +87,14 @@ def _parser() -> argparse.ArgumentParser:
         "bench",
         help="time BNGD beside other optimizers on a GPU; needs a checkout",
         description="Time BNGD beside other optimizers on a GPU, correctness first: raw results as "
-        "JSON, a table at the end. Runs `python -m bench.gpu` of the checkout.",
+        "JSON, a table and a chart at the end. Runs `python -m bench.gpu` of the checkout.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     bench.add_argument(
         "--suite",
         choices=("quick", "full", "compiled"),
         default="quick",
-        help="how much; compiled: torch.compile's variants",
+        help="how much; torch.compile is in compiled only, beside three other arms",
     )
     bench.add_argument("--part", type=int, choices=(1, 2, 3), default=1, help="of the full suite")
     bench.add_argument(
@@ -197,6 +197,7 @@ def _bench(args: argparse.Namespace) -> int:
     else:
         command += ["bench.gpu", "--suite", args.suite, "--part", str(args.part)]
         command += ["--only", args.only, "--out", str(args.out.resolve()), "--device", args.device]
+        command += ["--chart"]
     return subprocess.run(command, cwd=_ROOT, check=False).returncode
 
 

@@ -1,0 +1,263 @@
+"""bench/gate.py: right arms pass, wrong ones are not timed."""
+
+import functools
+import itertools
+import math
+
+import pytest
+import torch
+from benching import CPU, FP32
+
+from bench import arms, cases, gate, measure, models
+from bngd_triton import BNGD
+from bngd_triton.kernels import tables
+from bngd_triton.kernels.architectures import TABLE
+from bngd_triton.kernels.plan import Entry
+from bngd_triton.kernels.work import CHUNK_ITEM
+from bngd_triton.members import new_record, slices_of
+
+
+def _wrong(groups, storage, lr):
+    # the sign of centring is lost: what a broken kernel may do
+    optimizer = BNGD(groups, lr=lr, momentum=arms.MOMENTUM, centering=0.0, fused=False)
+    return arms.Stepper(optimizer.step, lambda: arms._state(optimizer))
+
+
+def _nan(groups, storage, lr):
+    stepper = _wrong(groups, storage, lr)
+    once = stepper.step
+
+    def step():
+        once()
+        for group in groups:
+            for param in group["params"]:
+                param.data.fill_(float("nan"))
+
+    stepper.step = step
+    return stepper
+
+
+@pytest.mark.parametrize("build", [_wrong, _nan])
+def test_gate_refuses_a_wrong_arm(build):
+    wrong = arms.Arm("wrong", build, "bngd")
+    right = arms.ARMS["eager"]
+    case = cases.Case(
+        models.DRY_RUN["dry-run"], FP32, [wrong, right], measure.CpuClock(),
+        cases.Effort(2, 0.0, 1, ("combo",)), 1.0, 2048, None, lambda: True,
+    )  # fmt: skip
+    outcome = cases.run(case)
+    assert [row["arm"] for row in outcome.rows] == ["eager"]
+    (missing,) = outcome.unavailable
+    assert missing["arm"] == "wrong"
+    assert missing["reason"].startswith("gate: a tensor of shape")
+
+
+def test_an_arm_is_gated_until_it_is_right_once_for_each_storage(monkeypatch):
+    asked = []
+    failures = iter([True])
+
+    def check(arm, storage, device):
+        asked.append(storage.label)
+        if next(failures, False):
+            raise arms.UnavailableError("no memory just now")
+
+    monkeypatch.setattr(gate, "check", check)
+    monkeypatch.setattr(cases, "_right", set())
+    for label, rows in (("fp32", 0), ("fp32", 1), ("fp32", 1), ("bf16", 1)):
+        case = cases.Case(
+            models.DRY_RUN["dry-run"], arms.STORAGES[label], [arms.ARMS["eager"]],
+            measure.CpuClock(), cases.Effort(1, 0.0, 1), 1.0, 2048, None, lambda: True,
+        )  # fmt: skip
+        assert len(cases.run(case).rows) == rows
+    assert asked == ["fp32", "fp32", "bf16"]
+
+
+@pytest.mark.parametrize("arm", ["eager", "compile", "torch-sgd-foreach", "torch-adamw-fused"])
+def test_gate_passes(arm):
+    gate.check(arms.ARMS[arm], FP32, CPU)
+
+
+@pytest.mark.parametrize("label", arms.STORAGES)
+def test_bngd_keeps_what_the_label_says(label):
+    gate.check(arms.ARMS["eager"], arms.STORAGES[label], CPU)
+
+
+def _wrapped(around):
+    """BNGD whose every step, numbered from 0, goes through `around(number, params, once)`."""
+
+    def build(groups, storage, lr):
+        stepper = arms.ARMS["eager"].build(groups, storage, lr)
+        once, taken = stepper.step, itertools.count()
+        params = [param for group in groups for param in group["params"]]
+        stepper.step = lambda: around(next(taken), params, once)
+        return stepper
+
+    return build
+
+
+def _only_first(number, params, once):
+    # a counter that is not reset
+    if number == 0:
+        once()
+
+
+def _twice_the_first_gradients(number, params, once):
+    if number == 0:
+        for param in params:
+            param.first = param.grad.clone()
+    for param in params:
+        param.grad.copy_(param.first)
+    once()
+
+
+def _last_slice_is_not_moved(number, params, once):
+    before = params[-1].detach().clone()
+    once()
+    with torch.no_grad():
+        params[-1].flatten()[-1000:] = before.flatten()[-1000:]
+
+
+def _own(standardize, *, forgets=False):
+    """BNGD by the formula, but for what is wrong with it."""
+
+    def build(groups, storage, lr):
+        params = [param for group in groups for param in group["params"]]
+        momenta = [torch.zeros_like(param) for param in params]
+
+        @torch.no_grad()
+        def step():
+            for param, momentum in zip(params, momenta):
+                ghat = standardize(param.grad.double()).to(momentum.dtype)
+                kept = 0.0 if forgets else arms.MOMENTUM
+                momentum.mul_(kept).add_(ghat, alpha=1 - arms.MOMENTUM)
+                param.sub_(momentum, alpha=lr)
+
+        return arms.Stepper(step, lambda: ([m] for m in momenta if m.numel() > 1))
+
+    return build
+
+
+def _standardize(grad, share=1.0):
+    """By the statistics of the first part of the entries, if there are many."""
+    part = grad if grad.numel() < 10_000 else grad.flatten()[: math.ceil(share * grad.numel())]
+    mean = part.mean() if grad.dim() > 1 else 0.0
+    return (grad - mean) / ((part - mean).square().mean().sqrt() + 1e-8)
+
+
+@pytest.mark.parametrize(
+    ("made", "rule", "reason"),
+    [
+        (_own(_standardize), "bngd", None),
+        (_own(_standardize, forgets=True), "bngd", "(48, 32) is off by .* after 2 steps"),
+        # one slice of many
+        (_own(functools.partial(_standardize, share=0.98)), "bngd", "(3, 40003) is off"),
+        (_wrapped(_only_first), "bngd", "after 2 steps"),
+        (_wrapped(_twice_the_first_gradients), "bngd", "after 2 steps"),
+        (_wrapped(_last_slice_is_not_moved), "bngd", "(3, 40003) is off by .* after 1 step"),
+        (arms._torch("SGD", momentum=0.9, dampening=0.9), "sgd", "after 2 steps"),
+        (arms._torch("SGD", momentum=0.0), "sgd", "keeps nothing"),
+        (arms._torch("AdamW", weight_decay=0.0, betas=(0.9, 0.99)), "adam", "after 2 steps"),
+        (arms._bngd(eager=True), "bngd-global", "after 1 step"),
+        (arms._bngd(eager=True, granularity="global"), "bngd-global", None),
+        (arms._bngd(eager=True, granularity="row"), "bngd-row", None),
+    ],
+)  # fmt: skip
+def test_gate_takes_a_second_step_and_reaches_every_slice(made, rule, reason):
+    arm = arms.Arm("arm", made, rule, 2 if rule == "adam" else 1)
+    if reason is None:
+        gate.check(arm, FP32, CPU)
+        return
+    with pytest.raises(arms.UnavailableError, match=reason.replace("(", r"\(").replace(")", r"\)")):
+        gate.check(arm, FP32, CPU)
+
+
+def _stableadamw(*, clips):
+    """As torch-optimi has it: means by betas without bias, then a step of bounded size."""
+
+    def build(groups, storage, lr):
+        params = [param for group in groups for param in group["params"]]
+        means, squares = ([torch.zeros_like(p) for p in params] for _ in range(2))
+        steps = itertools.count(1)
+
+        def debiased(beta, t):
+            return beta * (1 - beta ** (t - 1)) / (1 - beta**t)
+
+        @torch.no_grad()
+        def step():
+            t = next(steps)
+            for param, mean, square in zip(params, means, squares):
+                beta1, beta2 = debiased(0.9, t), debiased(0.99, t)
+                mean.mul_(beta1).add_(param.grad, alpha=1 - beta1)
+                square.mul_(beta2).addcmul_(param.grad, param.grad, value=1 - beta2)
+                rms = (param.grad.square() / square.clamp_min(1e-12)).mean().sqrt()
+                size = lr / max(1.0, float(rms)) if clips else lr
+                param.sub_(size * mean / (square.sqrt() + 1e-6))
+
+        return arms.Stepper(step, lambda: map(list, zip(means, squares)))
+
+    return build
+
+
+def test_the_rule_of_stableadamw():
+    gate.check(arms.Arm("right", _stableadamw(clips=True), "stableadamw", 2), FP32, CPU)
+    with pytest.raises(arms.UnavailableError, match="after 2 steps"):
+        gate.check(arms.Arm("wrong", _stableadamw(clips=False), "stableadamw", 2), FP32, CPU)
+
+
+@pytest.mark.parametrize("calls", [arms.WARM_UP, arms.WARM_UP + 1])
+def test_steps_before_a_capture_count(calls, monkeypatch):
+    def capture(step):
+        for _ in range(calls):
+            step()
+        return step
+
+    monkeypatch.setattr(arms, "capture", capture)
+
+    def build(groups, storage, lr):
+        return arms.GraphStepper(arms.ARMS["eager"].build(groups, storage, lr))
+
+    arm = arms.Arm("graph", build, "bngd")
+    if calls == arms.WARM_UP:
+        gate.check(arm, FP32, CPU)
+        return
+    with pytest.raises(arms.UnavailableError, match="after 4 steps"):
+        gate.check(arm, FP32, CPU)
+
+
+def _plan(tuning, storage, granularity, device):
+    entries = []
+    for shape in gate.shapes_for(torch.device(device)):
+        # only sizes and addresses are looked at
+        tensor = torch.empty(shape, dtype=storage.param)
+        rows = slices_of(tensor.shape, granularity)
+        record = new_record(rows, CPU)
+        entries.append(Entry(tensor, tensor, tensor, record, 0, rows, len(shape) > 1, None))
+    return tables.build(entries, tuning)
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "row"])
+@pytest.mark.parametrize("label", ["fp32", "bf16"])
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_120"])
+def test_a_gpu_merges_many_slices_and_waits_for_waves(architecture, label, granularity):
+    tuning = TABLE[architecture].tuning
+    plan = _plan(tuning, arms.STORAGES[label], granularity, "cuda")
+    for batch in plan.batches:
+        # rows of 40 003 where they are slices; else 1 200 000 entries
+        slices = batch.slices[:, -1].bincount()
+        assert slices.max() > (2 if not batch.kind.aligned else 64)
+        assert batch.chunks[:, -1].bincount().max() > 2
+        assert batch.n_tiles
+    aligned = {batch.kind.aligned for batch in plan.batches}
+    assert aligned == ({True, False} if granularity == "row" else {True})
+    waves = []
+    for batch in plan.batches:
+        kinds = batch.work(tuning).items[:, 0].unique_consecutive()
+        # S(w0) T S(w1) U(w0) S(w2) U(w1) U(w2): the chunks of the last two waves are neighbours
+        waves.append(1 + int((kinds == CHUNK_ITEM).sum()))
+    assert max(waves) >= 3
+
+
+def test_the_interpreter_merges_slices_and_moves_chunks_too():
+    plan = _plan(TABLE["interpreter"].tuning, FP32, "tensor", "cpu")
+    assert max(batch.slices[:, -1].bincount().max() for batch in plan.batches) > 1
+    assert max(batch.chunks[:, -1].bincount().max() for batch in plan.batches) > 1
