@@ -61,8 +61,8 @@ def shapes(case: Case, tuning: Tuning) -> list[tuple[tuple[int, ...], str]]:
         found: list[tuple[int, ...]] = [(), (1,), (2,), (0,), (3,), (17,), (257,), (1, 1), (3, 0)]
         found += [(5, 7), (4, 16), (2, 3, 4, 5)]
     elif kind == "borders":
-        # a row is a tile if its whole multiples of 16 fit one of the tile's widths
-        found = [shape for n in tuning.tile_columns for shape in ((2, n + 15), (1, n + 16))]
+        # a row is a tile if one of the tile's widths holds it
+        found = [shape for n in tuning.tile_columns for shape in ((2, n), (1, n + 1))]
         found += [(tuning.tile - 1,), (tuning.tile,), (tuning.tile + 17,), (tuning.block + 17,)]
         found += [(tuning.slice,), (tuning.slice + 1,)]
     else:
