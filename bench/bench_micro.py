@@ -106,18 +106,14 @@ def host(monkeypatch):
 
 
 @interpreted
-@pytest.mark.parametrize("gradients", ["kept", "new"])
+@pytest.mark.parametrize("gradients", ["kept", "new", "moved"])
 @pytest.mark.parametrize("groups", [1, 28])
 def test_host_path(benchmark, host, monkeypatch, groups, gradients):
     benchmark.group = f"a repeated step of 300 tensors without launches, {gradients} gradients"
     monkeypatch.setattr(prepared, "launch", lambda *_: None)
     params = parameters([(host.ELEMENTS,)] * 300)
     optimizer = BNGD(grouped(params, groups), fused=True, flatten=False)
-
-    def prepare():
-        if gradients == "new":
-            host.renew(params)
-
+    prepare = host.Backward(params, gradients)
     for _ in range(2 + PATIENCE):
         prepare()
         optimizer.step()

@@ -2,13 +2,17 @@
 
     python -m bench.host [--tensors 300] [--repeats 1000] [--out FILE]
 
-Runs anywhere: tensors are on the CPU, kernels are compiled for sm_90 and dispatched, and the driver
-does nothing. All tensors are tiles but one, so that a step has two launches. Times drift with the
-machine, so the figure to watch is the ratio to the bare loop ``[p.grad.data_ptr() for p in
-params]``, measured in turns with the step. The targets are 3 with kept gradients and 4.5 with new
-gradient tensors in every step. A ratio is the median of those of the turns, since a shared machine
-may change its speed between two turns but hardly within one. A schedule that gives every group
-another rate costs what "new rates" shows.
+Runs anywhere: tensors are on the CPU. Times drift with the machine, so the figure to watch is the
+ratio to the bare loop ``[p.grad.data_ptr() for p in params]``, measured in turns with the step, over
+gradients as new as the step's. The targets, for a launcher that does nothing, are 3 with kept
+gradients and 4.5 with new ones. "Launching", kernels are compiled for sm_90 and dispatched to a
+driver that does nothing; all tensors are tiles but one, so that there are two launches. A ratio is
+the median of those of the turns, since a shared machine may change its speed between two turns but
+hardly within one. A schedule that gives every group another rate costs what "new rates" shows.
+
+Gradients are "kept" (``zero_grad(set_to_none=False)``), "new" objects in every step where the last
+ones were (the default, on a GPU whose allocator hands out the same places every time), or "moved":
+new objects elsewhere, whose addresses are uploaded.
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ import argparse
 import itertools
 import json
 import multiprocessing
+import operator
 import os
 import statistics
 import sys
@@ -36,6 +41,7 @@ from bngd_triton.kept import PATIENCE
 
 # a tile, and a segment
 ELEMENTS, MORE = 64, 4096
+GRADIENTS = ("kept", "new", "moved")
 
 
 def timed(function: Callable[[], object]) -> float:
@@ -45,34 +51,55 @@ def timed(function: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def renew(params: list[Parameter]) -> None:
-    """New gradient tensors, as ``zero_grad()`` and ``backward()`` leave them."""
-    for param in params:
-        param.grad = torch.empty(param.shape)
+class Backward:
+    """Gives parameters gradients as one of `GRADIENTS` says.
+
+    Args:
+        params: the parameters.
+        kind: of the gradients.
+    """
+
+    def __init__(self, params: list[Parameter], kind: str) -> None:
+        self.params = params
+        places = 2 if kind == "moved" else 1
+        self._memory = itertools.cycle(
+            [[torch.empty(param.shape) for param in params] for _ in range(places)]
+        )
+        self._first = True
+        self._kept = kind == "kept"
+
+    def __call__(self) -> None:
+        """What happens between two steps."""
+        if self._kept and not self._first:
+            return
+        self._first = False
+        for param, memory in zip(self.params, next(self._memory)):
+            param.grad = memory.detach()
 
 
-def measure(n: int, groups: int, *, keep: bool, repeats: int) -> dict[str, float]:
+def measure(n: int, groups: int, gradients: str, repeats: int) -> dict[str, float]:
     """Medians: the ratio; in microseconds the bare loop, the step, and the parts of a check.
 
     The driver does nothing from here on.
     """
     from bench import driver
+    from bngd_triton.kernels import prepared
 
     driver.as_if_on_a_gpu()
     params = [Parameter(torch.randn(ELEMENTS if i else MORE)) for i in range(n)]
     size = -(-n // groups)
     parts = [{"params": params[i : i + size]} for i in range(0, n, size)]
     optimizer = BNGD(parts, fused=True, flatten=False)
-    renew(params)
+    backward = Backward(params, gradients)
     # until gradients that stay are known to
     for _ in range(2 + PATIENCE):
-        if not keep:
-            renew(params)
+        backward()
         optimizer.step()
     steady = optimizer._stepper.steady
     assert steady is not None, "the step was not recognised as repeatable"
     grads = [param.grad for param in params]
-    (prepared,) = steady.prepared
+    (fused,) = steady.prepared
+    launch = prepared.launch
     this = optimizer._pass([True] * groups)
 
     def bare() -> list[int]:
@@ -80,7 +107,7 @@ def measure(n: int, groups: int, *, keep: bool, repeats: int) -> dict[str, float
 
     # in turns: each of these with its like
     rounds: list[dict[str, Callable[[], object]]] = [
-        {"bare loop": bare, "step": optimizer.step},
+        {"bare loop": bare, "step": optimizer.step, "step, launching": optimizer.step},
         {"step, new rates": optimizer.step},
         {
             "  gradients": lambda: [param.grad for param in params],
@@ -88,7 +115,7 @@ def measure(n: int, groups: int, *, keep: bool, repeats: int) -> dict[str, float
             "  kinds": lambda: steady.same_kinds(*grads, *params),
             "  state": lambda: steady._holds(optimizer.state),
             "  options": lambda: steady.same_groups(optimizer.param_groups),
-            "  launches": lambda: prepared.run_again(this),
+            "  launches": lambda: fused.run_again(this),
             "    autograd versions": lambda: torch.autograd.graph.increment_version(params),
         },
     ]
@@ -98,15 +125,20 @@ def measure(n: int, groups: int, *, keep: bool, repeats: int) -> dict[str, float
     times: dict[str, list[float]] = {}
     for loops in rounds:
         for repeat, (name, loop) in itertools.product(range(repeats), loops.items()):
-            if name.startswith("step") and not keep:
-                renew(params)
+            if loops is not rounds[-1]:
+                backward()
             if name == "step, new rates":
                 for group in optimizer.param_groups:
                     group["lr"] = 1e-3 / (repeat + 1)
+            prepared.launch = driver.nothing if name == "step" else launch
             times.setdefault(name, []).append(timed(loop))
-    ratios = [step / bare for step, bare in zip(times["step"], times["bare loop"])]
     medians = {name: 1e6 * statistics.median(values) for name, values in times.items()}
-    return {"ratio": statistics.median(ratios), **medians}
+    bares = times["bare loop"]
+    ratio, launching = (
+        statistics.median(map(operator.truediv, times[name], bares))
+        for name in ("step", "step, launching")
+    )
+    return {"ratio": ratio, "ratio, launching": launching, **medians}
 
 
 def main() -> int:
@@ -119,16 +151,14 @@ def main() -> int:
     context = multiprocessing.get_context("spawn")
     found = []
     for groups in (1, 28):
-        for keep in (True, False):
+        for kind in GRADIENTS:
             # in a process of its own: none works on the heap that another leaves behind
             with context.Pool(1) as pool:
-                how = {"keep": keep, "repeats": args.repeats}
-                row = pool.apply(measure, (args.tensors, groups), how)
-            kind = "kept" if keep else "new"
+                row = pool.apply(measure, (args.tensors, groups, kind, args.repeats))
             case = f"{args.tensors} tensors, {groups} groups, {kind} gradients"
-            print(f"{case}: {row['ratio']:.2f} times")
+            print(f"{case}: {row['ratio']:.2f} times, {row['ratio, launching']:.2f} launching")
             for name, value in row.items():
-                if name != "ratio":
+                if not name.startswith("ratio"):
                     print(f"  {name:22s} {value:8.1f} us")
             found.append({"groups": groups, "gradients": kind, **row})
     conditions = {"environment": environment(torch.device("cpu")), "commit": commit()}

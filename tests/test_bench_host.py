@@ -15,10 +15,10 @@ def test_host_time_is_measured_without_a_device(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "bench.host", "--tensors", "20", "--repeats", "3"]
     done = subprocess.run([*command, "--out", str(out)], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("20 tensors, 28 groups") == 2
+    assert done.stdout.count("20 tensors, 28 groups") == 3
     found = json.loads(out.read_text())
     assert [(row["groups"], row["gradients"]) for row in found["rows"]] == [
-        (1, "kept"), (1, "new"), (28, "kept"), (28, "new"),
+        (1, "kept"), (1, "new"), (1, "moved"), (28, "kept"), (28, "new"), (28, "moved"),
     ]  # fmt: skip
     for row in found["rows"]:
         assert 1 < row["ratio"] < 100
@@ -37,7 +37,7 @@ def test_microbenchmarks_run() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     # kernels and the host path need the interpreter
     gpu = torch.cuda.is_available()
-    assert ("7 passed, 6 skipped" if gpu else "13 passed") in done.stdout
+    assert ("7 passed, 8 skipped" if gpu else "15 passed") in done.stdout
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no distributed")
