@@ -122,7 +122,7 @@ def check(arm: Arm, storage: Storage, device: torch.device) -> None:
         value = torch.randn(shape, generator=generator, device=device).to(storage.param)
         params.append(Parameter(value))
         first.append(_gradient(shape, storage, generator))
-        # also so that StableAdamW clips
+        # so that statistics of the step before show, in bf16 too
         second.append(2 * _gradient(shape, storage, generator))
         # a tensor of its own, which is overwritten
         params[-1].grad = first[-1].clone()
@@ -145,16 +145,15 @@ def check(arm: Arm, storage: Storage, device: torch.device) -> None:
 
 
 def _gradient(shape: tuple[int, ...], storage: Storage, generator: torch.Generator) -> Tensor:
-    """Random entries whose mean rises along the tensor.
+    """Random entries that grow along the tensor, so that statistics without some slice show.
 
-    Three of four are positive, so that a mean that is not removed shows; all at the end and half at
-    the start, so that statistics without some slice show. None is near 0, where adam's quotient
-    would amplify roundings.
+    Three of four are positive, so that a mean that is not removed shows: half at the start and all
+    at the end. None is near 0, where adam's quotient would amplify roundings.
     """
     device = generator.device
     rising = torch.linspace(0.5, 1.0, math.prod(shape), device=device).view(shape)
     sign = (torch.rand(shape, generator=generator, device=device) < rising) * 2.0 - 1
-    size = 0.5 + torch.rand(shape, generator=generator, device=device)
+    size = 0.5 + rising * torch.rand(shape, generator=generator, device=device)
     return (sign * size).to(storage.param)
 
 
