@@ -127,11 +127,16 @@ def check(arm: Arm, storage: Storage, device: torch.device) -> None:
         # a tensor of its own, which is overwritten
         params[-1].grad = first[-1].clone()
     wanted = [param.detach().double() for param in params]
+    bounds = [torch.zeros_like(want) for want in wanted]
+    rate = EXACT + STORED[storage.param]
     stepper = start(arm, params, 1, storage, LR)
     taken = stepper.first_steps
     grads = [[g.double() for g in first]] * taken + [[g.double() for g in second]]
     for number, moved in enumerate(RULES[arm.rule](grads), 1):
         wanted = [want - LR * one for want, one in zip(wanted, moved)]
+        # a step rounds what it stores of the parameter and of the momentum
+        sizes = [1 + want.abs() + LR * one.abs() for want, one in zip(wanted, moved)]
+        bounds = [bound + rate * size for bound, size in zip(bounds, sizes)]
         if number < taken:
             continue
         if number > taken:
@@ -140,7 +145,7 @@ def check(arm: Arm, storage: Storage, device: torch.device) -> None:
                 assert param.grad is not None, "an optimizer removed a gradient"
                 param.grad.copy_(grad)
             stepper.step()
-        _compare(params, wanted, number, storage)
+        _compare(params, wanted, bounds, number)
     stepper.check()
 
 
@@ -157,10 +162,8 @@ def _gradient(shape: tuple[int, ...], storage: Storage, generator: torch.Generat
     return (sign * size).to(storage.param)
 
 
-def _compare(params: Sequence[Parameter], wanted: Tensors, steps: int, storage: Storage) -> None:
-    for param, want in zip(params, wanted):
-        # each step rounds once more
-        bound = steps * (EXACT + STORED[storage.param]) * (1 + want.abs())
+def _compare(params: Sequence[Parameter], wanted: Tensors, bounds: Tensors, steps: int) -> None:
+    for param, want, bound in zip(params, wanted, bounds):
         error = (param.detach().double() - want).abs()
         # written so that a NaN fails
         if not bool((error <= bound).all()):
