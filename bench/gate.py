@@ -122,16 +122,21 @@ def check(arm: Arm, storage: Storage, device: torch.device) -> None:
         value = torch.randn(shape, generator=generator, device=device).to(storage.param)
         params.append(Parameter(value))
         first.append(_gradient(shape, storage, generator))
-        # also so that StableAdamW clips
+        # so that statistics of the step before show, in bf16 too
         second.append(2 * _gradient(shape, storage, generator))
         # a tensor of its own, which is overwritten
         params[-1].grad = first[-1].clone()
     wanted = [param.detach().double() for param in params]
+    bounds = [torch.zeros_like(want) for want in wanted]
+    rate = EXACT + STORED[storage.param]
     stepper = start(arm, params, 1, storage, LR)
     taken = stepper.first_steps
     grads = [[g.double() for g in first]] * taken + [[g.double() for g in second]]
     for number, moved in enumerate(RULES[arm.rule](grads), 1):
         wanted = [want - LR * one for want, one in zip(wanted, moved)]
+        # a step rounds what it stores of the parameter and of the momentum
+        sizes = [1 + want.abs() + LR * one.abs() for want, one in zip(wanted, moved)]
+        bounds = [bound + rate * size for bound, size in zip(bounds, sizes)]
         if number < taken:
             continue
         if number > taken:
@@ -140,28 +145,25 @@ def check(arm: Arm, storage: Storage, device: torch.device) -> None:
                 assert param.grad is not None, "an optimizer removed a gradient"
                 param.grad.copy_(grad)
             stepper.step()
-        _compare(params, wanted, number, storage)
+        _compare(params, wanted, bounds, number)
     stepper.check()
 
 
 def _gradient(shape: tuple[int, ...], storage: Storage, generator: torch.Generator) -> Tensor:
-    """Random entries whose mean rises along the tensor.
+    """Random entries that grow along the tensor, so that statistics without some slice show.
 
-    Three of four are positive, so that a mean that is not removed shows; all at the end and half at
-    the start, so that statistics without some slice show. None is near 0, where adam's quotient
-    would amplify roundings.
+    Three of four are positive, so that a mean that is not removed shows: half at the start and all
+    at the end. None is near 0, where adam's quotient would amplify roundings.
     """
     device = generator.device
     rising = torch.linspace(0.5, 1.0, math.prod(shape), device=device).view(shape)
     sign = (torch.rand(shape, generator=generator, device=device) < rising) * 2.0 - 1
-    size = 0.5 + torch.rand(shape, generator=generator, device=device)
+    size = 0.5 + rising * torch.rand(shape, generator=generator, device=device)
     return (sign * size).to(storage.param)
 
 
-def _compare(params: Sequence[Parameter], wanted: Tensors, steps: int, storage: Storage) -> None:
-    for param, want in zip(params, wanted):
-        # each step rounds once more
-        bound = steps * (EXACT + STORED[storage.param]) * (1 + want.abs())
+def _compare(params: Sequence[Parameter], wanted: Tensors, bounds: Tensors, steps: int) -> None:
+    for param, want, bound in zip(params, wanted, bounds):
         error = (param.detach().double() - want).abs()
         # written so that a NaN fails
         if not bool((error <= bound).all()):

@@ -126,9 +126,13 @@ def test_a_tuning_that_is_lost_is_not_timed(after):
         cases.Effort(2, 0.0, 1), 1.0, 2048, None, lambda: True,
     )  # fmt: skip
     outcome = cases.run(case)
-    lost = [] if after == 1000 else ["stepped with slice=65536, not slice=32768"]
+    usual = arms.prepared.tuning_for(CPU).slice
+    lost = [] if after == 1000 else [f"stepped with slice={usual}, not slice=32768"]
     assert [missing["reason"] for missing in outcome.unavailable] == lost
     assert len(outcome.rows) == 1 - len(lost)
+    if after == 1:
+        with pytest.raises(arms.UnavailableError, match="stepped with"):
+            gate.check(_laid_out_anew(after), FP32, CPU)
 
 
 @interpreted

@@ -149,7 +149,6 @@ def _standardize(grad, share=1.0):
     [
         (_own(_standardize), "bngd", None),
         (_own(_standardize, forgets=True), "bngd", "(48, 32) is off by .* after 2 steps"),
-        # one slice of many
         (_own(functools.partial(_standardize, share=0.98)), "bngd", "(3, 40003) is off"),
         (_wrapped(_only_first), "bngd", "after 2 steps"),
         (_wrapped(_twice_the_first_gradients), "bngd", "after 2 steps"),
@@ -169,6 +168,33 @@ def test_gate_takes_a_second_step_and_reaches_every_slice(made, rule, reason):
         return
     with pytest.raises(arms.UnavailableError, match=reason.replace("(", r"\(").replace(")", r"\)")):
         gate.check(arm, FP32, CPU)
+
+
+@pytest.mark.parametrize("shape", sorted(set(gate.LARGE)), ids=str)
+def test_a_slice_is_missed_in_a_large_tensor(shape, monkeypatch):
+    monkeypatch.setattr(gate, "SHAPES", (shape,))
+    for share, right in ((1.0, True), (0.999, False)):
+        made = _own(functools.partial(_standardize, share=share))
+        if right:
+            gate.check(arms.Arm("right", made, "bngd"), FP32, CPU)
+            continue
+        with pytest.raises(arms.UnavailableError, match="after 1 step"):
+            gate.check(arms.Arm("part", made, "bngd"), FP32, CPU)
+
+
+def test_statistics_of_the_step_before_are_noticed_in_bf16():
+    storage = arms.STORAGES["bf16"]
+    gate.check(arms.Arm("right", _own(_standardize), "bngd"), storage, CPU)
+    first = {}
+
+    def stale(grad):
+        if grad.numel() < 10_000:
+            return _standardize(grad)
+        deviation = first.setdefault(grad.shape, (grad - grad.mean()).square().mean().sqrt())
+        return (grad - grad.mean()) / deviation
+
+    with pytest.raises(arms.UnavailableError, match="after 2 steps"):
+        gate.check(arms.Arm("stale", _own(stale), "bngd"), storage, CPU)
 
 
 def _stableadamw(*, clips):
