@@ -3,8 +3,8 @@
     python -m bench.host [--tensors 300] [--repeats 1000] [--out FILE]
 
 Runs anywhere: tensors are on the CPU. Times drift with the machine, so the figure to watch is the
-ratio to the bare loop ``[p.grad.data_ptr() for p in params]``, measured in turns with the step, over
-gradients as new as the step's. The targets, for a launcher that does nothing, are 3 with kept
+ratio to the bare loop ``[p.grad.data_ptr() for p in params]``, measured in turns with the step,
+over gradients as new as the step's. The targets, for a launcher that does nothing, are 3 with kept
 gradients and 4.5 with new ones. "Launching", kernels are compiled for sm_90 and dispatched to a
 driver that does nothing; all tensors are tiles but one, so that there are two launches. A ratio is
 the median of those of the turns, since a shared machine may change its speed between two turns but

@@ -6,7 +6,7 @@ was. Here that is a handful of passes over the parameters, each a loop in C.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import chain
 from operator import attrgetter, itemgetter
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -17,7 +17,7 @@ from . import kept
 from .kernels.plan import capturing
 from .kernels.prepared import FusedStep, gradient_of
 from .members import Member, Pass
-from .memory import local
+from .memory import is_sharded, local
 from .options import Options, OptionsReader
 from .state import KEYS
 from .unchanged import Addresses, Same, same_dicts, same_kinds
@@ -28,6 +28,11 @@ if TYPE_CHECKING:
 
 _PARAMS = itemgetter("params")
 _GRAD = attrgetter("grad")
+
+
+def _where(tensor: Tensor) -> Callable[[], int]:
+    """Asks a tensor for its address; of a DTensor, that of its part."""
+    return (lambda: local(tensor).data_ptr()) if is_sharded(tensor) else tensor.data_ptr
 
 
 class Lot(NamedTuple):
@@ -90,7 +95,7 @@ class Steady:
         # looked at (all would take a sixth of a step). The memory that the kernels write is held
         state = [one for _, _, same in self.held for one in same.lists[0]]
         self.memory = [local(one).detach() for one in state]
-        self.state_at = [(one, local(one).data_ptr()) for one in state]
+        self.state_at = [(_where(one), local(one).data_ptr()) for one in state]
         self.turn = 0
         self.params_at = Addresses([member.param.data_ptr() for member in members])
         # of the last step's gradients
@@ -206,7 +211,7 @@ class Steady:
             return True
         self.turn = (self.turn + 1) % len(self.state_at)
         looked_at = self.state_at[0], self.state_at[self.turn]
-        return all(local(one).data_ptr() == address for one, address in looked_at)
+        return all(where() == address for where, address in looked_at)
 
     def _follow(self, groups: list[dict[str, Any]], this: Pass, same_groups: bool) -> bool:
         """Bring the option tables up to date; False where the layout of the work would change."""
