@@ -126,7 +126,7 @@ def draw(path: Path) -> None:
     try:
         from . import plot
     except ImportError as error:
-        print(f"No chart: {error}; pip install 'bngd-triton[demo]', then bngd bench --plot {path}")
+        print(f"No chart: {error}; pip install matplotlib, then bngd bench --plot {path}")
         return
     plot.main([str(path)])
 
