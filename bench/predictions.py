@@ -21,8 +21,8 @@ from .models import WORKLOADS, Shape
 EFFICIENCY = {"bngd": 0.94, "single": 0.92, "torch": 0.91, "compile": 0.85}
 # the first kernel's start, ramp and tail, and the gap before a second one
 LAUNCH_US = 3.0
-# of a gradient that stays in the L2 between the two reads of a single launch: it and a wave of 8 MiB
-# are the 25 MB that an L2 in two halves may hold twice
+# of a gradient that stays in the L2 between the two reads of a single launch: with a wave of 8 MiB
+# it makes the 25 MB that an L2 in two halves may hold twice
 WINDOW_BYTES = 16_000_000
 # entries of a row or small tensor that a program keeps in registers and reads once
 REGISTERS = 2048

@@ -4,11 +4,12 @@ Each step's output goes to a file of its own under DIR as it comes; a step that 
 its limit does not keep the others from running; a table is printed last. The parts are those of
 `bench.parts`; each ends within nine minutes.
 
-On a machine without a network, carry what it lacks as a folder of wheels (torch-optimi and flashoptim
-need nothing but torch and Triton) and run ``pip install --no-index --no-deps FOLDER/*.whl``; the
-package itself is found without installing by ``ln -sfn ../kernels bngd_triton/kernels`` with the
-checkout's root on PYTHONPATH. Compiled kernels may be carried too: Triton finds them by
-TRITON_CACHE_DIR if its version, Python's and this code are the same to the letter.
+On a machine without a network, carry what it lacks as a folder of wheels (torch-optimi and
+flashoptim need nothing but torch and Triton) and run ``pip install --no-index --no-deps
+FOLDER/*.whl``; the package itself is found without installing by ``ln -sfn ../kernels
+bngd_triton/kernels`` with the checkout's root on PYTHONPATH. Compiled kernels may be carried too:
+Triton finds them by TRITON_CACHE_DIR if its version, Python's and this code are the same to the
+letter.
 """
 
 from __future__ import annotations
