@@ -61,19 +61,15 @@ class Backward:
 
     def __init__(self, params: list[Parameter], kind: str) -> None:
         self.params = params
-        places = 2 if kind == "moved" else 1
-        self._memory = itertools.cycle(
-            [[torch.empty(param.shape) for param in params] for _ in range(places)]
-        )
-        self._first = True
-        self._kept = kind == "kept"
+        places = [
+            [torch.empty(param.shape) for param in params]
+            for _ in range(2 if kind == "moved" else 1)
+        ]
+        self._memory = iter(places) if kind == "kept" else itertools.cycle(places)
 
     def __call__(self) -> None:
         """What happens between two steps."""
-        if self._kept and not self._first:
-            return
-        self._first = False
-        for param, memory in zip(self.params, next(self._memory)):
+        for param, memory in zip(self.params, next(self._memory, ())):
             param.grad = memory.detach()
 
 

@@ -57,7 +57,8 @@ class Launch:
         # Triton's, imported with the first launch
         self._knobs: Any = None
         self._driver: Any = None
-        self._as_passed: dict[str, Any] = {}
+        # of what stays: they save the launcher two calls for each
+        self._addresses = {n: v.data_ptr() for n, v in arguments.items() if isinstance(v, Tensor)}
         self._in_order: tuple[Any, ...] = ()
 
     def __call__(self, inputs: Any, **more: Any) -> None:
@@ -67,11 +68,11 @@ class Launch:
             inputs: has what `reads` names.
             **more: other arguments that change from step to step.
         """
-        fresh = inputs is not self._inputs or bool(more)
-        if fresh:
-            self._arguments.update((name, getattr(inputs, name)) for name in self._reads)
-            self._arguments.update(more)
-            self._inputs = inputs
+        if inputs is not self._inputs or more:
+            self._arguments.update({name: getattr(inputs, name) for name in self._reads}, **more)
+            for name in more:
+                self._addresses.pop(name, None)
+            self._inputs, self._in_order = inputs, ()
         kernel, compiled = self._kernel, self._compiled
         if compiled is None or self._observed():
             found = kernel[(self._programs,)](**self._arguments, **self._options)
@@ -80,19 +81,10 @@ class Launch:
                 from triton.runtime.driver import driver
 
                 self._compiled, self._knobs, self._driver = found, knobs.runtime, driver
-                # addresses save the launcher two calls for each; inputs may move
-                self._as_passed = {
-                    name: value.data_ptr()
-                    if isinstance(value, Tensor) and name not in (*self._reads, *more)
-                    else value
-                    for name, value in self._arguments.items()
-                }
-                self._in_order = tuple(map(self._as_passed.__getitem__, kernel.arg_names))
             return
-        if fresh:
-            self._as_passed.update((name, getattr(inputs, name)) for name in self._reads)
-            self._as_passed.update(more)
-            self._in_order = tuple(map(self._as_passed.__getitem__, kernel.arg_names))
+        if not self._in_order:
+            passed = {**self._arguments, **self._addresses}
+            self._in_order = tuple(map(passed.__getitem__, kernel.arg_names))
         active = self._driver.active
         stream = active.get_current_stream(active.get_current_device())
         # grid, stream, function, metadata, then launch metadata and two hooks: none are set
