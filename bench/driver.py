@@ -79,5 +79,5 @@ def as_if_on_a_gpu() -> None:
     prepared.tuning_for = lambda _: architectures.TABLE["sm_90"].tuning  # type: ignore[assignment]
 
 
-def nothing(*_: object) -> None:
+def nothing(*_: object, **__: object) -> None:
     """Stands in for the driver's launch."""

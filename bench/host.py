@@ -1,14 +1,12 @@
-"""Host time of a step up to the driver, beside what reading the addresses alone costs.
+"""Host time of a repeated step beside torch's fused SGD, both up to the device's own work.
 
     python -m bench.host [--tensors 300] [--repeats 1000] [--out FILE]
 
-Runs anywhere: tensors are on the CPU. Times drift with the machine, so the figure to watch is the
-ratio to the bare loop ``[p.grad.data_ptr() for p in params]``, measured in turns with the step,
-over gradients as new as the step's. The targets, for a launcher that does nothing, are 3 with kept
-gradients and 4.5 with new ones. "Launching", kernels are compiled for sm_90 and dispatched to a
-driver that does nothing; all tensors are tiles but one, so that there are two launches. A ratio is
-the median of those of the turns, since a shared machine may change its speed between two turns but
-hardly within one. A schedule that gives every group another rate costs what "new rates" shows.
+Runs anywhere: tensors are on the CPU. Kernels are compiled for sm_90 and dispatched to a driver
+that does nothing, `torch._fused_sgd_` is made to do nothing; what is left is what Python and torch
+do on the host in every step. Both are timed in turns in one process, since a shared machine may
+change its speed between two turns but hardly within one; a ratio is the median of those of the
+turns. All tensors are tiles but one, so that there are two launches.
 
 Gradients are "kept" (``zero_grad(set_to_none=False)``), "new" objects in every step where the last
 ones were (the default, on a GPU whose allocator hands out the same places every time), or "moved":
@@ -28,16 +26,17 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 # read when kernels are defined: they are compiled here
 os.environ.pop("TRITON_INTERPRET", None)
 
 import torch
 from torch.nn import Parameter
+from torch.optim import SGD
 
 from bench.report import commit, environment
 from bngd_triton import BNGD
-from bngd_triton.kept import PATIENCE
 
 # a tile, and a segment
 ELEMENTS, MORE = 64, 4096
@@ -74,67 +73,37 @@ class Backward:
 
 
 def measure(n: int, groups: int, gradients: str, repeats: int) -> dict[str, float]:
-    """Medians: the ratio; in microseconds the bare loop, the step, and the parts of a check.
-
-    The driver does nothing from here on.
-    """
+    """Medians: the ratio, and both steps in microseconds. The driver does nothing from here on."""
     from bench import driver
-    from bngd_triton.kernels import prepared
 
     driver.as_if_on_a_gpu()
     params = [Parameter(torch.randn(ELEMENTS if i else MORE)) for i in range(n)]
     size = -(-n // groups)
-    parts = [{"params": params[i : i + size]} for i in range(0, n, size)]
-    optimizer = BNGD(parts, fused=True, flatten=False)
+
+    def parts() -> list[dict[str, list[Parameter]]]:
+        return [{"params": params[i : i + size]} for i in range(0, n, size)]
+
+    optimizer = BNGD(parts(), fused=True, flatten=False)
+    sgd = SGD(parts(), lr=1e-3, momentum=0.9, fused=True)
     backward = Backward(params, gradients)
-    # until gradients that stay are known to
-    for _ in range(2 + PATIENCE):
-        backward()
-        optimizer.step()
-    steady = optimizer._stepper.steady
-    assert steady is not None, "the step was not recognised as repeatable"
-    grads = [param.grad for param in params]
-    (fused,) = steady.prepared
-    launch = prepared.launch
-    this = optimizer._pass([True] * groups)
-
-    def bare() -> list[int]:
-        return [param.grad.data_ptr() for param in params]  # type: ignore[union-attr]
-
-    # in turns: each of these with its like
-    rounds: list[dict[str, Callable[[], object]]] = [
-        {"bare loop": bare, "step": optimizer.step, "step, launching": optimizer.step},
-        {"step, new rates": optimizer.step},
-        {
-            "  gradients": lambda: [param.grad for param in params],
-            "  addresses": lambda: steady.params_at.of(params),
-            "  kinds": lambda: steady.same_kinds(*grads, *params),
-            "  state": lambda: steady._holds(optimizer.state),
-            "  options": lambda: steady.same_groups(optimizer.param_groups),
-            "  launches": lambda: fused.run_again(this),
-            "    autograd versions": lambda: torch.autograd.graph.increment_version(params),
-        },
-    ]
-    if steady.kept is not None:
-        same = steady.kept.grads
-        rounds[-1]["  gradients, kinds"] = lambda: same(steady.lists)
-    times: dict[str, list[float]] = {}
-    for loops in rounds:
-        for repeat, (name, loop) in itertools.product(range(repeats), loops.items()):
-            if loops is not rounds[-1]:
+    times: dict[str, list[float]] = {"step": [], "SGD": [], "step, new rates": []}
+    with mock.patch.object(torch, "_fused_sgd_", driver.nothing):
+        for repeat in range(2 + repeats):
+            for name, step in (("step", optimizer.step), ("SGD", sgd.step)):
                 backward()
-            if name == "step, new rates":
-                for group in optimizer.param_groups:
-                    group["lr"] = 1e-3 / (repeat + 1)
-            prepared.launch = driver.nothing if name == "step" else launch
-            times.setdefault(name, []).append(timed(loop))
-    medians = {name: 1e6 * statistics.median(values) for name, values in times.items()}
-    bares = times["bare loop"]
-    ratio, launching = (
-        statistics.median(map(operator.truediv, times[name], bares))
-        for name in ("step", "step, launching")
-    )
-    return {"ratio": ratio, "ratio, launching": launching, **medians}
+                times[name].append(timed(step))
+            assert optimizer._stepper.replay is not None, "the step was not replayed"
+            for group in optimizer.param_groups:
+                group["lr"] = 1e-3 / (repeat + 1)
+            backward()
+            times["step, new rates"].append(timed(optimizer.step))
+    # the first two make state, lay out and compile
+    rest = {name: values[2:] for name, values in times.items()}
+    medians = {name: 1e6 * statistics.median(values) for name, values in rest.items()}
+    return {
+        "ratio": statistics.median(map(operator.truediv, rest["step"], rest["SGD"])),
+        **medians,
+    }
 
 
 def main() -> int:
@@ -152,10 +121,10 @@ def main() -> int:
             with context.Pool(1) as pool:
                 row = pool.apply(measure, (args.tensors, groups, kind, args.repeats))
             case = f"{args.tensors} tensors, {groups} groups, {kind} gradients"
-            print(f"{case}: {row['ratio']:.2f} times, {row['ratio, launching']:.2f} launching")
+            print(f"{case}: {row['ratio']:.2f} of torch's fused SGD")
             for name, value in row.items():
-                if not name.startswith("ratio"):
-                    print(f"  {name:22s} {value:8.1f} us")
+                if name != "ratio":
+                    print(f"  {name:18s} {value:8.1f} us")
             found.append({"groups": groups, "gradients": kind, **row})
     conditions = {"environment": environment(torch.device("cpu")), "commit": commit()}
     figures = {**conditions, "tensors": args.tensors, "repeats": args.repeats, "rows": found}

@@ -62,9 +62,9 @@ def measure(n: int, repeats: int) -> dict[str, float]:
                 for param in group["params"]:
                     param.grad = part()
             if arm is anew:
-                anew._stepper.steady = None
+                anew._stepper.replay = None
             times[name].append(timed(arm.step))
-    assert repeating._stepper.steady is not None, "the step was not recognised as repeatable"
+    assert repeating._stepper.replay is not None, "the step was not recognised as repeatable"
     # the first two make state, and fill torch's caches
     return {name: 1e3 * statistics.median(some[2:]) for name, some in times.items()}
 

@@ -6,7 +6,6 @@ sharing one tensor never touches its neighbours.
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -19,9 +18,6 @@ from .memory import on_device
 ALIGNMENT = 128
 # a buffer is filled while the parameters it replaces are still alive: this bounds the extra memory
 MAX_BYTES = 256 * 2**20
-
-# parameters that some optimizer has flattened, by id; they are never flattened again
-_flattened: dict[int, weakref.ref[Tensor]] = {}
 
 
 def flatten_(params: Sequence[Tensor]) -> list[Tensor]:
@@ -41,15 +37,12 @@ def flatten_(params: Sequence[Tensor]) -> list[Tensor]:
         for param, view in zip(part, _views(part, part[0].dtype)):
             view.copy_(param.data)
             param.data = view
-            _remember(param)
     return left
 
 
 def why_not_flat(param: Tensor) -> str | None:
     """Why a parameter's storage must be left alone; None if it may move."""
     storage = param.untyped_storage()
-    if id(param) in _flattened:
-        return "it was flattened before"
     if type(param) not in (torch.Tensor, torch.nn.Parameter):
         return f"it is a {type(param).__name__}"
     if _bytes(param) > MAX_BYTES:
@@ -115,11 +108,6 @@ def _views(params: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
         strides = torch.empty_like(param, device="meta").stride()
         views.append(own.as_strided(param.shape, strides))
     return views
-
-
-def _remember(param: Tensor) -> None:
-    key = id(param)
-    _flattened[key] = weakref.ref(param, lambda _: _flattened.pop(key, None))
 
 
 def _bytes(tensor: Tensor) -> int:

@@ -34,13 +34,6 @@ EXTRAS = (
 # same, but take longer on the host, or parameters stay where they are
 PRIVATE = (
     "torch._C._dynamo.guards.TensorGuards",
-    "torch._C._dynamo.guards.RootGuardManager",
-    "torch._C._dynamo.guards.dict_version",
-    "torch._dynamo.guards.GuardManagerType",
-    "torch._C._dispatch_keys",
-    # in CUDA builds only
-    "torch._C._tensors_data_ptrs_at_indices_equal",
-    "torch._C._autograd._profiler_enabled",
     "torch._C._storage_Use_Count",
 )
 _ERROR = "error: "

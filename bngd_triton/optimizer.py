@@ -13,8 +13,7 @@ from torch.optim import Optimizer
 from .buffers import flatten_, why_not_flat
 from .checkpoint import COUNTS, asks_for_state, check_state_dict, parameter_names, place_state
 from .checks import check_parameter, check_step
-from .gathering import check_replayable, serve
-from .hooks import QuietStep
+from .gathering import serve
 from .members import Pass
 from .memory import local
 from .options import Options
@@ -22,7 +21,7 @@ from .state import KEYS, GradStats, Records, grad_stats
 from .stepper import Stepper, closing_of, prepare_state
 
 
-class BNGD(QuietStep):
+class BNGD(Optimizer):
     r"""Batch-normalised gradient descent: every batch's gradient is standardised before it is used.
 
     For each slice :math:`g` of each gradient::
@@ -303,10 +302,7 @@ class BNGD(QuietStep):
             ValueError: an option is out of bounds.
             RuntimeError: an option changed that no replay can follow; nothing was written.
         """
-        if self._stepper.prepared is not None:
-            options = self._stepper.reader.read(self.param_groups)
-            check_replayable(self._stepper.prepared.layouts, options)
-            self._stepper.prepared.write(options, closing_of(self.param_groups))
+        self._stepper.sync(self)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a checkpoint of `state_dict`; options come with it, `fused` and `flatten` do not.

@@ -19,6 +19,7 @@ from torch.amp import GradScaler
 from . import reference
 from .checkpoint import parameter_names
 from .gathering import check_group
+from .kernels.plan import capturing
 from .masters import check_pair
 from .members import SKIPPED, Pass
 from .memory import is_sharded
@@ -141,6 +142,11 @@ class GradientRelease:
         optimizer, grad = self._optimizer, param.grad
         if grad is None:
             return
+        if capturing(param.device):
+            raise RuntimeError(
+                "a backward pass with gradient release cannot be captured in a CUDA graph: its "
+                "gradients do not stay; remove() the release first"
+            )
         # a refused gradient must not be there for the next step
         param.grad = None
         if not self._looked and dist.is_available() and dist.is_initialized():
@@ -186,7 +192,7 @@ class GradientRelease:
                 "a GradScaler steps an optimizer whose gradients are released without it; call "
                 "release_gradients(model, optimizer, grad_scaler=scaler)"
             )
-        optimizer._stepper.steady = None
+        optimizer._stepper.replay = None
         this = optimizer._pass(closing_of(optimizer.param_groups))
         optimizer._stepper.lay_out_and_step(optimizer, this, self._moved)
         self._moved.clear()

@@ -56,7 +56,7 @@ class Spread:
         kernels = [part.member for part in self.parts if by_kernels(part)]
         measured: list[Tensor] = []
         if kernels:
-            self.prepared = FusedStep.fitting(self.prepared, kernels, options, apart=True)
+            self.prepared = FusedStep.fitting([self.prepared], kernels, options, apart=True)
             measured = self.prepared.measure(kernels, options, this)
         else:
             self.prepared = None

@@ -6,7 +6,7 @@ of an unfinished window have had a valid micro-batch. Beside it: records of stat
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -121,9 +121,12 @@ class Records:
 
     def __init__(self) -> None:
         self._of: dict[Tensor, Tensor] = {}
-        # ids of records that a global group shares, and records whose counts alone are wanted still
+        # ids of records that a global group shares
         self._shared: set[int] = set()
-        self._retired: list[Tensor] = []
+        # of the parameters that were kept last
+        self._ids: list[int] = []
+        # on each device, float64: skips of records that are gone
+        self._retired: dict[torch.device, Tensor] = {}
 
     def make(self, params: Sequence[Tensor], options: Options) -> None:
         """Give each parameter a record of its slices; those of a global group share one."""
@@ -141,8 +144,7 @@ class Records:
             here = [(param, slices) for param, slices in new if param.device == device]
             flat = new_record(sum(slices for _, slices in here), device)
             parts = flat.split([slices for _, slices in here])
-            for (param, _), part in zip(here, parts):
-                self._replace(param, part)
+            self._replace({param: part for (param, _), part in zip(here, parts)})
 
     def _share(self, params: Sequence[Tensor]) -> None:
         """One record for all: that of an earlier step if there is one."""
@@ -151,14 +153,30 @@ class Records:
         if params:
             record = held[0] if held else new_record(1, params[0].device)
             self._shared.add(id(record))
-            for param in params:
-                self._replace(param, record)
+            self._replace(dict.fromkeys(params, record))
 
-    def _replace(self, param: Tensor, record: Tensor) -> None:
-        old = self._of.get(param)
-        if old is not None and old is not record:
-            self._retired.append(old)
-        self._of[param] = record
+    def keep(self, params: Iterable[Tensor]) -> None:
+        """Let go of all other parameters; how often their slices were skipped still counts."""
+        ids = list(map(id, params))
+        if ids != self._ids:
+            self._ids, kept = ids, set(ids)
+            gone = [param for param in self._of if id(param) not in kept]
+            self._retire([self._of.pop(param) for param in gone])
+
+    def _replace(self, new: dict[Tensor, Tensor]) -> None:
+        old = [self._of[param] for param in new if param in self._of]
+        self._of.update(new)
+        self._retire(old)
+
+    def _retire(self, records: Sequence[Tensor]) -> None:
+        """Count the skips of records that no parameter has any more; nothing waits."""
+        used = set(map(id, self._of.values()))
+        distinct = {id(record): record for record in records}
+        for key in distinct.keys() - used:
+            record = distinct[key]
+            self._shared.discard(key)
+            count, device = record[:, SKIPPED].sum(), record.device
+            self._retired[device] = count + self._retired.get(device, 0.0)
 
     def __getitem__(self, param: Tensor) -> Tensor:
         return self._of[param]
@@ -169,6 +187,6 @@ class Records:
 
     def skipped(self) -> int:
         """Slices left as they were, so far, as far as this process has parts of them; waits."""
-        distinct = {id(record): record for record in (*self._of.values(), *self._retired)}
+        distinct = {id(record): record for record in self._of.values()}
         counts = [record[:, SKIPPED].sum() for record in distinct.values()]
-        return sum(int(count) for count in counts)
+        return sum(int(count) for count in (*counts, *self._retired.values()))

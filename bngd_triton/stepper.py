@@ -3,25 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import reference
-from .gathering import check_scaled, gather, refuse_capture
+from .gathering import check_replayable, check_scaled, gather, refuse_capture
 from .kernels.plan import capturing
 from .kernels.prepared import FusedStep
 from .members import Member, Pass, rounds_stochastically
 from .memory import is_sharded, local
 from .options import Options, OptionsReader
 from .precision import GOLDEN
+from .replay import Lot, Replay, lots_of
 from .state import MOMENTUM, WINDOW, make_state, master_of
-from .steady import Lot, Steady
 
 if TYPE_CHECKING:
     # torch may be built without torch.distributed
     from .spread import Part, Spread
+
+
+class Captured(NamedTuple):
+    """A step that a CUDA graph holds, and the memory that its replays write."""
+
+    prepared: FusedStep
+    memory: list[Tensor]
 
 
 class Stepper:
@@ -29,7 +36,8 @@ class Stepper:
 
     def __init__(self) -> None:
         self.prepared: FusedStep | None = None
-        self.steady: Steady | None = None
+        self.replay: Replay | None = None
+        self.captured: list[Captured] = []
         self.reader = OptionsReader()
         self.spread: dict[torch.device, Spread] = {}
         # whether some group counts micro-batches; whether some group rounds stochastically
@@ -38,15 +46,39 @@ class Stepper:
 
     def step(self, optimizer: Any) -> None:
         """Move every parameter that has a gradient."""
-        steady = self.steady
-        # the full check refuses to capture windows
-        captured = self.windowed and steady is not None and capturing(steady.device)
-        if steady is not None and not captured:
-            closing = closing_of(optimizer.param_groups) if self.windowed else steady.closing
-            if steady.run(optimizer, optimizer._pass(closing)):
+        replay = self.replay
+        if replay is not None:
+            closing = closing_of(optimizer.param_groups) if self.windowed else replay.closing
+            if replay.run(optimizer, optimizer._pass(closing)):
+                if any(map(capturing, replay.devices)):
+                    self._hold(replay)
                 return
-        self.steady = None
+        self.replay = None
         self.lay_out_and_step(optimizer, optimizer._pass(closing_of(optimizer.param_groups)))
+
+    def _hold(self, replay: Replay) -> None:
+        """Keep all that a CUDA graph has captured: its replays read and write it."""
+        for prepared, _, _ in replay.runs:
+            if prepared is not None:
+                prepared.fix()
+                if all(one.prepared is not prepared for one in self.captured):
+                    self.captured.append(Captured(prepared, replay.memory()))
+
+    def sync(self, optimizer: Any) -> None:
+        """Write every group's options to the tables of the last step and of captured ones."""
+        options, closing = (
+            self.reader.read(optimizer.param_groups),
+            closing_of(optimizer.param_groups),
+        )
+        captured = [one.prepared for one in self.captured]
+        steps = captured if self.prepared in (None, *captured) else [self.prepared, *captured]
+        if steps:
+            check_replayable(steps[-1].layouts, options)
+        layouts = [one.layout for one in options]
+        for step in steps:
+            # an earlier capture whose layout was given up since is held, and left as it is
+            if step.layouts == layouts:
+                step.write(options, closing)
 
     @torch.no_grad()
     def lay_out_and_step(self, optimizer: Any, this: Pass, closed: Collection[Tensor] = ()) -> None:
@@ -70,7 +102,9 @@ class Stepper:
             if choice.accumulation_steps == 1:
                 # of a window that was given up
                 group["micro_step"] = 0
-        keys = {id(p): i for i, p in enumerate(p for group in groups for p in group["params"])}
+        every = [param for group in groups for param in group["params"]]
+        optimizer._records.keep(every)
+        keys = {id(param): i for i, param in enumerate(every)}
         served: list[tuple[Tensor, Member]] = []
         # of which other ranks hold all
         hollow: list[tuple[Tensor, Member]] = []
@@ -108,9 +142,15 @@ class Stepper:
                 del optimizer.state[param][WINDOW]
         if served:
             self.run([one for _, one in served], options, this)
-        if all(all(part.fused) and not part.waiting for part in work):
+        else:
+            self.prepared = None
+        raising = any(one.nonfinite == "raise" for one in options)
+        if not raising and all(all(part.fused) and not part.waiting for part in work):
             lots = [Lot(self.prepared, served)] if served else []
-            self.steady = self._repeating(optimizer, lots, spreads, hollow, this)
+            if spreads or hollow:
+                lots += lots_of(spreads, hollow)
+            if Replay.serves(lots):
+                self.replay = Replay(optimizer, lots, self.reader, this)
         for found in spreads:
             found.move(options, this)
 
@@ -127,28 +167,10 @@ class Stepper:
         found.measure(here, options, this)
         return found
 
-    def _repeating(
-        self,
-        optimizer: Any,
-        lots: list[Lot],
-        spreads: list[Spread],
-        hollow: list[tuple[Tensor, Member]],
-        this: Pass,
-    ) -> Steady | None:
-        """What recognises the next step, if it is of the sort that can be."""
-        sharded = spreads or hollow or any(is_sharded(p) for lot in lots for p, _ in lot.pairs)
-        kind: type[Steady] = Steady
-        if sharded:
-            from .steady_shards import SteadyShards, lots_of
-
-            kind, lots = SteadyShards, [*lots, *lots_of(spreads, hollow)]
-        if not any(lot.pairs for lot in lots) or not Steady.serves(lots, self.reader.options):
-            return None
-        return kind(optimizer, lots, self.reader, this)
-
     def run(self, members: list[Member], options: list[Options], this: Pass) -> None:
-        """A step by the kernels, laid out anew where the last layout does not fit."""
-        self.prepared = FusedStep.fitting(self.prepared, members, options)
+        """A step by the kernels, laid out anew where no earlier layout fits."""
+        laid_out = [self.prepared, *(one.prepared for one in self.captured)]
+        self.prepared = FusedStep.fitting(laid_out, members, options)
         self.prepared.run(members, options, this)
 
 

@@ -27,7 +27,8 @@ from .work import Work, lay_out
 
 # bytes of the widest access
 ALIGNMENT = 16
-_MULTIPLES = bytes(range(0, 256, ALIGNMENT))
+# for the lowest byte of an address, whether 16 does not divide it
+_UNALIGNED = bytes(byte % ALIGNMENT != 0 for byte in range(256))
 # `Kind.master`, as in precision.py, which imports Triton
 PLAIN, REMAINDER, MASTER_COPY, STOCHASTIC = range(4)
 
@@ -164,37 +165,43 @@ class Plan:
     # bytes of all gradients
     grad_bytes: int
     addresses: list[int] = field(default_factory=list)
+    # a CUDA graph reads the tables: they must stay as they are
+    fixed: bool = False
     # what each form launches, made when it is first asked for
     launches: dict[str, list[Launch]] = field(default_factory=dict)
+    # of each address, in batch order, whether 16 does not divide it
+    _unaligned: bytes | None = None
 
-    def point_at(self, addresses: list[int], *, aligned: bool = False) -> bool:
+    def point_at(self, addresses: list[int]) -> bool:
         """Upload the gradients' addresses where one changed.
 
         Args:
             addresses: in entry order.
-            aligned: refuse new ones of which one is no multiple of 16.
 
         Returns:
-            False where they were refused, and those before them are still in use.
+            False where they were refused, and those before them are still in use: the tables are
+            `fixed`, or 16 does not divide the addresses that it divided; other kernels serve
+            unaligned gradients, and sum in another order.
+
+        Raises:
+            RuntimeError: one moved while a CUDA graph is being captured.
         """
-        if addresses is self.addresses:
-            return True
-        if addresses == self.addresses:
-            # the list that will be given again
-            self.addresses = addresses
-            return True
-        # 3 us for 300, where `array` takes 8
-        ordered = pack(f"<{len(addresses)}Q", *self.in_batch_order(addresses))
-        # their lowest bytes, less those of multiples of 16: 0.5 us for 300, where gcd takes 7
-        if aligned and ordered[::8].translate(None, _MULTIPLES):
-            return False
-        if capturing(self.device):
-            raise RuntimeError(
-                "a gradient moved while a CUDA graph is being captured; run one whole iteration "
-                "with zero_grad(set_to_none=False) before the capture, on the same stream"
-            )
-        upload(self.grad_ptrs, torch.frombuffer(bytearray(ordered), dtype=torch.int64))
-        self.addresses = addresses
+        if addresses != self.addresses:
+            if capturing(self.device):
+                raise RuntimeError(
+                    "a gradient moved while a CUDA graph is being captured; run one whole "
+                    "iteration with zero_grad(set_to_none=False) before the capture, on the same "
+                    "stream"
+                )
+            if self.fixed:
+                return False
+            # 3 us for 300, where `array` takes 8
+            packed = pack(f"<{len(addresses)}Q", *self.in_batch_order(addresses))
+            unaligned = packed[::8].translate(_UNALIGNED)
+            if self._unaligned not in (None, unaligned):
+                return False
+            upload(self.grad_ptrs, torch.frombuffer(bytearray(packed), dtype=torch.int64))
+            self.addresses, self._unaligned = addresses, unaligned
         return True
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from operator import is_
 from struct import pack
 
@@ -50,15 +50,19 @@ class FusedStep:
     @classmethod
     def fitting(
         cls,
-        prepared: FusedStep | None,
+        laid_out: Iterable[FusedStep | None],
         members: Sequence[Member],
         groups: Sequence[Options],
         *,
         apart: bool = False,
     ) -> FusedStep:
-        """`prepared` where it fits, else one laid out anew."""
-        if prepared is not None and prepared.signature == cls.sign(members, groups):
-            return prepared
+        """The first of some steps that fits, else one laid out anew."""
+        signature = cls.sign(members, groups)
+        for prepared in laid_out:
+            if prepared is not None and prepared.signature == signature:
+                addresses = [gradient_of(member).data_ptr() for member in members]
+                if not prepared.fixed or prepared.point_at(addresses):
+                    return prepared
         return cls(members, groups, apart=apart)
 
     @staticmethod
@@ -73,7 +77,7 @@ class FusedStep:
                     None if one is None else (one.data_ptr(), one.dtype, one.stride())
                     for one in (momentum, master, window, record)
                 ),
-                grad.dtype, grad.stride(), grad.is_neg(), grad.data_ptr() % ALIGNMENT, key,
+                grad.dtype, grad.stride(), grad.is_neg(), grad.data_ptr() % ALIGNMENT == 0, key,
             )
             for member in members
             for param, _, momentum, group, record, master, window, key in (member,)
@@ -83,8 +87,19 @@ class FusedStep:
 
     @property
     def in_place(self) -> bool:
-        """Whether every tensor is walked where it is, at 16-byte addresses."""
+        """Whether every tensor is walked where it is."""
         return all(device.in_place for device in self._devices)
+
+    @property
+    def fixed(self) -> bool:
+        """Whether a CUDA graph reads this step's tables, so that gradients must not move."""
+        return any(device.plan.fixed for device in self._devices)
+
+    def fix(self) -> None:
+        """Hold all that the launches read, and refuse to point at other gradients, from now on."""
+        for device in self._devices:
+            device.plan.fixed = True
+            device.held.append(device.last_inputs)
 
     def write(self, groups: Sequence[Options], closing: Sequence[bool]) -> None:
         """Bring the option tables up to date; an upload only where a value changed."""
@@ -151,13 +166,14 @@ class FusedStep:
             addresses: of the gradients, in the order of the members.
 
         Returns:
-            Whether the kernels can: only at multiples of 16.
+            Whether the kernels can: where 16 divides the addresses that it divided, and no graph
+            reads this step's tables.
         """
         for device in self._devices:
             here = addresses
             if len(self._devices) > 1:
                 here = [addresses[i] for i in device.order]
-            if not device.plan.point_at(here, aligned=True):
+            if not device.plan.point_at(here):
                 return False
         return True
 
@@ -188,7 +204,7 @@ class _Device:
             values = path.gradient(grad)
             copied |= path.param is not param or path.momentum is not momentum
             copied |= path.master is not master
-            copied |= values is not grad or values.data_ptr() % ALIGNMENT != 0
+            copied |= values is not grad
             entries.append(
                 Entry(
                     param=path.param,
@@ -212,7 +228,9 @@ class _Device:
         self.table = torch.empty(len(groups), 16, dtype=torch.float64, device=device)
         self.unscaled = torch.ones(1, device=device)
         self.finite = torch.zeros(1, device=device)
-        self._inputs: Inputs | None = None
+        self.last_inputs: Inputs | None = None
+        # of captured launches
+        self.held: list[Inputs | None] = []
 
     def write(self, groups: Sequence[Options], closing: Sequence[bool]) -> None:
         written = list(zip(groups, closing))
@@ -245,9 +263,9 @@ class _Device:
         found = self.finite if found is None else found.to(self.finite)
         inputs = Inputs(self.table, this.clocks[self.device], scale, found)
         # the same object where its tensors are the same: launches take it as it is
-        if self._inputs is None or not all(map(is_, inputs, self._inputs)):
-            self._inputs = inputs
-        return self._inputs
+        if self.last_inputs is None or not all(map(is_, inputs, self.last_inputs)):
+            self.last_inputs = inputs
+        return self.last_inputs
 
     def run(self, members: Sequence[Member], this: Pass) -> None:
         self.stage(members)

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial, Replicate
 from torch.nn import Parameter
 
-from bngd_triton import BNGD, kept
+from bngd_triton import BNGD
 from bngd_triton.memory import local
 from bngd_triton.stepper import Stepper
 
@@ -140,7 +140,7 @@ def run(change: Change, *, recognise: bool) -> Run:
         if step == CHANGED:
             change.make(made.params, optimizer)
         if not recognise:
-            optimizer._stepper.steady = None
+            optimizer._stepper.replay = None
         layouts.append(counted(optimizer))
     records = [optimizer._records[param] for param in made.params]
     momenta = [optimizer.state[param]["momentum_buffer"] for param in made.params]
@@ -184,7 +184,6 @@ def freed() -> list[bool]:
 
 def stayed() -> Run:
     """Gradients that are the same tensors in every step, with new values."""
-    kept.PATIENCE = 1
     made = held()
     optimizer = BNGD(made.params, 1e-2, fused=True)
     give(made, 0)

@@ -21,9 +21,8 @@ def test_host_time_is_measured_without_a_device(tmp_path: Path) -> None:
         (1, "kept"), (1, "new"), (1, "moved"), (28, "kept"), (28, "new"), (28, "moved"),
     ]  # fmt: skip
     for row in found["rows"]:
-        assert 1 < row["ratio"] < 100
-        # known to stay only where they do
-        assert ("  gradients, kinds" in row) == (row["gradients"] == "kept")
+        assert 0.05 < row["ratio"] < 20
+        assert min(row["step"], row["SGD"], row["step, new rates"]) > 1
 
 
 def test_microbenchmarks_run() -> None:

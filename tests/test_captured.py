@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+from collections.abc import Callable
 from typing import Any
 
 import capture
 import pytest
 import torch
-from runs import exact_gradient, make_params, state_of, take_steps
+from runs import exact_gradient, give, make_params, state_of, take_steps
 from torch import Tensor
 from torch.nn import Parameter
 
-from bngd_triton import BNGD
+from bngd_triton import BNGD, release_gradients
+from bngd_triton.kernels import launch
 from bngd_triton.tolerances import CDF
 
 
@@ -98,6 +102,147 @@ def test_sync_hyperparameters_reaches_a_replay(
     same = {"rtol": 0.0, "atol": bound, "equal_nan": True}
     torch.testing.assert_close(params, twins, **same)
     torch.testing.assert_close(state_of(optimizer, params), state_of(eager, twins), **same)
+
+
+def replayed(optimizer: BNGD) -> None:
+    """What a graph's replay does: the captured launches, and nothing on the host."""
+    step = optimizer._stepper.captured[-1].prepared
+    for device in step._devices:
+        inputs = device.held[-1]
+        assert inputs is not None
+        launch.launch(device.plan, inputs)
+
+
+def other_gradients(params: list[Parameter], optimizer: BNGD) -> None:
+    """An odd last batch."""
+    for place, param in enumerate(params):
+        give(param, exact_gradient(param, 300 + place))
+
+
+def one_gradient_less(params: list[Parameter], optimizer: BNGD) -> None:
+    params[1].grad = None
+
+
+def another_group(params: list[Parameter], optimizer: BNGD) -> None:
+    """One that the graph does not know of; the seeds' table is made anew."""
+    optimizer.add_param_group({"params": [Parameter(torch.ones(3, device=params[0].device))]})
+
+
+BETWEEN: list[Callable[[list[Parameter], BNGD], None]] = [
+    other_gradients, one_gradient_less, another_group,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("between", BETWEEN, ids=lambda between: between.__name__)
+def test_an_ordinary_step_leaves_a_captured_one_as_it_is(
+    between: Callable[[list[Parameter], BNGD], None],
+    device: torch.device,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    runs = []
+    for fused in (True, False):
+        params = make_params(device)
+        optimizer = BNGD(params, 1e-2, fused=fused)
+        take_steps(optimizer, params, range(2))
+        static = [param.grad for param in params]
+        with monkeypatch.context() as patch:
+            if fused:
+                capture.pretend(patch)
+            optimizer.step()
+        if fused:
+            # the graph's own, whatever the optimizer holds
+            (held,) = optimizer._stepper.captured
+            tables = [
+                weakref.ref(batch.grad_ptrs) for batch in held.prepared._devices[0].plan.batches
+            ]
+            del held
+        for _ in range(2):
+            between(params, optimizer)
+            optimizer.step()
+        gc.collect()
+        if fused:
+            assert all(table() is not None for table in tables)
+        for place, (param, grad) in enumerate(zip(params, static)):
+            param.grad = grad.copy_(exact_gradient(param, 400 + place))
+        if between is not another_group:
+            optimizer.param_groups[0]["lr"] = 3e-3
+            optimizer.sync_hyperparameters()
+        if fused:
+            replayed(optimizer)
+        else:
+            if between is another_group:
+                del optimizer.param_groups[1:]
+            optimizer.step()
+        runs.append((params, optimizer))
+    (params, optimizer), (twins, eager) = runs
+    torch.testing.assert_close(params, twins, rtol=0.0, atol=0.0)
+    torch.testing.assert_close(
+        state_of(optimizer, params), state_of(eager, twins), rtol=0.0, atol=0.0
+    )
+
+
+def test_gradients_of_a_captured_step_find_it_again(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch, layouts: Callable[[], int]
+) -> None:
+    """Eager steps between replays, on the graph's gradients and on others, in turns."""
+    params = make_params(device)
+    optimizer = BNGD(params, 1e-2, fused=True)
+    take_steps(optimizer, params, range(2))
+    static = [param.grad for param in params]
+    with monkeypatch.context() as patch:
+        capture.pretend(patch)
+        optimizer.step()
+    held = optimizer._stepper.captured[0].prepared
+    other_gradients(params, optimizer)
+    optimizer.step()
+    own = optimizer._stepper.prepared
+    assert own is not held
+    for param, grad in zip(params, static):
+        param.grad = grad
+    layouts()
+    optimizer.step()
+    # the other plan follows: the graph's stays as it was captured
+    assert layouts() == 0
+    assert optimizer._stepper.prepared is own
+    with monkeypatch.context() as patch:
+        capture.pretend(patch)
+        optimizer.step()
+    assert [one.prepared for one in optimizer._stepper.captured] == [held, own]
+
+
+def test_a_sync_reaches_every_captured_step_that_can_follow(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    params = make_params(device)
+    optimizer = BNGD(params, 1e-2, fused=True)
+    take_steps(optimizer, params, range(2))
+    tables = []
+    for _ in range(2):
+        with monkeypatch.context() as patch:
+            capture.pretend(patch)
+            optimizer.step()
+        tables.append(optimizer._stepper.captured[-1].prepared._devices[0].table)
+        other_gradients(params, optimizer)
+        optimizer.step()
+    optimizer.param_groups[0]["lr"] = 0.25
+    optimizer.sync_hyperparameters()
+    assert [float(table[0, 0]) for table in tables] == [0.25, 0.25]
+    optimizer.param_groups[0]["granularity"] = "row"
+    with pytest.raises(RuntimeError, match="cannot follow granularity of group 0"):
+        optimizer.sync_hyperparameters()
+
+
+def test_gradient_release_cannot_be_captured(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = torch.nn.Linear(4, 3, device=device)
+    optimizer = BNGD(model.parameters(), fused=True)
+    release_gradients(model, optimizer)
+    capture.pretend(monkeypatch)
+    before = model.weight.detach().clone()
+    with pytest.raises(RuntimeError, match="gradient release cannot be captured"):
+        model(torch.randn(2, 4, device=device)).sum().backward()
+    assert torch.equal(model.weight, before)
 
 
 def test_compiled_training_step(device: torch.device) -> None:

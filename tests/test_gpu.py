@@ -109,6 +109,42 @@ def test_a_captured_step_follows_a_schedule(
     assert runs[0][1].skipped == runs[1][1].skipped > 0
 
 
+def test_ordinary_steps_between_replays_leave_the_graph_as_it_is(device: torch.device) -> None:
+    """An odd last batch has gradients of its own, and one without a gradient another plan."""
+    shapes = [(300, 70), (70,), (200_000,)] if GPU else [(9, 7), (70,), (2500,)]
+    start = [torch.randn(shape, device=device) for shape in shapes]
+    runs = []
+    for graphed in (False, True):
+        torch.manual_seed(1)
+        params = [nn.Parameter(value.clone()) for value in start]
+        optimizer = BNGD(params, LR, fused=True)
+        for param in params:
+            param.grad = torch.randn_like(param)
+        static = [param.grad for param in params]
+        if graphed:
+            replay = captured(optimizer.step)
+        else:
+            for _ in range(WARM):
+                optimizer.step()
+            replay = optimizer.step
+        for step in range(REPLAYS):
+            for place, param in enumerate(params):
+                odd = step % 2 and place == 1
+                param.grad = None if odd else torch.randn_like(param)
+            optimizer.step()
+            # what a freed table would be filled with
+            filled = [torch.full((n,), -1, device=device) for n in (64, 512, 4096)]
+            for param, grad in zip(params, static):
+                param.grad = grad.copy_(torch.randn_like(grad))
+            optimizer.param_groups[0]["lr"] = LR / (step + 1)
+            optimizer.sync_hyperparameters()
+            replay()
+            del filled
+        runs.append(params)
+    for a, b in zip(*runs):
+        assert torch.equal(a, b)
+
+
 def test_a_whole_training_iteration_is_captured(device: torch.device) -> None:
     data = torch.randn(BATCHES, 32, 24, device=device)
     losses = []

@@ -114,7 +114,7 @@ STAYS = [
     Stays("without_entries", without_entries, "no entries"),
     Stays("tensor_subclass", tensor_subclass, "Tagged"),
     Stays("parameter_subclass", parameter_subclass, "Marked"),
-    Stays("flattened_before", flattened_before, "flattened before"),
+    Stays("flattened_before", flattened_before, "another flat buffer"),
 ]
 stays = pytest.mark.parametrize("case", STAYS, ids=[case.desc for case in STAYS])
 
