@@ -53,6 +53,19 @@ class Swapped(ast.NodeTransformer):
         return node
 
 
+class Unguarded(ast.NodeTransformer):
+    """Leaves out barriers."""
+
+    def __init__(self) -> None:
+        self.removed = 0
+
+    def visit_Expr(self, node: ast.Expr) -> ast.Expr | None:
+        if ast.unparse(node.value) != "tl.debug_barrier()":
+            return node
+        self.removed += 1
+        return None
+
+
 def test_machine_code() -> None:
     done = run_check()
     assert done.returncode == 0, done.stdout + done.stderr
@@ -77,6 +90,23 @@ def test_missing_and_wrong_hints_are_found(tmp_path: Path) -> None:
         for target in ("sm_90", "gfx942"):
             line = rf"FAIL {variant} +\S+ +plain +aligned +{target} +cache hints "
             assert re.search(line, done.stdout), done.stdout
+
+
+def test_a_window_that_is_written_while_it_is_read_is_found(tmp_path: Path) -> None:
+    for source in KERNELS.glob("*.py"):
+        tree = ast.parse(source.read_text())
+        for node in tree.body:
+            if isinstance(node, ast.FunctionDef) and node.name == "settle":
+                unguarded = Unguarded()
+                unguarded.visit(node)
+                assert unguarded.removed == 1
+        (tmp_path / source.name).write_text(ast.unparse(tree))
+
+    done = run_check("--kernels", str(tmp_path), "--only", "lanes")
+
+    failed = [line for line in done.stdout.splitlines() if line.startswith("FAIL")]
+    assert len(failed) == 2, done.stdout + done.stderr
+    assert all(" windows " in line and "other threads may yet read" in line for line in failed)
 
 
 def test_an_update_that_reads_before_it_waits_is_found(tmp_path: Path) -> None:
