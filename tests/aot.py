@@ -37,6 +37,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+VERSION = tuple(map(int, triton.__version__.split(".")[:2]))
 KERNELS = Path(str(importlib.util.find_spec("bngd_triton.kernels").origin)).parent  # type: ignore[union-attr]
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
@@ -259,6 +260,7 @@ class Report:
         atomics: atomic operations on global memory.
         releases: fences before them.
         acquires: cache invalidations after them.
+        hasty: releases that do not wait until caches are written back; None on NVIDIA.
         windows: loads and stores of windows: nothing else has one byte.
         unguarded: stores of a window after a load of it, without a barrier between them.
         dependence: how programs depend on other launches: ``griddepcontrol`` in the PTX.
@@ -280,14 +282,15 @@ class Report:
     atomics: int
     releases: int
     acquires: int
+    hasty: int | None
     windows: int
     unguarded: int
     dependence: list[str]
     too_soon: int
     seconds: float
 
-    def complaints(self, case: Case) -> list[str]:
-        """What is wrong with it."""
+    def complaints(self, case: Case, waits_from: tuple[int, int]) -> list[str]:
+        """What is wrong with it; see `architectures.RELEASES_WAIT_FROM`."""
         found = []
         if self.loop_spills or self.spill > SPILL_BYTES.get(case.kernel, 0):
             found.append(f"spills {self.spill} bytes, {self.loop_spills} accesses in loops")
@@ -309,6 +312,9 @@ class Report:
                 ]
         if min(self.atomics, self.releases, self.acquires) < FENCES.get(case.kernel, 0):
             found.append("an acquire, a release or the atomic between them is missing")
+        # a Triton that is hasty with the flag is not given the single launch
+        if self.hasty and (case.kernel != "single" or waits_from <= VERSION):
+            found.append(f"{self.hasty} releases without a wait for what they release")
         if bool(self.windows) != case.windowed:
             found.append(f"{self.windows} accesses to windows")
         if self.unguarded:
@@ -461,6 +467,20 @@ def count_unguarded(codes: list[str], load: str, store: str, barrier: str) -> tu
     return accesses, unguarded
 
 
+def count_hasty(codes: list[str]) -> int:
+    """How many atomics follow AMD's write-back of a cache without a wait for its end."""
+    hasty = 0
+    written = True
+    for code in codes:
+        if code.startswith("buffer_wbl2"):
+            written = False
+        elif re.match(r"s_waitcnt\b.*\bvmcnt\(0\)", code):
+            written = True
+        elif code.startswith("global_atomic"):
+            hasty, written = hasty + (not written), True
+    return hasty
+
+
 def inspect(compiled: Any, backend: str, seconds: float) -> Report:
     """Read the machine code."""
     if backend == "cuda":
@@ -493,6 +513,7 @@ def inspect(compiled: Any, backend: str, seconds: float) -> Report:
     wait = next((i for i, code in enumerate(codes) if code.startswith("ACQBULK")), 0)
     bodies = [codes[first : last + 1] for first, last in loops]
     atomics, releases, acquires = (len(matching(pattern, codes)) for pattern in patterns)
+    hasty = None if backend == "cuda" else count_hasty(codes)
     windows, unguarded = count_unguarded(codes, *bytewise)
     if compiled.metadata.num_warps == 1:
         # a warp reads before it writes: there the barrier is left out
@@ -517,6 +538,7 @@ def inspect(compiled: Any, backend: str, seconds: float) -> Report:
         atomics=atomics,
         releases=releases,
         acquires=acquires,
+        hasty=hasty,
         windows=windows,
         unguarded=unguarded,
         dependence=dependence,
@@ -537,7 +559,7 @@ def run(folder: Path, case: Case) -> tuple[Case, Report | None, list[str]]:
         return case, None, [f"does not compile: {str(error).splitlines()[-1]}"]
     seconds = time.perf_counter() - begin
     report = inspect(compiled, TARGETS[case.target].backend, seconds)
-    return case, report, report.complaints(case)
+    return case, report, report.complaints(case, modules["architectures"].RELEASES_WAIT_FROM)
 
 
 def cases(quick: bool, only: list[str]) -> Iterator[Case]:
