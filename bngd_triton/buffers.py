@@ -122,4 +122,6 @@ def _users(tensor: Tensor) -> int:
 
 def _aliases(param: Tensor) -> bool:
     """Whether another tensor looks into the storage: it would go on seeing the old values."""
-    return _users(param) > _users(torch.nn.Parameter(torch.empty(1)))
+    return _users(param) > _users(
+        torch.nn.Parameter(torch.empty(1, dtype=torch.float32, device="cpu"))
+    )

@@ -157,7 +157,7 @@ def _verify(args: argparse.Namespace) -> int:
         _check_folder(args.json.absolute().parent, "--json")
         if args.json.is_dir():
             raise ValueError(f"--json must be a file, got the folder {args.json}")
-    device = torch.ones(1, device=args.device).device
+    device = torch.empty(1, dtype=torch.float32, device=args.device).device
     if device.type == "cpu":
         # read when kernels are defined, which comes later
         os.environ["TRITON_INTERPRET"] = "1"
@@ -165,7 +165,7 @@ def _verify(args: argparse.Namespace) -> int:
     from .verify import verify
     from .verify_cases import Case, suite
 
-    reason = why_not(torch.ones(1, device=device))
+    reason = why_not(torch.empty(1, dtype=torch.float32, device=device))
     if reason is not None:
         return _fail(f"the kernels cannot run on {device}: {reason}", 1)
     try:

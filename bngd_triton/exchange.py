@@ -117,7 +117,9 @@ def _wide_rows(shares: Sequence[Share]) -> Tensor | None:
     """Which rows of the shares' packed tables are wide; None if none is."""
     if not any(share.wide for share in shares):
         return None
-    return torch.cat([torch.full((s.slices,), s.wide, device=s.device) for s in shares])
+    return torch.cat(
+        [torch.full((s.slices,), s.wide, dtype=torch.bool, device=s.device) for s in shares]
+    )
 
 
 class _Stage(NamedTuple):
@@ -188,7 +190,8 @@ class Exchange:
             for share in shares:
                 if any(name == other.group_name for other in share.groups):
                     taken.append(share)
-                    rows.append(torch.arange(start, start + share.slices, device=share.device))
+                    end = start + share.slices
+                    rows.append(torch.arange(start, end, dtype=torch.int64, device=share.device))
                 start += share.slices
             if any(share.slices for share in taken):
                 some = torch.cat(rows) if len(taken) < len(shares) else None

@@ -172,7 +172,7 @@ def _device(device: torch.device) -> dict[str, Any]:
 
 
 def _why_not(device: torch.device) -> str | None:
-    reason = why_not(torch.empty(1, device=device))
+    reason = why_not(torch.empty(1, dtype=torch.float32, device=device))
     if reason is None:
         # what is installed may be broken
         _import_triton()

@@ -110,7 +110,8 @@ def functional_pass(
 ) -> Pass:
     """The `Pass` of the functional twins."""
     clocks = {
-        param.device: torch.full((1,), rounding_key or 0, device=param.device) for param in params
+        param.device: torch.full((1,), rounding_key or 0, dtype=torch.int64, device=param.device)
+        for param in params
     }
     return Pass([closing], clocks, grad_scale, found_inf)
 
@@ -118,7 +119,7 @@ def functional_pass(
 def skipped_slices(members: Sequence[Member]) -> Tensor:
     """How many slices were left as they were: 0-dim int64 on the first parameter's device."""
     if not members:
-        return torch.zeros((), dtype=torch.int64)
+        return torch.zeros((), dtype=torch.int64, device="cpu")
     device = members[0].param.device
     counts = [member.record[:, SKIPPED].sum().to(device) for member in members]
     return torch.stack(counts).sum().long()

@@ -263,9 +263,9 @@ class BNGD(Optimizer):
         scale, found = self.__dict__.get("grad_scale"), self.__dict__.get("found_inf")
         # a number: set by hand, or what was found on no device at all
         if isinstance(scale, (int, float)):
-            scale = torch.tensor(float(scale))
+            scale = torch.tensor(float(scale), dtype=torch.float32, device="cpu")
         if isinstance(found, (int, float)):
-            found = torch.tensor(float(found))
+            found = torch.tensor(float(found), dtype=torch.float32, device="cpu")
         return Pass(closing, self._clocks, scale, found)
 
     def _count_micro_batch(self) -> None:
@@ -363,7 +363,7 @@ class BNGD(Optimizer):
             self._seeds = seeds
         for device in devices - set(self._clocks):
             values = [(g["seed"] << 32) + g["rounding_steps"] for g in groups]
-            self._clocks[device] = torch.tensor(values, device=device)
+            self._clocks[device] = torch.tensor(values, dtype=torch.int64, device=device)
 
     def _forget(self) -> None:
         """Drop what can be made again; it holds addresses and must not be copied or saved."""

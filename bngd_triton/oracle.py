@@ -120,7 +120,7 @@ def _rms(v: Tensor) -> float:
 
 def _plain(tensor: Tensor) -> Tensor:
     """A contiguous float64 copy on the CPU, by index and not by memory."""
-    out = torch.empty(tensor.shape, dtype=torch.float64)
+    out = torch.empty(tensor.shape, dtype=torch.float64, device="cpu")
     return out.copy_(tensor.detach().cpu())
 
 

@@ -134,10 +134,10 @@ def positions_of(param: Tensor, block: slice | EllipsisType, *, by_row: bool) ->
     rows = param.shape[0] if by_row and param.dim() >= 2 else 1
     strides: Sequence[int] = param.stride()
     if not walked_in_place(param, rows):
-        strides = torch.empty(param.shape, device="meta").stride()
+        strides = torch.empty(param.shape, dtype=param.dtype, device="meta").stride()
     places = torch.zeros((), dtype=torch.int64, device=param.device)
     for d, (size, stride) in enumerate(zip(param.shape, strides)):
-        index = torch.arange(size, device=param.device)
+        index = torch.arange(size, dtype=torch.int64, device=param.device)
         if d == 0 and isinstance(block, slice):
             index = index[block]
         places = places.unsqueeze(-1) + index * stride

@@ -66,12 +66,11 @@ class Stepper:
 
     def sync(self, optimizer: Any) -> None:
         """Write every group's options to the tables of the last step and of captured ones."""
-        options, closing = (
-            self.reader.read(optimizer.param_groups),
-            closing_of(optimizer.param_groups),
-        )
-        captured = [one.prepared for one in self.captured]
-        steps = captured if self.prepared in (None, *captured) else [self.prepared, *captured]
+        groups = optimizer.param_groups
+        options, closing = self.reader.read(groups), closing_of(groups)
+        steps = [one.prepared for one in self.captured]
+        if self.prepared is not None and self.prepared not in steps:
+            steps.insert(0, self.prepared)
         if steps:
             check_replayable(steps[-1].layouts, options)
         layouts = [one.layout for one in options]

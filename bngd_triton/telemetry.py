@@ -68,7 +68,9 @@ class GradStatsLog:
         for logged in self.steps:
             for name in logged.names:
                 place.setdefault(name, len(place))
-        found = torch.full((len(place), len(self.steps)), torch.nan, dtype=torch.float64)
+        found = torch.full(
+            (len(place), len(self.steps)), torch.nan, dtype=torch.float64, device="cpu"
+        )
         for i, logged in enumerate(self.steps):
             found[[place[name] for name in logged.names], i] = logged.values[
                 :, COLUMNS.index(column)
@@ -108,7 +110,8 @@ class GradStatsLog:
                 raise ValueError(f"its columns are {document['columns']}")
             for entry in document["steps"]:
                 rows = [[float(value) for value in row] for row in entry["stats"].values()]
-                values = torch.tensor(rows, dtype=torch.float64).view(len(rows), len(COLUMNS))
+                values = torch.tensor(rows, dtype=torch.float64, device="cpu")
+                values = values.view(len(rows), len(COLUMNS))
                 log.steps.append(LoggedStep(int(entry["step"]), tuple(entry["stats"]), values))
         except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
             raise ValueError(f"{path} is not a log of GradStatsLog.save: {error!r}") from error

@@ -67,7 +67,7 @@ def _cells(log: GradStatsLog) -> tuple[list[str], list[int], Tensor, Tensor]:
     """Names, the first step of each column, log10 std and skips, both [names, columns]."""
     names, steps, std = log.table("std")
     skipped = log.table("skipped")[2].nan_to_num()
-    rose = skipped.diff(dim=1, prepend=torch.zeros(len(names), 1, dtype=torch.float64)) > 0
+    rose = skipped.diff(dim=1, prepend=skipped.new_zeros(len(names), 1)) > 0
     share = -(-len(steps) // _COLUMNS)
     heights = std.log10()
     if share > 1:

@@ -186,7 +186,7 @@ def _compare(
         f"{what} of shape {tuple(got.shape)}, entry {i}: {float(got.flatten()[i]):.9g}, not "
         f"{float(want.flatten()[i]):.9g}; {float(share[i]):.3g} times the bound"
     )
-    ulps = torch.zeros(1) if ulp is None else torch.where(error == 0, 0.0, error / ulp)
+    ulps = torch.zeros_like(share) if ulp is None else torch.where(error == 0, 0.0, error / ulp)
     return Error(float(ulps.nan_to_num(torch.inf, torch.inf).max()), float(share[i]), where)
 
 

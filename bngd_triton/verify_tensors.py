@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +14,8 @@ from .verify_cases import Case
 # entries before and after a tensor that lies in a larger buffer; 64 bytes or more, so that the
 # tensor is aligned where it starts right after them
 _GUARD = 32
+# what random values are drawn as, whatever torch's defaults
+_DRAWN: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
 # parameters' guards, which a stray write changes; those of gradients are NaN, which a stray read
 # spreads
 _MARK = 77.0
@@ -77,13 +79,15 @@ def place(values: Tensor, way: str, guard: float = _MARK) -> Placed:
     if way == "own":
         return Placed(values.clone(memory_format=torch.contiguous_format), None)
     start = _GUARD + (way == "unaligned")
-    strides = torch.empty(shape, device="meta").stride()
+    strides = torch.empty(shape, dtype=values.dtype, device="meta").stride()
     if way == "channels_last":
-        like = torch.empty(shape, device="meta", memory_format=torch.channels_last)
+        like = torch.empty(
+            shape, dtype=values.dtype, device="meta", memory_format=torch.channels_last
+        )
         strides = like.stride()
     elif way in ("transposed", "permuted"):
         # the last dimension outermost
-        turned = torch.empty((shape[-1], *shape[:-1]), device="meta")
+        turned = torch.empty((shape[-1], *shape[:-1]), dtype=values.dtype, device="meta")
         strides = turned.permute(*range(1, len(shape)), 0).stride()
     elif way == "gaps":
         strides = tuple(2 * stride for stride in strides)
@@ -100,7 +104,7 @@ def weights(case: Case, tuning: Tuning, device: torch.device, seed: int) -> list
     generator = torch.Generator().manual_seed(seed)
     placed = []
     for shape, way in shapes(case, tuning):
-        values = torch.randn(shape, generator=generator)
+        values = torch.randn(shape, generator=generator, **_DRAWN)
         placed.append(place(values.to(device, case.dtypes[0]), way))
     return placed
 
@@ -131,7 +135,8 @@ def gradients(case: Case, tuning: Tuning, step: int, seed: int) -> list[Tensor]:
     found = []
     for i, (shape, _) in enumerate(shapes(case, tuning)):
         # multiples of 2**-12: a power of two times them is exact where it is in range
-        values = (torch.randn(shape, generator=generator) + 0.5).mul(4096).round().div(4096)
+        values = torch.randn(shape, generator=generator, **_DRAWN)
+        values = (values + 0.5).mul(4096).round().div(4096)
         flat = values.view(-1)
         if kind == "steep":
             values = values + 1000
@@ -140,11 +145,11 @@ def gradients(case: Case, tuning: Tuning, step: int, seed: int) -> list[Tensor]:
             power = 10 if dtype is torch.float16 else 100
             values = values.to(dtype).float() * 2.0 ** (power if kind == "exploding" else -power)
         elif kind == "constant":
-            values = torch.full(shape, 0.375 * (step + 1))
+            values = torch.full(shape, 0.375 * (step + 1), **_DRAWN)
         elif kind == "zeros":
-            values = torch.zeros(shape)
+            values = torch.zeros(shape, **_DRAWN)
         elif kind == "spike":
-            values = torch.zeros(shape)
+            values = torch.zeros(shape, **_DRAWN)
             values.view(-1)[-1:] = 1.0
         elif kind == "exact":
             values = _exact(shape, generator)
@@ -159,6 +164,8 @@ def _exact(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     """Rows whose mean is 2: entries 1 and 3, as many of each, and a 2 where their number is odd."""
     rows = shape[0] if len(shape) > 1 else 1
     n = torch.Size(shape).numel() // max(rows, 1)
-    row = torch.tensor([1.0, 3.0] * (n // 2) + [2.0] * (n % 2))
-    order = torch.rand(rows, n, generator=generator).argsort(1)
-    return row.expand(rows, n).gather(1, order).reshape(shape) if n else torch.empty(shape)
+    row = torch.tensor([1.0, 3.0] * (n // 2) + [2.0] * (n % 2), **_DRAWN)
+    order = torch.rand(rows, n, generator=generator, **_DRAWN).argsort(1)
+    return (
+        row.expand(rows, n).gather(1, order).reshape(shape) if n else torch.empty(shape, **_DRAWN)
+    )

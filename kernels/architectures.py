@@ -106,6 +106,22 @@ def dependent_launches(device: torch.device) -> bool:
     return name.startswith("sm_") and int(name.removeprefix("sm_")) >= 90
 
 
+# the first Triton that was seen to wait: 3.7.1 raises a flag on gfx942 right after `buffer_wbl2`,
+# without `s_waitcnt vmcnt(0)` (https://github.com/llvm/llvm-project/issues/178316)
+RELEASES_WAIT_FROM = (3, 9)
+
+
+@functools.cache
+def releases_wait(device: torch.device) -> bool:
+    """Whether a flag is raised only after all that it announces can be seen."""
+    if device.type != "cuda" or not torch.version.hip:
+        return True
+    import triton
+
+    major, minor = triton.__version__.split(".")[:2]
+    return (int(major), int(minor)) >= RELEASES_WAIT_FROM
+
+
 @functools.cache
 def processors(device: torch.device) -> int:
     """How many programs run at a time, but for those that share a processor."""

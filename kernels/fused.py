@@ -213,9 +213,10 @@ def segment_statistics(
         entries.append(Entry(values, values, None, record, 0, rows, False, shared))
     plan = build(entries, tuning or tuning_for(device), tiles=False)
     plan.point_at([entry.grad.data_ptr() for entry in entries])
-    table = torch.tensor([encode(options)], dtype=torch.float64).to(device)
+    table = torch.tensor([encode(options)], dtype=torch.float64, device=device)
     none = torch.zeros(1, dtype=torch.int64, device=device)
-    inputs = Inputs(table, none, torch.ones(1, device=device), torch.zeros(1, device=device))
+    unscaled = torch.ones(1, dtype=torch.float32, device=device)
+    inputs = Inputs(table, none, unscaled, torch.zeros_like(unscaled))
     statistics(plan, inputs)
     records = [entry.record for entry in entries]
     found = torch.cat(records[:1] if granularity == "global" else records)

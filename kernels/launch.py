@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..memory import on_device
-from .architectures import dependent_launches, processors
+from .architectures import RELEASES_WAIT_FROM, dependent_launches, processors, releases_wait
 from .direct import Launch
 from .plan import Batch, Plan
 from .support import interpreting
@@ -21,17 +21,29 @@ def form_for(plan: Plan, form: str | None = None) -> str:
 
     A global group that spans batches takes two launches, since all its statistics come before any
     update. Else `form` decides, then `Tuning.form`, then the device and the bytes of gradient: one
-    launch from `Tuning.single_from` bytes on and below `Tuning.single_to`.
+    launch from `Tuning.single_from` bytes on and below `Tuning.single_to`, where the device can.
 
     Raises:
         ValueError: no such form.
+        RuntimeError: one launch is asked for, which would read what is not written yet.
     """
     tuning = plan.tuning
     fits = tuning.single_from <= plan.grad_bytes < tuning.single_to
-    form = form or tuning.form or FORMS[fits]
+    form = form or tuning.form or FORMS[fits and releases_wait(plan.device)]
     if form not in FORMS:
         raise ValueError(f"form must be one of {', '.join(FORMS)}, got {form!r}")
-    return FORMS[0] if plan.spanning else form
+    if plan.spanning or form == FORMS[0]:
+        return FORMS[0]
+    if not releases_wait(plan.device):
+        import triton
+
+        least = ".".join(map(str, RELEASES_WAIT_FROM))
+        raise RuntimeError(
+            f"form {form!r} needs Triton {least} or later on AMD, where older ones raise a flag "
+            f"before what it announces is written; got Triton {triton.__version__}: update it, or "
+            f"use {FORMS[0]!r}"
+        )
+    return form
 
 
 class Inputs(NamedTuple):

@@ -65,6 +65,8 @@ def settle(
         # momentum decays with the first valid micro-batch; it is not read where mode is LEAVE
         beta = tl.where(seen, 1.0, beta)
         mode = tl.where(seen & (valid == 0) & closing, CLOSE_ONLY, mode)
+        # every thread of a slice has read what one of them now writes
+        tl.debug_barrier()
         tl.store(window, ((seen | valid) & (closing == 0)).to(tl.uint8), mask=known)
     return up, more, high, low, inverse, mode, beta.to(tl.float32), taken, scale
 
@@ -75,6 +77,7 @@ def note(record, mean, std, taken, scale, live):
     tl.store(record + MEAN, mean / scale, mask=live)
     tl.store(record + STD, std / scale, mask=live)
     left = live & (taken == 0)
+    # no barrier, unlike in `settle`: nobody goes on with a count but the thread that stores its own
     count = tl.load(record + SKIPPED, mask=left, other=0.0)
     tl.store(record + SKIPPED, count + 1.0, mask=left)
 

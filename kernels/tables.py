@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from operator import itemgetter
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +14,8 @@ from .tuning import Tuning
 
 # what the kernels' tables have to a row
 SLICE, TILE, SEGMENT, CHUNK = 5, 5, 6, 4
+# of tables: laid out on the CPU, whatever the default device, and uploaded whole
+INT64: dict[str, Any] = {"dtype": torch.int64, "device": "cpu"}
 # bytes to a slice in a record: three float64
 RECORD = 24
 
@@ -103,18 +105,19 @@ def _segments(
             n_partials += slices * entries[j].rows
             done.add(j)
         per_segment = (n_partials - first) // entry.rows
-        table = torch.empty(entry.rows, SEGMENT, dtype=torch.int64)
-        table[:, 0] = torch.arange(entry.rows) * per_segment + first
+        table = torch.empty(entry.rows, SEGMENT, **INT64)
+        row = _arange(entry.rows)
+        table[:, 0] = row * per_segment + first
         table[:, 1] = per_segment
         table[:, 2] = total
         table[:, 3] = entry.coded
-        table[:, 4] = entry.record.data_ptr() + torch.arange(entry.rows) * RECORD
+        table[:, 4] = address(entry.record) + row * RECORD
         table[:, 5] = 0
         if entry.window is not None:
-            table[:, 5] = entry.window.data_ptr() + torch.arange(entry.rows)
+            table[:, 5] = address(entry.window) + row
         tables.append(table)
         n_segments += entry.rows
-    segments = torch.cat(tables) if tables else torch.empty(0, SEGMENT, dtype=torch.int64)
+    segments = _stack(tables, SEGMENT)
     return segments, spans, n_partials
 
 
@@ -134,7 +137,7 @@ def _batch(
     for at, i in enumerate(members):
         entry, span = entries[i], spans[i]
         if span is not None:
-            partial = torch.arange(span.slices * entry.rows) + span.partial
+            partial = _arange(span.slices * entry.rows) + span.partial
             slices.append(_cut(at, entry, span.step, partial, span.segment))
             chunks.append(_cut(at, entry, tuning.chunk, None, span.segment))
         elif entry.rows > 1:
@@ -148,10 +151,10 @@ def _batch(
         "slices": _stack(slices, SLICE),
         "tiles": _stack(tiles, TILE),
         "chunks": _stack(chunks, CHUNK),
-        "rows": torch.tensor([_row(entries[i]) for i in members]),
-        "param_ptrs": torch.tensor([entries[i].param.data_ptr() for i in members]),
-        "momentum_ptrs": torch.tensor([entries[i].buffer.data_ptr() for i in members]),
-        "master_ptrs": torch.tensor([_master(entries[i]) for i in members]),
+        "rows": torch.tensor([_row(entries[i]) for i in members], **INT64),
+        "param_ptrs": torch.tensor([address(entries[i].param) for i in members], **INT64),
+        "momentum_ptrs": torch.tensor([address(entries[i].buffer) for i in members], **INT64),
+        "master_ptrs": torch.tensor([_master(entries[i]) for i in members], **INT64),
     }
     flat = torch.cat([part.flatten() for part in parts.values()]).to(grad_ptrs.device)
     pieces = flat.split([part.numel() for part in parts.values()])
@@ -169,10 +172,10 @@ def _batch(
 def _cut(at: int, entry: Entry, step: int, partial: Tensor | None, segment: int) -> Tensor:
     """Cut every row of a tensor in steps: tensor, first element, elements(, partial), segment."""
     length = entry.length
-    starts = torch.arange(0, length, step)
-    sizes = torch.minimum(torch.tensor(step), length - starts)
-    row = torch.arange(entry.rows)
-    table = torch.empty(entry.rows, len(starts), CHUNK if partial is None else SLICE).long()
+    starts = _arange(length, step)
+    sizes = (length - starts).clamp(max=step)
+    row = _arange(entry.rows)
+    table = torch.empty(entry.rows, len(starts), CHUNK if partial is None else SLICE, **INT64)
     table[..., 0] = at
     table[..., 1] = row[:, None] * length + starts
     table[..., 2] = sizes
@@ -185,10 +188,10 @@ def _cut(at: int, entry: Entry, step: int, partial: Tensor | None, segment: int)
 def _tiles(at: int, rows: int, listed: bool, columns: int, tuning: Tuning) -> Tensor:
     """Tiles of `rows` rows from tensor `at` on: of that tensor, or one per tensor if `listed`."""
     per_tile = tuning.tile_rows(columns)
-    first = torch.arange(0, rows, per_tile)
-    table = torch.empty(len(first), TILE, dtype=torch.int64)
+    first = _arange(rows, per_tile)
+    table = torch.empty(len(first), TILE, **INT64)
     table[:, 0] = at + first if listed else at
-    table[:, 1] = torch.minimum(torch.tensor(per_tile), rows - first)
+    table[:, 1] = (rows - first).clamp(max=per_tile)
     table[:, 2] = 0 if listed else first
     table[:, 3] = int(listed)
     table[:, 4] = columns
@@ -196,18 +199,27 @@ def _tiles(at: int, rows: int, listed: bool, columns: int, tuning: Tuning) -> Te
 
 
 def _stack(tables: list[Tensor], columns: int) -> Tensor:
-    return torch.cat(tables) if tables else torch.empty(0, columns, dtype=torch.int64)
+    return torch.cat(tables) if tables else torch.empty(0, columns, **INT64)
 
 
 def _row(entry: Entry) -> list[int]:
     """A tensor's row of the table for tiles."""
-    window = 0 if entry.window is None else entry.window.data_ptr()
-    return [entry.length, entry.coded, entry.record.data_ptr(), window]
+    window = 0 if entry.window is None else address(entry.window)
+    return [entry.length, entry.coded, address(entry.record), window]
 
 
 def _master(entry: Entry) -> int:
     """The address of the master, or the key of stochastic rounding."""
-    return entry.key or 0 if entry.master is None else entry.master.data_ptr()
+    return entry.key or 0 if entry.master is None else address(entry.master)
+
+
+def address(tensor: Tensor) -> int:
+    """Where a tensor's entries start, as an int64: addresses from 2**63 on (XPU) are negative."""
+    return (tensor.data_ptr() ^ (1 << 63)) - (1 << 63)
+
+
+def _arange(end: int, step: int = 1) -> Tensor:
+    return torch.arange(0, end, step, **INT64)
 
 
 def _slice_step(length: int, tuning: Tuning) -> int:

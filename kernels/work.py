@@ -53,16 +53,16 @@ def lay_out(slices: Tensor, tiles: Tensor, chunks: Tensor, wave: int) -> Work:
     chunks = chunks[chunks[:, -1].argsort(stable=True)]
     first = int(slices[0, -1]) if len(slices) else 0
     n_segments = int(slices[-1, -1]) - first + 1 if len(slices) else 0
-    sizes = torch.zeros(n_segments, dtype=torch.int64)
+    sizes = slices.new_zeros(n_segments)
     sizes.index_add_(0, slices[:, -1] - first, slices[:, 2])
     waves = ((sizes.cumsum(0) - sizes) // wave)[slices[:, -1] - first]
     # a segment longer than a wave leaves numbers out
     waves = waves.unique_consecutive(return_inverse=True)[1]
-    wave_of = torch.zeros(n_segments, dtype=torch.int64)
+    wave_of = slices.new_zeros(n_segments)
     wave_of[slices[:, -1] - first] = waves
 
     tables = ((SLICE_ITEM, slices), (TILE_ITEM, tiles), (CHUNK_ITEM, chunks))
-    items = torch.zeros(sum(len(table) for _, table in tables), ITEM, dtype=torch.int64)
+    items = slices.new_zeros(sum(len(table) for _, table in tables), ITEM)
     at = 0
     for kind, table in tables:
         items[at : at + len(table), 0] = kind
@@ -72,7 +72,7 @@ def lay_out(slices: Tensor, tiles: Tensor, chunks: Tensor, wave: int) -> Work:
     turn = torch.cat(
         [
             2 * waves,
-            torch.ones(len(tiles), dtype=torch.int64),
+            tiles.new_ones(len(tiles)),
             2 * wave_of[chunks[:, -1] - first] + 3,
         ]
     )

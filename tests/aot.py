@@ -6,7 +6,7 @@ Every kernel must, for each target, dtype combination and variant: stream with a
 its block allows, tell the caches what is read again and what is not, keep spills out of the
 streaming loops, stay within a register budget, and keep the acquires and releases around the
 counter that elects a segment's last program and, in the single launch, on the flag that its updates
-wait for.
+wait for; and wait for all threads between the read of a window and its write.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+VERSION = tuple(map(int, triton.__version__.split(".")[:2]))
 KERNELS = Path(str(importlib.util.find_spec("bngd_triton.kernels").origin)).parent  # type: ignore[union-attr]
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
@@ -110,7 +111,6 @@ SASS_HINTS = {
 }
 # releases and acquires: around the counter that elects a segment's last program, and on its flag
 FENCES = {"statistics": 1, "single": 2}
-
 # what a launch that moves parameters is told of them
 TENSORS = {
     "options_ptr": "*fp64",
@@ -215,6 +215,11 @@ class Case:
         return BUDGETS[self.variant][0 if self.aligned else 1] + extra
 
     @property
+    def windowed(self) -> bool:
+        """Whether it opens and closes windows."""
+        return self.kernel == "publish" or (self.windows and self.kernel != "update")
+
+    @property
     def hints(self) -> Counter[str]:
         """How many accesses ask for which eviction policy."""
         parts = re.split("[ +]", self.variant)
@@ -255,6 +260,9 @@ class Report:
         atomics: atomic operations on global memory.
         releases: fences before them.
         acquires: cache invalidations after them.
+        hasty: releases that do not wait until caches are written back; None on NVIDIA.
+        windows: loads and stores of windows: nothing else has one byte.
+        unguarded: stores of a window after a load of it, without a barrier between them.
         dependence: how programs depend on other launches: ``griddepcontrol`` in the PTX.
         too_soon: accesses to global memory before the wait for the launch before.
         seconds: to compile.
@@ -274,12 +282,15 @@ class Report:
     atomics: int
     releases: int
     acquires: int
+    hasty: int | None
+    windows: int
+    unguarded: int
     dependence: list[str]
     too_soon: int
     seconds: float
 
-    def complaints(self, case: Case) -> list[str]:
-        """What is wrong with it."""
+    def complaints(self, case: Case, waits_from: tuple[int, int]) -> list[str]:
+        """What is wrong with it; see `architectures.RELEASES_WAIT_FROM`."""
         found = []
         if self.loop_spills or self.spill > SPILL_BYTES.get(case.kernel, 0):
             found.append(f"spills {self.spill} bytes, {self.loop_spills} accesses in loops")
@@ -301,6 +312,13 @@ class Report:
                 ]
         if min(self.atomics, self.releases, self.acquires) < FENCES.get(case.kernel, 0):
             found.append("an acquire, a release or the atomic between them is missing")
+        # a Triton that is hasty with the flag is not given the single launch
+        if self.hasty and (case.kernel != "single" or waits_from <= VERSION):
+            found.append(f"{self.hasty} releases without a wait for what they release")
+        if bool(self.windows) != case.windowed:
+            found.append(f"{self.windows} accesses to windows")
+        if self.unguarded:
+            found.append(f"{self.unguarded} windows stored while other threads may yet read them")
         dependence = [DEPENDENCE[case.kernel]] if case.pdl else []
         if self.dependence != dependence:
             found.append(f"dependence on other launches {self.dependence}, not {dependence}")
@@ -435,6 +453,34 @@ def asked_widths(ttir: str, threads: int) -> dict[str, Counter[int]]:
     return asked
 
 
+def count_unguarded(codes: list[str], load: str, store: str, barrier: str) -> tuple[int, int]:
+    """How many loads and stores there are, and stores after a load without a barrier between."""
+    accesses = unguarded = 0
+    loaded = False
+    for code in codes:
+        if re.match(load, code):
+            accesses, loaded = accesses + 1, True
+        elif re.match(barrier, code):
+            loaded = False
+        elif re.match(store, code):
+            accesses, unguarded = accesses + 1, unguarded + loaded
+    return accesses, unguarded
+
+
+def count_hasty(codes: list[str]) -> int:
+    """How many atomics follow AMD's write-back of a cache without a wait for its end."""
+    hasty = 0
+    written = True
+    for code in codes:
+        if code.startswith("buffer_wbl2"):
+            written = False
+        elif re.match(r"s_waitcnt\b.*\bvmcnt\(0\)", code):
+            written = True
+        elif code.startswith("global_atomic"):
+            hasty, written = hasty + (not written), True
+    return hasty
+
+
 def inspect(compiled: Any, backend: str, seconds: float) -> Report:
     """Read the machine code."""
     if backend == "cuda":
@@ -447,6 +493,7 @@ def inspect(compiled: Any, backend: str, seconds: float) -> Report:
         width, any_load, spilling = sass_width, r"LDG\b", r"(LDL|STL)\b"
         load, store = r"LDG\S*\.E[FL]\b", r"STG\S*\.E[FL]\b"
         patterns = (r"ATOMG\S*\.STRONG", r"MEMBAR", r"CCTL\.IVALL")
+        bytewise = (r"LDG\S*\.U8\b", r"STG\S*\.U8\b", r"BAR\.")
     else:
         text = compiled.asm["amdgcn"]
         field = {k: int(v) for k, v in re.findall(r"^\s+\.(\w+):\s+(\d+)$", text, re.M)}
@@ -455,6 +502,9 @@ def inspect(compiled: Any, backend: str, seconds: float) -> Report:
         width, any_load, spilling = amdgcn_width, r"(global|buffer)_load", r"scratch_"
         load, store = any_load, r"(global|buffer)_store"
         patterns = (r"global_atomic", r"buffer_wbl2", r"buffer_inv")
+        bytewise = (
+            r"(global|buffer)_load_ubyte", r"(global|buffer)_store_byte", r"s_barrier"
+        )  # fmt: skip
 
     def matching(pattern: str, lines: list[str]) -> list[str]:
         return [code for code in lines if re.match(pattern, code)]
@@ -463,6 +513,11 @@ def inspect(compiled: Any, backend: str, seconds: float) -> Report:
     wait = next((i for i, code in enumerate(codes) if code.startswith("ACQBULK")), 0)
     bodies = [codes[first : last + 1] for first, last in loops]
     atomics, releases, acquires = (len(matching(pattern, codes)) for pattern in patterns)
+    hasty = None if backend == "cuda" else count_hasty(codes)
+    windows, unguarded = count_unguarded(codes, *bytewise)
+    if compiled.metadata.num_warps == 1:
+        # a warp reads before it writes: there the barrier is left out
+        unguarded = 0
     lanes = compiled.metadata.target.warp_size
     ttir = compiled.asm["ttir"]
     asked = asked_widths(ttir, compiled.metadata.num_warps * lanes)
@@ -483,6 +538,9 @@ def inspect(compiled: Any, backend: str, seconds: float) -> Report:
         atomics=atomics,
         releases=releases,
         acquires=acquires,
+        hasty=hasty,
+        windows=windows,
+        unguarded=unguarded,
         dependence=dependence,
         too_soon=len(matching(r"(LDG|STG|ATOMG?|RED)\b", codes[:wait])),
         seconds=seconds,
@@ -501,7 +559,7 @@ def run(folder: Path, case: Case) -> tuple[Case, Report | None, list[str]]:
         return case, None, [f"does not compile: {str(error).splitlines()[-1]}"]
     seconds = time.perf_counter() - begin
     report = inspect(compiled, TARGETS[case.target].backend, seconds)
-    return case, report, report.complaints(case)
+    return case, report, report.complaints(case, modules["architectures"].RELEASES_WAIT_FROM)
 
 
 def cases(quick: bool, only: list[str]) -> Iterator[Case]:
@@ -535,7 +593,8 @@ def cases(quick: bool, only: list[str]) -> Iterator[Case]:
                 yield dataclasses.replace(case, pdl=True)
     yield from narrow_cases(quick, only, targets)
     for target in targets if "lanes" in only else ():
-        yield Case("statistics", target, "fp32", "fp32", "fp32", tables=True)
+        for form in ({"tables": True}, {"windows": True}):
+            yield Case("statistics", target, "fp32", "fp32", "fp32", **form)
 
 
 def narrow_cases(quick: bool, only: list[str], targets: tuple[str, ...]) -> Iterator[Case]:

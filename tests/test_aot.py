@@ -11,8 +11,9 @@ import pytest
 
 import bngd_triton.kernels
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
 
+VERSION = tuple(map(int, triton.__version__.split(".")[:2]))
 CHECK = Path(__file__).with_name("aot.py")
 KERNELS = Path(bngd_triton.kernels.__file__).parent
 OTHER_POLICY = {"evict_first": "evict_last", "evict_last": "evict_first"}
@@ -53,6 +54,19 @@ class Swapped(ast.NodeTransformer):
         return node
 
 
+class Unguarded(ast.NodeTransformer):
+    """Leaves out barriers."""
+
+    def __init__(self) -> None:
+        self.removed = 0
+
+    def visit_Expr(self, node: ast.Expr) -> ast.Expr | None:
+        if ast.unparse(node.value) != "tl.debug_barrier()":
+            return node
+        self.removed += 1
+        return None
+
+
 def test_machine_code() -> None:
     done = run_check()
     assert done.returncode == 0, done.stdout + done.stderr
@@ -77,6 +91,39 @@ def test_missing_and_wrong_hints_are_found(tmp_path: Path) -> None:
         for target in ("sm_90", "gfx942"):
             line = rf"FAIL {variant} +\S+ +plain +aligned +{target} +cache hints "
             assert re.search(line, done.stdout), done.stdout
+
+
+def test_a_window_that_is_written_while_it_is_read_is_found(tmp_path: Path) -> None:
+    for source in KERNELS.glob("*.py"):
+        tree = ast.parse(source.read_text())
+        for node in tree.body:
+            if isinstance(node, ast.FunctionDef) and node.name == "settle":
+                unguarded = Unguarded()
+                unguarded.visit(node)
+                assert unguarded.removed == 1
+        (tmp_path / source.name).write_text(ast.unparse(tree))
+
+    done = run_check("--kernels", str(tmp_path), "--only", "lanes")
+
+    failed = [line for line in done.stdout.splitlines() if line.startswith("FAIL")]
+    assert len(failed) == 2, done.stdout + done.stderr
+    assert all(" windows " in line and "other threads may yet read" in line for line in failed)
+
+
+@pytest.mark.skipif(VERSION >= (3, 9), reason="this Triton waits")
+def test_a_flag_that_is_raised_too_early_is_found(tmp_path: Path) -> None:
+    """The kernels as they are, for a Triton from which on the wait is demanded."""
+    for source in KERNELS.glob("*.py"):
+        text = source.read_text().replace(
+            "RELEASES_WAIT_FROM = (3, 9)", "RELEASES_WAIT_FROM = (0, 0)"
+        )
+        (tmp_path / source.name).write_text(text)
+
+    done = run_check("--kernels", str(tmp_path), "--only", "single lanes")
+
+    failed = [line for line in done.stdout.splitlines() if line.startswith("FAIL")]
+    assert failed, done.stdout + done.stderr
+    assert all("gfx942" in line and "releases without a wait" in line for line in failed)
 
 
 def test_an_update_that_reads_before_it_waits_is_found(tmp_path: Path) -> None:

@@ -11,9 +11,16 @@ import pytest
 import torch
 
 from bngd_triton.kernels import architectures
-from bngd_triton.kernels.architectures import TABLE, dependent_launches, row_for, tuning_for
+from bngd_triton.kernels.architectures import (
+    TABLE,
+    dependent_launches,
+    releases_wait,
+    row_for,
+    tuning_for,
+)
 
 GPU = torch.device("cuda", 5)
+CACHED = (architectures.architecture_of, tuning_for, dependent_launches, releases_wait)
 
 
 @pytest.fixture
@@ -26,7 +33,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch) -> Any:
         wave: int = 32,
         l2: int = 60 << 20,
     ) -> None:
-        for cached in (architectures.architecture_of, tuning_for, dependent_launches):
+        for cached in CACHED:
             cached.cache_clear()
         properties = SimpleNamespace(gcnArchName=gfx, warp_size=wave, L2_cache_size=l2)
         monkeypatch.setattr(torch.version, "hip", "7.0" if gfx else None)
@@ -34,7 +41,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch) -> Any:
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
 
     yield become
-    for cached in (architectures.architecture_of, tuning_for, dependent_launches):
+    for cached in CACHED:
         cached.cache_clear()
 
 
@@ -113,3 +120,25 @@ def test_others_and_the_interpreter() -> None:
     assert not dependent_launches(torch.device("cpu"))
     assert not tuning_for(torch.device("xpu")).wide
     assert row_for("sm_999") is architectures.OTHERS[32]
+
+
+@pytest.mark.parametrize(
+    ("gfx", "version", "waits"),
+    [
+        (None, "3.7.1", True),
+        ("gfx942", "3.6.0+rocm7.1", False),
+        ("gfx942", "3.7.1", False),
+        ("gfx90a", "3.8.0", False),
+        ("gfx942", "3.9.0", True),
+        ("gfx942", "3.10.0+git1", True),
+        ("gfx942", "4.0.0", True),
+    ],
+)
+def test_on_amd_a_release_waits_from_triton_3_9_on(
+    gfx: str | None, version: str, waits: bool, pretend: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("triton")
+    pretend(gfx=gfx)
+    monkeypatch.setattr("triton.__version__", version)
+    assert releases_wait(GPU) is waits
+    assert releases_wait(torch.device("cpu"))

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from kernel_cases import LANES, LR
+from runs import assert_bits, make_params, state_of, take_steps
 from torch import Tensor, nn
 from work import member, nothing_new
 
@@ -193,6 +194,26 @@ def test_a_hundred_runs_give_the_same_bits(device: torch.device) -> None:
         found = [param.detach() for param in params]
         first = first or found
         assert all(torch.equal(a, b) for a, b in zip(found, first))
+
+
+@pytest.mark.parametrize("granularity", ["row", "tensor"])
+def test_every_thread_of_a_slice_sees_the_window_that_it_found(
+    granularity: str, device: torch.device
+) -> None:
+    """Windows in which each first and last micro-batch counts, bit for bit with the reference."""
+    # slices of which several warps hold a part
+    sizes = (200, 2000) if granularity == "row" else (130, 200, 1000, 2000)
+    many = 500 if GPU else 3
+    shapes = [(many, n) for n in sizes] if granularity == "row" else [(n,) for n in sizes] * many
+    runs = []
+    for fused in (False, True):
+        params = make_params(device, shapes=shapes)
+        optimizer = BNGD(
+            params, LR, granularity=granularity, accumulation_steps=4, center_1d=True, fused=fused
+        )
+        take_steps(optimizer, params, range(12))
+        runs.append([*params, *state_of(optimizer, params)])
+    assert_bits(*runs)
 
 
 # the work of the device's sizes are a few dozen items, and more programs than items never run

@@ -268,6 +268,26 @@ def test_which_form_runs(device: torch.device, launched: list[str]) -> None:
         names(LANES, "three")
 
 
+def test_no_flag_is_trusted_that_is_raised_too_early(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where releases do not wait: refused by name if asked for, never chosen, nothing moved."""
+    monkeypatch.setattr(launch, "releases_wait", lambda device: False)
+    param = torch.randn(500, device=device)
+    before, grad = param.clone(), torch.randn_like(param)
+    asked = dataclasses.replace(LANES, form="single-launch")
+    with pytest.raises(RuntimeError, match=r"'single-launch' needs Triton 3\.9 .*; got Triton 3"):
+        fused_step_([param], [grad], None, lr=LR, momentum=0.0, tuning=asked)
+    assert torch.equal(param, before)
+    with pytest.raises(RuntimeError, match="'single-launch' needs"):
+        launch.form_for(plan_of([param], LANES), "single-launch")
+    chosen = dataclasses.replace(LANES, single_to=1 << 30)
+    assert launch.form_for(plan_of([param], chosen)) == "two-launch"
+    assert launch.form_for(plan_of([param], asked), "two-launch") == "two-launch"
+    # sharded steps never take one launch
+    FusedStep([member(param, grad, None)], [Options(LR)], asked, apart=True)
+
+
 @pytest.mark.parametrize("form", launch.FORMS)
 def test_a_global_group_across_dtypes_takes_two_launches(
     form: str, device: torch.device, launched: list[str]
