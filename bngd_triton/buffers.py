@@ -12,7 +12,7 @@ import torch
 import torch.utils.dlpack
 from torch import Tensor
 
-from .memory import on_device
+from .memory import dispatches, on_device
 
 # a GPU's L2 line, and a multiple of what 16-byte accesses need
 ALIGNMENT = 128
@@ -62,9 +62,14 @@ def why_not_flat(param: Tensor) -> str | None:
 
 def zeros_like(params: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> list[Tensor]:
     """Zeros of the shapes and strides of `params`, as views of flat buffers; in order."""
-    found: dict[int, Tensor] = {}
+    # what a class does to operations must happen to its state too, or not at all
+    found = {
+        i: torch.zeros_like(param, dtype=dtypes[i])
+        for i, param in enumerate(params)
+        if dispatches(param)
+    }
     for dtype in dict.fromkeys(dtypes):
-        places = [i for i, wanted in enumerate(dtypes) if wanted == dtype]
+        places = [i for i, wanted in enumerate(dtypes) if wanted == dtype and i not in found]
         for part in _partition([params[i] for i in places]):
             mine = [places[i] for i in part]
             found |= dict(zip(mine, _views([params[i] for i in mine], dtype)))

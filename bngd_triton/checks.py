@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .members import slices_of
-from .memory import is_sharded
+from .memory import dispatches, is_sharded
 from .options import Options
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -51,6 +51,19 @@ def check_float(what: str, tensor: Tensor) -> None:
             f"{what} is sharded (DTensor), whose statistics need all ranks: step it with BNGD, or "
             "pass the whole tensor (.full_tensor())"
         )
+    if dispatches(tensor):
+        _check_arithmetic(what, tensor)
+
+
+def _check_arithmetic(what: str, tensor: Tensor) -> None:
+    """Refuse a tensor subclass that would break a step off in the middle."""
+    try:
+        tensor[...].double().mul(1.0)
+    except (NotImplementedError, TypeError) as error:
+        raise TypeError(
+            f"{what} is a {type(tensor).__name__}, which cannot be multiplied; BNGD needs tensors "
+            "with arithmetic: dequantize it (momentum_dtype=torch.bfloat16 halves momentum)"
+        ) from error
 
 
 def check_parameter(name: str, param: Tensor) -> None:

@@ -179,4 +179,5 @@ def record_moments(
     record[:, MEAN] = mean.reshape(-1)
     record[:, STD] = std.reshape(-1)
     if options.nonfinite != "propagate":
-        record[:, SKIPPED] += (~fold.finite).reshape(-1)
+        # out of place: a tensor subclass may carry each operation out more than once
+        record[:, SKIPPED] = record[:, SKIPPED] + (~fold.finite).reshape(-1)

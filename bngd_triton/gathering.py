@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from .checkpoint import parameter_names
 from .checks import check_step, check_tensors, check_unpartitioned, nonfinite_somewhere
 from .kernels.plan import capturing
-from .kernels.support import why_not
+from .kernels.support import why_not, why_not_memory
 from .members import Pass
 from .memory import is_sharded, local
 from .options import Layout, Options
-from .state import MOMENTUM, WINDOW
+from .state import KEYS, MOMENTUM, WINDOW
 
 if TYPE_CHECKING:
     # torch may be built without torch.distributed
@@ -220,18 +221,39 @@ def check_group(
     check_tensors(parts, grads, buffers, buffered=options.buffered, names=names)
     check_step(parts, grads, options, names=names, finite=[finite and not one for one in apart])
     fused = serve(optimizer.fused, params, names, options)
-    # a float32 parameter may have a float64 gradient, or momentum from a float64 checkpoint
-    others = [(g, b) if options.buffered else (g,) for g, b in zip(grads, buffers)]
-    for on, more, name in zip(fused, others, names):
-        reason = next(filter(None, map(why_not, more)), None) if on and optimizer.fused else None
-        if reason:
+    # a float32 parameter may have a float64 gradient, or state from a float64 checkpoint
+    for i, (param, grad) in enumerate(zip(params, grads)):
+        if not fused[i]:
+            continue
+        reason = why_not(grad) or _why_not_state(state.get(param, {}), options)
+        if reason and optimizer.fused:
             raise RuntimeError(
-                f"fused=True cannot serve {name} with the gradient or momentum it has: {reason}"
+                f"fused=True cannot serve {names[i]} with the gradient or state it has: {reason}"
             )
-    fused = [on and not any(map(why_not, more)) for on, more in zip(fused, others)]
+        fused[i] = reason is None
     if options.granularity == "global":
         fused = [all(fused)] * len(fused)
     return fused
+
+
+def _why_not_state(entry: dict[str, Any], options: Options) -> str | None:
+    """Why the kernels cannot write a parameter's state."""
+    if (
+        options.buffered
+        and MOMENTUM in entry
+        and (reason := _why_not_written(local(entry[MOMENTUM])))
+    ):
+        return reason
+    # remainders and windows are integers
+    held = [local(entry[key]) for key in KEYS if key in entry]
+    return next(filter(None, map(why_not_memory, held)), None)
+
+
+def _why_not_written(tensor: Tensor) -> str | None:
+    """`why_not` for a tensor that is written: a gradient's negative bit is resolved in a copy."""
+    if tensor.is_neg():
+        return "its negative bit is not in its memory; use fused=None or fused=False, or clone it"
+    return why_not(tensor)
 
 
 def _check_complete(params: Sequence[Tensor], names: Sequence[str]) -> None:
@@ -251,7 +273,8 @@ def serve(
     """Which parameters go to the kernels; an error where ``fused=True`` cannot be kept."""
     if fused is False:
         return [False] * len(params)
-    reasons = [why_not(param) for param in params]
+    with torch.no_grad():
+        reasons = [_why_not_written(local(param)) for param in params]
     for name, reason in zip(names, reasons):
         if fused and reason:
             raise RuntimeError(f"fused=True cannot serve {name}: {reason}")

@@ -14,6 +14,14 @@ def is_sharded(tensor: object) -> TypeGuard[Any]:
     return hasattr(tensor, "placements")
 
 
+def dispatches(tensor: Tensor) -> bool:
+    """Whether a tensor's class carries out operations itself: its memory, if any, tells nothing.
+
+    Wrapper subclasses and fake tensors do, DTensors too; a `Parameter` class of one's own does not.
+    """
+    return type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
+
+
 def local(tensor: Tensor) -> Tensor:
     """The part of a DTensor that this process holds; other tensors as they are.
 

@@ -232,10 +232,16 @@ class BNGD(Optimizer):
             FloatingPointError: a non-finite gradient with ``nonfinite="raise"``.
         """
         loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        self._step()
+        try:
+            if closure is not None:
+                with torch.enable_grad():
+                    loss = closure()
+            self._step()
+        except BaseException:
+            # a GradScaler takes back what it left here only after a step that returns
+            if self.__dict__.pop("found_inf", None) is not None:
+                self.__dict__.pop("grad_scale", None)
+            raise
         return loss
 
     # opaque to torch.compile: a compiled training step breaks its graph here, and nothing in it

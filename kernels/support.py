@@ -9,6 +9,8 @@ import os
 import torch
 from torch import Tensor
 
+from ..memory import dispatches
+
 FUSED_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -24,10 +26,28 @@ def has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
+def why_not_memory(tensor: Tensor) -> str | None:
+    """Why a tensor's entries are not what lies at its address; None if they are."""
+    if dispatches(tensor):
+        return f"it is a {type(tensor).__name__}, whose entries are not plain memory"
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    if wrapped or torch._is_functional_tensor(tensor):
+        return "it is wrapped by a transform of torch.func, and has no memory of its own"
+    if tensor._is_zerotensor():
+        return "it stands for zeros and has no memory"
+    return None
+
+
 def why_not(tensor: Tensor) -> str | None:
-    """Why the kernels cannot serve a dense float tensor, with the way out; None if they can."""
+    """Why the kernels cannot serve a dense float tensor, with the way out; None if they can.
+
+    Of a DTensor, ask with the part that this process holds.
+    """
     if not has_triton():
         return "Triton is not installed; install it, or use fused=False"
+    reason = why_not_memory(tensor)
+    if reason:
+        return f"{reason}; use fused=None or fused=False"
     if tensor.dtype not in FUSED_DTYPES:
         served = ", ".join(str(dtype).removeprefix("torch.") for dtype in FUSED_DTYPES)
         return f"the kernels take {served}, got {tensor.dtype}; use fused=None or fused=False"

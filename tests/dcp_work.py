@@ -139,7 +139,7 @@ class Result(NamedTuple):
     counts: list[dict[str, Any]]
     resumed: dict[str, Snapshot]
     back: dict[str, Snapshot]
-    # the place in the window after a first micro-batch with lr 0
+    # the place in the window after a first micro-batch with lr 0 and a gradient of zeros
     after_warm_up: int
 
 
@@ -185,14 +185,12 @@ def visit(folder: Path) -> Result:
 
 
 def warmed_up(mesh: DeviceMesh) -> int:
-    """A first micro-batch with lr 0, in which only the first rank's gradient is not all 0."""
+    """A first micro-batch with lr 0 whose gradients are all 0."""
     run = made(mesh)
     for group in run.optimizer.param_groups:
         group["lr"] = 0.0
     for part in run.parts:
-        sparse = [torch.zeros_like(whole) for whole in initial()]
-        sparse[1][0] = 1.0
-        part.give(sparse)
+        part.give([torch.zeros_like(whole) for whole in initial()])
     run.optimizer.step()
     return int(run.optimizer.param_groups[0]["micro_step"])
 

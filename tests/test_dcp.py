@@ -152,7 +152,7 @@ def test_making_state_is_not_a_step(ranks: list[Result]) -> None:
 
 
 def test_a_first_micro_batch_with_lr_0_counts(ranks: list[Result]) -> None:
-    # though three ranks' parts of the gradient are all 0
+    # though all of the gradient is 0
     assert [rank.after_warm_up for rank in ranks] == [1, 1, 1, 1]
 
 

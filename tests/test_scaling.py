@@ -273,3 +273,37 @@ def test_statistics_are_of_the_unscaled_gradient(granularity: str, path: StepPat
         for of in STATISTICS:
             torch.testing.assert_close(of(found), of(want[name]), rtol=1e-12, atol=0)
         torch.testing.assert_close(found.kappa, want[name].kappa, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("unscale", [False, True])
+@pytest.mark.parametrize("overflow", [False, True])
+def test_a_step_that_raises_leaves_nothing_of_the_scaler_behind(
+    overflow: bool, unscale: bool, path: StepPath
+) -> None:
+    """Neither an overflow, which would stop every later step, nor its scale."""
+    run, plain = (Run(path, scale, eps=0.5) for scale in (2.0**10, None))
+    run.backward(0)
+    if overflow:
+        poison(run)
+    if unscale:
+        run.scaler.unscale_(run.optimizer)
+    run.optimizer.param_groups[0]["momentum"] = 2.0
+    with pytest.raises(ValueError, match="momentum"):
+        run.scaler.step(run.optimizer)
+    assert not {"found_inf", "grad_scale"} & set(run.optimizer.__dict__)
+    run.optimizer.param_groups[0]["momentum"] = 0.9
+    run.scaler = None
+    for one in (run, plain):
+        one.backward(1)
+        one.step()
+    assert_bits(run.everything(), plain.everything())
+
+
+def test_a_scale_of_ones_own_outlives_a_step_that_raises(path: StepPath) -> None:
+    run = Run(path, None)
+    run.backward(0)
+    run.optimizer.grad_scale = 8.0
+    run.optimizer.param_groups[0]["momentum"] = 2.0
+    with pytest.raises(ValueError, match="momentum"):
+        run.step()
+    assert run.optimizer.grad_scale == 8.0
