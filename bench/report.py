@@ -1,4 +1,7 @@
-"""The results: one JSON document, written after every case, and a short table."""
+"""The results: one JSON document, written after every arm, a short table and a chart.
+
+``python -m bench.report RESULTS.json`` draws a PNG beside it.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ import os
 import platform
 import re
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +23,8 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 
 _NUMBER = (int, float)
+# Okabe and Ito's
+_COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000")
 # what every row has; None is allowed where the device does not tell
 ROW: dict[str, tuple[type, ...]] = {
     "workload": (str,),
@@ -27,8 +33,8 @@ ROW: dict[str, tuple[type, ...]] = {
     "median_us": _NUMBER,
     "p20_us": _NUMBER,
     "p80_us": _NUMBER,
-    "n": (int,),
-    "host_us": _NUMBER,
+    "host_us": (int, float, type(None)),
+    "replay_us": (int, float, type(None)),
     "launches": (int, type(None)),
     "bytes_per_element": (int,),
     "gbps": _NUMBER,
@@ -50,9 +56,9 @@ def check(document: dict[str, Any]) -> None:
                 isinstance(value, float) and not math.isfinite(value)
             ):
                 raise ValueError(f"{name} of a row is {value!r}: {row}")
-        key = (row.get("question"), row["workload"], row["dtype"], row["arm"])
+        key = (row["workload"], row["dtype"], row["arm"])
         if key in seen:
-            raise ValueError(f"two rows for {key[1:]}")
+            raise ValueError(f"two rows for {key}")
         seen.add(key)
         if not 0 < row["p20_us"] <= row["median_us"] <= row["p80_us"]:
             raise ValueError(f"quantiles out of order: {row}")
@@ -130,31 +136,20 @@ class Results:
     Args:
         folder: for the file, which is named after the GPU and the date.
         device: that is measured.
-        suite: its name, and the part of it.
-        kind: ends the file's name, for results that are no suite's.
+        suite: its name.
     """
 
-    def __init__(self, folder: Path, device: torch.device, suite: str, kind: str = ""):
+    def __init__(self, folder: Path, device: torch.device, suite: str):
         about = environment(device)
         now = datetime.datetime.now(datetime.timezone.utc)
         self.document: dict[str, Any] = {
-            "suite": suite,
-            "started": now.isoformat(timespec="seconds"),
-            "environment": about,
-            "commit": commit(),
-            "kernels_sha256": kernels_hash(),
-            "copy_gbps": None,
-            "copy_gbps_after": None,
-            "finished": False,
-            "rows": [],
-            "unavailable": [],
-            "not_run": [],
-            "training": [],
-            "cold_start": [],
-        }
-        stem = f"{slug(about['gpu'])}-{now:%Y-%m-%d}{kind and '-' + kind}"
+            "suite": suite, "started": now.isoformat(timespec="seconds"), "environment": about,
+            "commit": commit(), "kernels_sha256": kernels_hash(), "copy_gbps": None,
+            "finished": False, "rows": [], "unavailable": [], "not_run": [],
+        }  # fmt: skip
+        stem = f"{slug(about['gpu'])}-{now:%Y-%m-%d}"
         names = [f"{stem}.json", *(f"{stem}-{i}.json" for i in range(2, 1000))]
-        # several parts or runs of a day stand side by side
+        # several runs of a day stand side by side
         self.path = next(folder / name for name in names if not (folder / name).exists())
 
     def save(self) -> None:
@@ -167,29 +162,20 @@ class Results:
 
 
 def table(document: dict[str, Any]) -> str:
-    """A line per row, and what has none; what was predicted for the run's own copy bandwidth."""
-    # the arms import kernels, which Triton defines for the interpreter or the GPU at once
-    from .predictions import predict
-
+    """A line per row, and what has none."""
     lines = [
-        f"{'workload':16}{'dtype':11}{'arm':20}{'us':>11}{'predicted':>11}{'replay':>11}{'p20-p80':>20}"
+        f"{'workload':16}{'dtype':12}{'arm':20}{'us':>11}{'p20-p80':>20}{'replay':>11}"
         f"{'host us':>10}{'kernels':>8}{'copy %':>8}"
     ]
     for row in document["rows"]:
         spread = f"{row['p20_us']:.1f}-{row['p80_us']:.1f}"
-        replay = row.get("replay_us")
-        told = predict(row["workload"], row["dtype"], row["arm"], document["copy_gbps"])
-        lines.append(
-            f"{row['workload']:16}{row['dtype']:11}{row['arm']:20}{row['median_us']:11.1f}"
-            f"{'-' if told is None else format(told, '.1f'):>11}"
-            f"{'-' if replay is None else format(replay, '.1f'):>11}{spread:>20}"
-            f"{row['host_us']:10.1f}{row['launches'] if row['launches'] is not None else '-':>8}"
-            f"{100 * row['copy_fraction']:8.1f}"
+        host, replay = (
+            "-" if row[name] is None else f"{row[name]:.1f}" for name in ("host_us", "replay_us")
         )
-    for row in document["training"]:
+        launches = "-" if row["launches"] is None else row["launches"]
         lines.append(
-            f"training {row['model']:18}{row['arm']:20}{row['iteration_us']:11.1f} us, "
-            f"optimizer {100 * row['optimizer_share']:.1f} %"
+            f"{row['workload']:16}{row['dtype']:12}{row['arm']:20}{row['median_us']:11.1f}"
+            f"{spread:>20}{replay:>11}{host:>10}{launches:>8}{100 * row['copy_fraction']:8.1f}"
         )
     reasons: dict[str, list[str]] = {}
     for missing in document["unavailable"]:
@@ -197,6 +183,55 @@ def table(document: dict[str, Any]) -> str:
         reasons.setdefault(key, []).append(missing["workload"])
     lines += [f"not available: {key} ({', '.join(where)})" for key, where in reasons.items()]
     lines += [f"not run: {what}" for what in document["not_run"]]
-    copy = document["copy_gbps"]
-    lines.append(f"copy bandwidth {'-' if copy is None else format(copy, '.0f')} GB/s")
-    return "\n".join(lines)
+    return "\n".join([*lines, f"copy bandwidth {document['copy_gbps']:.0f} GB/s"])
+
+
+def draw(document: dict[str, Any], path: Path) -> None:
+    """Percent of the copy bandwidth that each arm reaches: a group of bars for each case."""
+    from matplotlib.figure import Figure
+
+    rows = document["rows"]
+    places = list(dict.fromkeys((row["workload"], row["dtype"]) for row in rows))
+    arms = list(dict.fromkeys(row["arm"] for row in rows))
+    found = {(row["workload"], row["dtype"], row["arm"]): row["copy_fraction"] for row in rows}
+    figure = Figure(figsize=(max(8.0, 1.9 * len(places)), 6.0), layout="constrained")
+    axes = figure.subplots()
+    width = 0.85 / len(arms)
+    for at, arm in enumerate(arms):
+        shown = [i for i, place in enumerate(places) if (*place, arm) in found]
+        left = (at - (len(arms) - 1) / 2) * width
+        heights = [100 * found[(*places[i], arm)] for i in shown]
+        hatch = "//" if at >= len(_COLORS) else ""
+        color = _COLORS[at % len(_COLORS)]
+        axes.bar([i + left for i in shown], heights, width, label=arm, color=color, hatch=hatch)
+    axes.axhline(100, color="0.3", linewidth=1)
+    axes.set_xticks(range(len(places)), [f"{workload}\n{dtype}" for workload, dtype in places])
+    axes.set_ylabel("% of copy bandwidth, each tensor counted once")
+    about = document["environment"]
+    copied = f"copy {document['copy_gbps']:.0f} GB/s"
+    axes.set_title(f"{about['gpu']}, {copied}, torch {about['torch']}, Triton {about['triton']}")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=5, frameon=False)
+    figure.savefig(path, dpi=110)
+
+
+def chart(names: list[str]) -> int:
+    """Draw each of some result files beside it; 2 for one that is none."""
+    for name in names:
+        source = Path(name)
+        try:
+            document = json.loads(source.read_text(encoding="utf-8"))
+            check(document)
+            draw(document, source.with_suffix(".png"))
+        except ImportError as error:
+            print(f"No chart: {error}; pip install matplotlib, then bngd bench --plot {name}")
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            print(f"bngd: error: {name} is not a result file: {error}", file=sys.stderr)
+            return 2
+        else:
+            print(f"Wrote {source.with_suffix('.png')}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(chart(sys.argv[1:]))

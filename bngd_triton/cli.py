@@ -87,16 +87,15 @@ def _parser() -> argparse.ArgumentParser:
         "bench",
         help="time BNGD beside other optimizers on a GPU; needs a checkout",
         description="Time BNGD beside other optimizers on a GPU, correctness first: raw results as "
-        "JSON, a table and a chart at the end. Runs `python -m bench.gpu` of the checkout.",
+        "JSON, a table and a chart at the end. Runs `python -m bench.run` of the checkout.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     bench.add_argument(
         "--suite",
-        choices=("quick", "full", "compiled"),
+        choices=("quick", "full"),
         default="quick",
-        help="how much; torch.compile is in compiled only, beside three other arms",
+        help="quick: cases until 7 minutes are over; full: every workload in every storage",
     )
-    bench.add_argument("--part", type=int, choices=(1, 2, 3), default=1, help="of the full suite")
     bench.add_argument(
         "--only", default="", help="comma-separated workloads, dtypes and arms to keep"
     )
@@ -182,7 +181,7 @@ def _verify(args: argparse.Namespace) -> int:
 
 
 def _bench(args: argparse.Namespace) -> int:
-    if not (_ROOT / "bench" / "gpu.py").is_file():
+    if not (_ROOT / "bench" / "run.py").is_file():
         return _fail(
             "bench/ does not ship in the wheel: clone the repository and run "
             "`pip install -e .` there",
@@ -193,11 +192,10 @@ def _bench(args: argparse.Namespace) -> int:
     if args.plot:
         if importlib.util.find_spec("matplotlib") is None:
             return _fail("matplotlib is not installed: pip install 'bngd-triton[demo]'", 1)
-        command += ["bench.plot", str(args.plot.resolve())]
+        command += ["bench.report", str(args.plot.resolve())]
     else:
-        command += ["bench.gpu", "--suite", args.suite, "--part", str(args.part)]
-        command += ["--only", args.only, "--out", str(args.out.resolve()), "--device", args.device]
-        command += ["--chart"]
+        command += ["bench.run", "--suite", args.suite, "--only", args.only, "--chart"]
+        command += ["--out", str(args.out.resolve()), "--device", args.device]
     return subprocess.run(command, cwd=_ROOT, check=False).returncode
 
 

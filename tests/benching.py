@@ -8,16 +8,16 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-if (ROOT / "bench" / "gpu.py").is_file():
+if (ROOT / "bench" / "run.py").is_file():
     # at the end: the root also holds the folder `kernels`, which is not to be imported by that name
     sys.path.append(str(ROOT))
-pytest.importorskip("bench.models", reason="bench/ is in the checkout only")
+pytest.importorskip("bench.workloads", reason="bench/ is in the checkout only")
 
 from bench import arms  # noqa: E402
 
 CPU = torch.device("cpu")
 FP32 = arms.STORAGES["fp32"]
-# on a GPU the arms are tried by `python -m bench.gpu` itself
+# on a GPU the arms are tried by `python -m bench.run` itself
 interpreted = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") != "1", reason="kernels are compiled where there is a GPU"
 )

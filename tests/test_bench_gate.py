@@ -8,7 +8,7 @@ import pytest
 import torch
 from benching import CPU, FP32
 
-from bench import arms, cases, gate, measure, models
+from bench import arms, gate, run, workloads
 from bngd_triton import BNGD
 from bngd_triton.kernels import tables
 from bngd_triton.kernels.architectures import TABLE
@@ -17,37 +17,47 @@ from bngd_triton.kernels.work import CHUNK_ITEM
 from bngd_triton.members import new_record, slices_of
 
 
+class Steps:
+    """What `bench.arms.start` needs of an optimizer: a step, and one buffer for each parameter."""
+
+    def __init__(self, groups, step, *buffers):
+        self.param_groups = groups
+        params = [param for group in groups for param in group["params"]]
+        self.state = {p: dict(enumerate(held)) for p, *held in zip(params, *buffers)}
+        self.step = step
+
+
 def _wrong(groups, storage, lr):
     # the sign of centring is lost: what a broken kernel may do
-    optimizer = BNGD(groups, lr=lr, momentum=arms.MOMENTUM, centering=0.0, fused=False)
-    return arms.Stepper(optimizer.step, lambda: arms._state(optimizer))
+    return BNGD(groups, lr=lr, momentum=arms.MOMENTUM, centering=0.0, fused=False)
 
 
-def _nan(groups, storage, lr):
-    stepper = _wrong(groups, storage, lr)
-    once = stepper.step
-
-    def step():
-        once()
-        for group in groups:
-            for param in group["params"]:
-                param.data.fill_(float("nan"))
-
-    stepper.step = step
-    return stepper
+def _nan(number, params, once):
+    once()
+    for param in params:
+        param.data.fill_(float("nan"))
 
 
-@pytest.mark.parametrize("build", [_wrong, _nan])
-def test_gate_refuses_a_wrong_arm(build):
-    wrong = arms.Arm("wrong", build, "bngd")
-    right = arms.ARMS["eager"]
-    case = cases.Case(
-        models.DRY_RUN["dry-run"], FP32, [wrong, right], measure.CpuClock(),
-        cases.Effort(2, 0.0, 1, ("combo",)), 1.0, 2048, None, lambda: True,
-    )  # fmt: skip
-    outcome = cases.run(case)
-    assert [row["arm"] for row in outcome.rows] == ["eager"]
-    (missing,) = outcome.unavailable
+def _wrapped(around):
+    """BNGD whose every step, numbered from 0, goes through `around(number, params, once)`."""
+
+    def build(groups, storage, lr):
+        optimizer = arms.ARMS["bngd-eager"].build(groups, storage, lr)
+        once, taken = optimizer.step, itertools.count()
+        params = [param for group in groups for param in group["params"]]
+        optimizer.step = lambda: around(next(taken), params, once)
+        return optimizer
+
+    return build
+
+
+@pytest.mark.parametrize("build", [_wrong, _wrapped(_nan)])
+def test_a_wrong_arm_gets_a_reason_and_no_time(build):
+    document = {"rows": [], "unavailable": [], "copy_gbps": 1.0}
+    for arm in (arms.Arm("wrong", build, "bngd"), arms.ARMS["bngd-eager"]):
+        run._one(document, workloads.DRY_RUN["dry-run"], "fp32", arm, CPU)
+    assert [row["arm"] for row in document["rows"]] == ["bngd-eager"]
+    (missing,) = document["unavailable"]
     assert missing["arm"] == "wrong"
     assert missing["reason"].startswith("gate: a tensor of shape")
 
@@ -62,37 +72,24 @@ def test_an_arm_is_gated_until_it_is_right_once_for_each_storage(monkeypatch):
             raise arms.UnavailableError("no memory just now")
 
     monkeypatch.setattr(gate, "check", check)
-    monkeypatch.setattr(cases, "_right", set())
-    for label, rows in (("fp32", 0), ("fp32", 1), ("fp32", 1), ("bf16", 1)):
-        case = cases.Case(
-            models.DRY_RUN["dry-run"], arms.STORAGES[label], [arms.ARMS["eager"]],
-            measure.CpuClock(), cases.Effort(1, 0.0, 1), 1.0, 2048, None, lambda: True,
-        )  # fmt: skip
-        assert len(cases.run(case).rows) == rows
+    run._gate.cache_clear()
+    document = {"rows": [], "unavailable": [], "copy_gbps": 1.0}
+    for dtype, rows in (("fp32", 0), ("fp32", 1), ("fp32", 2), ("bf16", 3)):
+        dry = workloads.DRY_RUN["dry-run"]
+        run._one(document, dry, dtype, arms.ARMS["bngd-eager"], CPU)
+        assert len(document["rows"]) == rows
     assert asked == ["fp32", "fp32", "bf16"]
+    run._gate.cache_clear()
 
 
-@pytest.mark.parametrize("arm", ["eager", "compile", "torch-sgd-foreach", "torch-adamw-fused"])
+@pytest.mark.parametrize("arm", ["bngd-eager", "compile", "torch-sgd-foreach", "torch-adamw-fused"])
 def test_gate_passes(arm):
     gate.check(arms.ARMS[arm], FP32, CPU)
 
 
 @pytest.mark.parametrize("label", arms.STORAGES)
 def test_bngd_keeps_what_the_label_says(label):
-    gate.check(arms.ARMS["eager"], arms.STORAGES[label], CPU)
-
-
-def _wrapped(around):
-    """BNGD whose every step, numbered from 0, goes through `around(number, params, once)`."""
-
-    def build(groups, storage, lr):
-        stepper = arms.ARMS["eager"].build(groups, storage, lr)
-        once, taken = stepper.step, itertools.count()
-        params = [param for group in groups for param in group["params"]]
-        stepper.step = lambda: around(next(taken), params, once)
-        return stepper
-
-    return build
+    gate.check(arms.ARMS["bngd-eager"], arms.STORAGES[label], CPU)
 
 
 def _only_first(number, params, once):
@@ -132,7 +129,7 @@ def _own(standardize, *, forgets=False):
                 momentum.mul_(kept).add_(ghat, alpha=1 - arms.MOMENTUM)
                 param.sub_(momentum, alpha=lr)
 
-        return arms.Stepper(step, lambda: ([m] for m in momenta if m.numel() > 1))
+        return Steps(groups, step, momenta)
 
     return build
 
@@ -219,7 +216,7 @@ def _stableadamw(*, clips):
                 size = lr / max(1.0, float(rms)) if clips else lr
                 param.sub_(size * mean / (square.sqrt() + 1e-6))
 
-        return arms.Stepper(step, lambda: map(list, zip(means, squares)))
+        return Steps(groups, step, means, squares)
 
     return build
 
@@ -228,26 +225,6 @@ def test_the_rule_of_stableadamw():
     gate.check(arms.Arm("right", _stableadamw(clips=True), "stableadamw", 2), FP32, CPU)
     with pytest.raises(arms.UnavailableError, match="after 2 steps"):
         gate.check(arms.Arm("wrong", _stableadamw(clips=False), "stableadamw", 2), FP32, CPU)
-
-
-@pytest.mark.parametrize("calls", [arms.WARM_UP, arms.WARM_UP + 1])
-def test_steps_before_a_capture_count(calls, monkeypatch):
-    def capture(step):
-        for _ in range(calls):
-            step()
-        return step
-
-    monkeypatch.setattr(arms, "capture", capture)
-
-    def build(groups, storage, lr):
-        return arms.GraphStepper(arms.ARMS["eager"].build(groups, storage, lr))
-
-    arm = arms.Arm("graph", build, "bngd")
-    if calls == arms.WARM_UP:
-        gate.check(arm, FP32, CPU)
-        return
-    with pytest.raises(arms.UnavailableError, match="after 4 steps"):
-        gate.check(arm, FP32, CPU)
 
 
 def _plan(tuning, storage, granularity, device):
