@@ -352,9 +352,14 @@ class BNGD(QuietStep):
 
     def _note_clocks(self) -> None:
         """Read how often each group has rounded: a CUDA graph's replays count on the device."""
+        rounding = [g["master_weights"] == "stochastic" for g in self.param_groups]
+        if not any(rounding):
+            # nothing to wait for
+            return
+        clocks = [clock.tolist() for clock in self._clocks.values()]
         for index, group in enumerate(self.param_groups):
-            counts = [int(c[index]) & 0xFFFFFFFF for c in self._clocks.values() if index < len(c)]
-            if group["master_weights"] == "stochastic" and counts:
+            counts = [clock[index] & 0xFFFFFFFF for clock in clocks if index < len(clock)]
+            if rounding[index] and counts:
                 group["rounding_steps"] = max(counts)
 
     def _wind_clocks(self, devices: set[torch.device]) -> None:

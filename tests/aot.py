@@ -85,6 +85,7 @@ BUDGETS = {
     "column_moments": (56, 56),
     "standardize": (80, 80),
     "publish": (64, 64),
+    "rates": (24, 24),
     # the loop over tickets keeps values for every kind of item; 128 leave 4 programs, 168 leave 3
     "single lanes": (120, 144),
     "single lanes+tiles": (168, 232),
@@ -158,6 +159,7 @@ SIGNATURES = {
         "scale_ptr": "*fp32",
         "found_ptr": "*fp32",
     },
+    "rates": {"rates_ptr": "*i64", "options_ptr": "*fp64"},
     # x and out have the storage type of the case
     "column_moments": {
         "x_ptr": "*x",
@@ -180,6 +182,7 @@ SIMPLE_KERNELS: dict[str, tuple[str, dict[str, Any], int]] = {
     "column_moments": ("columns", {"UNROLL": 8, "COLUMNS": 32}, 1),
     "standardize": ("columns", {"SOFT": False, "ROWS": 64, "COLUMNS": 32}, 4),
     "publish": ("publish", {"WIDE": True, "WINDOWS": True}, 1),
+    "rates": ("rates", {}, 1),
 }
 
 
@@ -333,7 +336,16 @@ def load_kernels(folder: Path) -> dict[str, Any]:
     package = types.ModuleType("aot_kernels")
     package.__path__ = [str(folder)]
     sys.modules[package.__name__] = package
-    parts = ("statistics", "publish", "update", "single", "columns", "architectures", "plan")
+    parts = (
+        "statistics",
+        "publish",
+        "update",
+        "single",
+        "columns",
+        "rates",
+        "architectures",
+        "plan",
+    )
     return {part: importlib.import_module(f"{package.__name__}.{part}") for part in parts}
 
 
