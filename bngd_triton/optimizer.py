@@ -73,6 +73,7 @@ class BNGD(QuietStep):
         flatten: move the parameters that the kernels serve into flat buffers: None where it is
             safe, False nowhere, True everywhere or an error. Views made earlier with ``p.data``,
             and CUDA graphs captured earlier, would keep the old memory: make the optimizer first.
+            CUDA IPC may refuse parameters that have moved.
         fused: None uses the kernels for float16, bfloat16 and float32 parameters on a GPU that
             Triton serves and `reference.step_` for the rest; False never uses them; True is an
             error for a parameter that they cannot serve. Under TRITON_INTERPRET=1, True serves
