@@ -72,6 +72,7 @@ class BNGD(Optimizer):
         flatten: move the parameters that the kernels serve into flat buffers: None where it is
             safe, False nowhere, True everywhere or an error. Views made earlier with ``p.data``,
             and CUDA graphs captured earlier, would keep the old memory: make the optimizer first.
+            CUDA IPC may refuse parameters that have moved.
         fused: None uses the kernels for float16, bfloat16 and float32 parameters on a GPU that
             Triton serves and `reference.step_` for the rest; False never uses them; True is an
             error for a parameter that they cannot serve. Under TRITON_INTERPRET=1, True serves
@@ -354,9 +355,14 @@ class BNGD(Optimizer):
 
     def _note_clocks(self) -> None:
         """Read how often each group has rounded: a CUDA graph's replays count on the device."""
+        rounding = [g["master_weights"] == "stochastic" for g in self.param_groups]
+        if not any(rounding):
+            # nothing to wait for
+            return
+        clocks = [clock.tolist() for clock in self._clocks.values()]
         for index, group in enumerate(self.param_groups):
-            counts = [int(c[index]) & 0xFFFFFFFF for c in self._clocks.values() if index < len(c)]
-            if group["master_weights"] == "stochastic" and counts:
+            counts = [clock[index] & 0xFFFFFFFF for clock in clocks if index < len(clock)]
+            if rounding[index] and counts:
                 group["rounding_steps"] = max(counts)
 
     def _wind_clocks(self, devices: set[torch.device]) -> None:

@@ -12,6 +12,7 @@ from .architectures import RELEASES_WAIT_FROM, dependent_launches, processors, r
 from .direct import Launch
 from .plan import Batch, Plan
 from .support import interpreting
+from .tuning import Tuning
 
 FORMS = ("two-launch", "single-launch")
 
@@ -128,6 +129,14 @@ def move(plan: Plan, inputs: Inputs, tables: Tensor) -> None:
         publish(inputs, tables_ptr=tables)
         for one in updates:
             one(inputs)
+
+
+def rates_launch(addresses: Tensor, table: Tensor, tuning: Tuning) -> Launch:
+    """What writes learning rates that are on a device to a table of options."""
+    from .rates import _rates_kernel
+
+    arguments = {"rates_ptr": addresses, "options_ptr": table}
+    return Launch(_rates_kernel, len(table), arguments, (), direct=tuning.direct, num_warps=1)
 
 
 def _two(plan: Plan) -> list[Launch]:

@@ -3,23 +3,31 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 from typing import TypeGuard
 
 import torch
 from torch import Tensor
 
+from ..memory import on_device
 from ..options import Options
+from .direct import Launch
+from .launch import rates_launch
+from .plan import upload
+from .tables import INT64, address
+from .tuning import Tuning
 
 # of a row; which is which is in update.py, which imports Triton
 COLUMNS = 16
-_WEIGHT_DECAY = 12
+# that the kernel reads where they are; others are copied to float64 in every step
+RATE_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 _FLOAT32 = struct.Struct("4f")
 
 
 def encode(options: Options, closing: bool = True) -> list[float]:
     """An option table's row; products and differences are rounded to float32 once, here.
 
-    An `lr` on a device is left to `write_rates`, so that its value need not be read.
+    An `lr` on a device is left to `Rates`, so that its value need not be read.
     """
     lr = 0.0 if on_a_device(options.lr) else float(options.lr)
     exact = (lr, 1 - lr * options.weight_decay, options.momentum, options.fresh)
@@ -35,10 +43,53 @@ def on_a_device(lr: float | Tensor) -> TypeGuard[Tensor]:
     return isinstance(lr, Tensor) and lr.device.type != "cpu"
 
 
-def write_rates(table: Tensor, row: int, options: Options) -> None:
-    """Fill in the columns that depend on an `lr` on a device, there."""
-    if on_a_device(options.lr):
-        lr = options.lr.detach().to(table.device, torch.float64)
-        table[row, 0] = lr.float()
-        # the decay from the table too: a graph that holds this follows it
-        table[row, 1] = (1 - lr * table[row, _WEIGHT_DECAY]).float()
+class Rates:
+    """Learning rates on devices, written to a table of options by one launch.
+
+    Args:
+        table: float64 [groups, 16], on the device of the step.
+        tuning: of the step.
+    """
+
+    def __init__(self, table: Tensor, tuning: Tuning) -> None:
+        self._table, self._tuning = table, tuning
+        # read by address: kept alive; None where the table has a group's rate as it is
+        self._given: list[Tensor | None] = [None] * len(table)
+        self._where = list(map(_where, self._given))
+        # those that are read through a copy, beside it
+        self._copies: list[tuple[Tensor, Tensor]] = []
+        self._addresses: Tensor | None = None
+        self._launch: Launch | None = None
+
+    def are(self, given: Sequence[Tensor | None]) -> bool:
+        """Whether these tensors lie where those lay that the kernel was last pointed at."""
+        return self._where == list(map(_where, given))
+
+    def point_at(self, given: Sequence[Tensor | None]) -> None:
+        """Read these from now on; a graph that was captured before does, too."""
+        device = self._table.device
+        self._copies, table = [], []
+        for lr in given:
+            if lr is not None and (lr.device != device or lr.dtype not in RATE_DTYPES):
+                copy = torch.empty((), dtype=torch.float64, device=device)
+                self._copies.append((copy, lr.detach()))
+                lr = copy
+            table.append([0, 0] if lr is None else [address(lr), RATE_DTYPES.index(lr.dtype)])
+        if self._addresses is None:
+            self._addresses = torch.empty(len(given), 2, dtype=torch.int64, device=device)
+            self._launch = rates_launch(self._addresses, self._table, self._tuning)
+        upload(self._addresses, torch.tensor(table, **INT64))
+        self._given, self._where = list(given), list(map(_where, given))
+
+    def write(self) -> None:
+        """Fill in the columns that depend on them, in stream order."""
+        if self._launch is None or not any(self._where):
+            return
+        for copy, lr in self._copies:
+            copy.copy_(lr)
+        with on_device(self._table.device):
+            self._launch(None)
+
+
+def _where(lr: Tensor | None) -> object:
+    return None if lr is None else (lr.data_ptr(), lr.dtype, lr.device)

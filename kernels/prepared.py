@@ -14,7 +14,7 @@ from ..options import Options
 from .architectures import tuning_for
 from .launch import Inputs, launch, measure, move
 from .layout import Walk, walk
-from .option_table import encode, on_a_device, write_rates
+from .option_table import Rates, encode, on_a_device
 from .plan import ALIGNMENT, Entry, Plan, capturing, upload
 from .tables import build
 from .tuning import Tuning
@@ -223,9 +223,10 @@ class _Device:
         self.in_place = not copied
         self.plan: Plan = build(entries, tuning or tuning_for(device), tiles=not apart)
         # of the table: what was written, and the options and ends of windows it was made from
-        self.rows: list[tuple[float, ...]] = [()] * len(groups)
+        self.rows: list[list[float]] = [[]] * len(groups)
         self.written: Sequence[tuple[Options | None, bool]] = [(None, False)] * len(groups)
         self.table = torch.empty(len(groups), 16, dtype=torch.float64, device=device)
+        self.rates = Rates(self.table, self.plan.tuning)
         self.unscaled = torch.ones(1, dtype=torch.float32, device=device)
         self.finite = torch.zeros(1, dtype=torch.float32, device=device)
         self.last_inputs: Inputs | None = None
@@ -237,23 +238,24 @@ class _Device:
         rows = [
             row
             if new is old and last == old_last and not isinstance(new.lr, Tensor)
-            # a row of a device lr differs from that of the float it may be replaced by
-            else (*encode(new, last), on_a_device(new.lr))
+            else encode(new, last)
             for (new, last), (old, old_last), row in zip(written, self.written, self.rows)
         ]
-        if rows != self.rows:
+        given = [options.lr if on_a_device(options.lr) else None for options in groups]
+        follows = self.rates.are(given)
+        if rows != self.rows or not follows:
             if capturing(self.device):
                 raise RuntimeError(
                     "an option changed while a CUDA graph is being captured; call "
                     "sync_hyperparameters() before the capture, and before each replay"
                 )
-            flat = [value for row in rows for value in row[:-1]]
+            flat = [value for row in rows for value in row]
             values = torch.frombuffer(bytearray(pack(f"{len(flat)}d", *flat)), dtype=torch.float64)
             upload(self.table, values.view(len(rows), -1))
+            if not follows:
+                self.rates.point_at(given)
         self.rows, self.written = rows, written
-        if any(row[-1] for row in rows):
-            for index, options in enumerate(groups):
-                write_rates(self.table, index, options)
+        self.rates.write()
 
     def inputs(self, this: Pass) -> Inputs:
         """What the kernels read besides the plan."""

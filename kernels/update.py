@@ -40,7 +40,8 @@ CDF = tl.constexpr(8)
 PROPAGATE = tl.constexpr(9)
 BUFFERED = tl.constexpr(10)
 CLOSING = tl.constexpr(11)
-# 12: the weight decay, for `option_table.write_rates`
+# for rates on a device, whose decay is made there
+WEIGHT_DECAY = tl.constexpr(12)
 
 # columns of the fold table, float32: up, more, high, low, inverse, mode, beta, fresh
 FOLD_COLUMNS = tl.constexpr(8)

@@ -1,6 +1,7 @@
 """Compile the kernels ahead of time, without a GPU or a driver, and check the machine code.
 
-    python tests/aot.py [--quick] [--json FILE] [--kernels FOLDER] [--only VARIANT ...]
+    python tests/aot.py [--quick] [--targets TARGET ...] [--only VARIANT ...] [--kernels FOLDER]
+                        [--json FILE]
 
 Every kernel must, for each target, dtype combination and variant: stream with accesses as wide as
 its block allows, tell the caches what is read again and what is not, keep spills out of the
@@ -47,6 +48,8 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
+# one of each vendor, in every form
+ALWAYS = ["sm_90", "gfx942"]
 DTYPES = {"fp32": tl.float32, "bf16": tl.bfloat16, "fp16": tl.float16}
 # parameter, gradient, momentum
 COMBINATIONS = (
@@ -85,6 +88,7 @@ BUDGETS = {
     "column_moments": (56, 56),
     "standardize": (80, 80),
     "publish": (64, 64),
+    "rates": (24, 24),
     # the loop over tickets keeps values for every kind of item; 128 leave 4 programs, 168 leave 3
     "single lanes": (120, 144),
     "single lanes+tiles": (168, 232),
@@ -158,6 +162,7 @@ SIGNATURES = {
         "scale_ptr": "*fp32",
         "found_ptr": "*fp32",
     },
+    "rates": {"rates_ptr": "*i64", "options_ptr": "*fp64"},
     # x and out have the storage type of the case
     "column_moments": {
         "x_ptr": "*x",
@@ -180,6 +185,7 @@ SIMPLE_KERNELS: dict[str, tuple[str, dict[str, Any], int]] = {
     "column_moments": ("columns", {"UNROLL": 8, "COLUMNS": 32}, 1),
     "standardize": ("columns", {"SOFT": False, "ROWS": 64, "COLUMNS": 32}, 4),
     "publish": ("publish", {"WIDE": True, "WINDOWS": True}, 1),
+    "rates": ("rates", {}, 1),
 }
 
 
@@ -333,7 +339,16 @@ def load_kernels(folder: Path) -> dict[str, Any]:
     package = types.ModuleType("aot_kernels")
     package.__path__ = [str(folder)]
     sys.modules[package.__name__] = package
-    parts = ("statistics", "publish", "update", "single", "columns", "architectures", "plan")
+    parts = (
+        "statistics",
+        "publish",
+        "update",
+        "single",
+        "columns",
+        "rates",
+        "architectures",
+        "plan",
+    )
     return {part: importlib.import_module(f"{package.__name__}.{part}") for part in parts}
 
 
@@ -562,11 +577,10 @@ def run(folder: Path, case: Case) -> tuple[Case, Report | None, list[str]]:
     return case, report, report.complaints(case, modules["architectures"].RELEASES_WAIT_FROM)
 
 
-def cases(quick: bool, only: list[str]) -> Iterator[Case]:
+def cases(quick: bool, targets: list[str], only: list[str]) -> Iterator[Case]:
     """What to compile, the longest first."""
-    targets = ("sm_90", "gfx942") if quick else tuple(TARGETS)
     combinations = COMBINATIONS[:2] if quick else COMBINATIONS
-    unaligned = () if quick else ("sm_90", "gfx942")
+    unaligned = () if quick else ALWAYS
     # the longest to compile, and together of nothing but what the others check by themselves
     skipped = ("stream+tiles", "single stream", "single lanes+tiles", "single stream+tiles")
     variants: list[dict[str, Any]] = [
@@ -591,13 +605,13 @@ def cases(quick: bool, only: list[str]) -> Iterator[Case]:
             dependent = target in ("sm_90", "sm_100") and case.kernel in DEPENDENCE
             if dependent and set(dtypes) == {"fp32"}:
                 yield dataclasses.replace(case, pdl=True)
-    yield from narrow_cases(quick, only, targets)
+    yield from narrow_cases(quick, targets, only)
     for target in targets if "lanes" in only else ():
         for form in ({"tables": True}, {"windows": True}):
             yield Case("statistics", target, "fp32", "fp32", "fp32", **form)
 
 
-def narrow_cases(quick: bool, only: list[str], targets: tuple[str, ...]) -> Iterator[Case]:
+def narrow_cases(quick: bool, targets: list[str], only: list[str]) -> Iterator[Case]:
     """With masters, stochastic rounding or micro-batches."""
     kinds = [(*kind, False) for kind in MASTER_COMBINATIONS[: 1 if quick else None]]
     if not quick:
@@ -605,7 +619,9 @@ def narrow_cases(quick: bool, only: list[str], targets: tuple[str, ...]) -> Iter
     for kernel, (master, dtypes, windows) in itertools.product(("statistics", "update"), kinds):
         tiles = kernel == "statistics"
         # tiles take up to a minute each
-        for target in ("sm_90", "gfx942") if tiles else targets:
+        for target in targets:
+            if tiles and target not in ALWAYS:
+                continue
             named = dict(zip(("param", "grad", "buffer"), dtypes))
             case = Case(kernel, target, **named, tiles=tiles, master=master, windows=windows)
             if case.variant in only and not (quick and tiles):
@@ -620,13 +636,16 @@ def widths_text(widths: Counter[int]) -> str:
 def main() -> int:
     """Compile everything, print a line for each and a summary."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="sm_90 and gfx942, fp32 and bf16")
+    parser.add_argument("--quick", action="store_true", help="fp32 and bf16, the shorter ones")
+    parser.add_argument("--targets", nargs="+", choices=TARGETS, help="all, quick: sm_90, gfx942")
     parser.add_argument("--json", type=Path, help="write what was found to this file")
     parser.add_argument("--kernels", type=Path, default=KERNELS, help="folder of the kernels")
     parser.add_argument("--only", nargs="+", choices=BUDGETS, default=list(BUDGETS))
     options = parser.parse_args()
     assert os.environ.get("TRITON_INTERPRET", "0") != "1", "the interpreter compiles nothing"
 
+    targets = options.targets or (ALWAYS if options.quick else list(TARGETS))
+    chosen = list(cases(options.quick, targets, options.only))
     failed = 0
     rows = []
     # spawned: a fork would share the compiler's state
@@ -635,7 +654,7 @@ def main() -> int:
         os.environ["TRITON_CACHE_DIR"] = cache
         with ProcessPoolExecutor(PROCESSES, mp_context=spawn) as pool:
             work = functools.partial(run, options.kernels.resolve())
-            for case, report, complaints in pool.map(work, cases(options.quick, options.only)):
+            for case, report, complaints in pool.map(work, chosen):
                 failed += bool(complaints)
                 if report is not None:
                     print(

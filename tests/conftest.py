@@ -64,9 +64,9 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             names.append(self.name)
             return self.kernel[grid]
 
-    from bngd_triton.kernels import single, statistics, update
+    from bngd_triton.kernels import rates, single, statistics, update
 
-    for module in (single, statistics, update):
+    for module in (rates, single, statistics, update):
         name = "_" + module.__name__.rpartition(".")[2] + "_kernel"
         monkeypatch.setattr(module, name, Noting(name, getattr(module, name)))
     return names

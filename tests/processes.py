@@ -17,6 +17,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
+from torch import Tensor
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
 # seconds until every worker is killed: a collective that one rank never joins would wait for ever
@@ -99,3 +100,26 @@ def _work(
     sys.stderr.flush()
     # no teardown: after DDP with any optimizer gloo's threads abort a process there now and then
     os._exit(0)
+
+
+def through_a_queue(tensor: Tensor) -> Any:
+    """What a spawned process finds in a tensor that a queue brings it: a list of its entries.
+
+    Raises:
+        RuntimeError: torch cannot send it.
+    """
+    context = torch.multiprocessing.get_context("spawn")
+    # it pickles in `put`; a `Queue` does in a thread, which prints what fails and goes on
+    inbox, outbox = context.SimpleQueue(), context.Queue()
+    worker = context.Process(target=_send_back, args=(inbox, outbox), daemon=True)
+    worker.start()
+    try:
+        inbox.put(tensor)
+        return outbox.get(timeout=LIMIT)
+    finally:
+        worker.terminate()
+        worker.join()
+
+
+def _send_back(inbox: Any, outbox: Any) -> None:
+    outbox.put(inbox.get().tolist())

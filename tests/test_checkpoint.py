@@ -263,6 +263,35 @@ def test_a_tensor_lr_is_saved_and_loaded_as_its_own(path: StepPath) -> None:
     assert_equal(twins, params)
 
 
+@pytest.mark.parametrize("stochastic", [0, 1, 3])
+def test_a_checkpoint_waits_once_and_only_for_stochastic_rounding(
+    stochastic: int, path: StepPath, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    params = make_params(path.device)
+    groups = [{"params": [param]} for param in params[:3]]
+    for group in groups[:stochastic]:
+        group["master_weights"] = "stochastic"
+    optimizer = BNGD(groups, fused=path.fused)
+    take_steps(optimizer, params[:3], [0])
+    waits = 0
+
+    def counting(read: Any) -> Any:
+        def counted(tensor: Tensor, *args: Any) -> Any:
+            nonlocal waits
+            waits += 1
+            return read(tensor, *args)
+
+        return counted
+
+    with monkeypatch.context() as patch:
+        for name in ("tolist", "item", "cpu", "__int__", "__bool__", "__float__", "__index__"):
+            patch.setattr(Tensor, name, counting(getattr(Tensor, name)))
+        saved = optimizer.state_dict()
+    assert waits == (stochastic > 0)
+    counts = [group["rounding_steps"] for group in saved["param_groups"]]
+    assert counts == [1] * stochastic + [0] * (3 - stochastic)
+
+
 def test_hooks_of_the_user_run(path: StepPath) -> None:
     params, twins = make_params(path.device), make_params(path.device)
     optimizer, again = (BNGD(p, lr=0.1, fused=path.fused) for p in (params, twins))

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from kernel_cases import LANES, LR
+from processes import through_a_queue
 from runs import assert_bits, make_params, state_of, take_steps
 from torch import Tensor, nn
 from work import member, nothing_new
@@ -253,6 +254,27 @@ def test_waiting_programs_always_end(
     for a, b in zip(steps[0][0], steps[1][0]):
         assert torch.equal(a.param, b.param)
         assert torch.equal(a.momentum, b.momentum)
+
+
+@pytest.mark.parametrize("flatten", [False, True])
+def test_parameters_reach_another_process(flatten: bool, device: torch.device) -> None:
+    """CUDA IPC goes by the allocator's blocks, in which flat parameters lie somewhere."""
+    params = [nn.Parameter(torch.randn(shape, device=device)) for shape in ((300, 7), (70,))]
+    twins = [nn.Parameter(param.detach().clone()) for param in params]
+    optimizers = [BNGD(some, LR, fused=True, flatten=flatten) for some in (params, twins)]
+    for param, twin in zip(params, twins):
+        try:
+            found = through_a_queue(param)
+        except RuntimeError as error:
+            found = str(error)
+        refused = flatten and "invalid device pointer" in found
+        assert refused or found == param.tolist()
+        param.grad = torch.randn_like(param)
+        twin.grad = param.grad.clone()
+    # what was sent is trained on
+    for optimizer in optimizers:
+        optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(params, twins))
 
 
 def test_more_entries_than_32_bits_can_count(device: torch.device) -> None:
