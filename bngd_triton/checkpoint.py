@@ -57,21 +57,21 @@ def check_state_dict(optimizer: Optimizer, incoming: dict[str, Any]) -> None:
                 f"param_groups[{i}] has no 'granularity': this is not a BNGD checkpoint "
                 "(momentum of other optimizers is in other units; start without it)"
             )
-        Options.of({**optimizer.defaults, **group})
         for key in COUNTS:
             count = group.get(key, 0)
             if type(count) is not int or count < 0:
                 raise ValueError(f"{key} of param_groups[{i}] must be a count, got {count!r}")
+    groups = with_options(groups, optimizer.param_groups)
+    options = [Options.of({**optimizer.defaults, **group}) for group in groups]
     sizes = [len(group["params"]) for group in groups]
     if sizes != [len(group["params"]) for group in optimizer.param_groups]:
         return
     for index, (old, new) in enumerate(zip(groups, optimizer.param_groups)):
-        options = Options.of({**new, **old})
         for key, param, name in _pair(old, new, index):
             entry = state.get(key, {})
             if not isinstance(entry, dict):
                 raise ValueError(f"the state of {name} is a {type(entry).__name__}, not a dict")
-            _check_entry(entry, param, name, options)
+            _check_entry(entry, param, name, options[index])
 
 
 def with_options(

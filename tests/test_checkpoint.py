@@ -213,7 +213,8 @@ def test_loading_into_an_optimizer_that_has_stepped(path: StepPath) -> None:
 @pytest.mark.parametrize("name", [name for name in OPTION_NAMES if name != "granularity"])
 def test_an_option_that_a_checkpoint_lacks_stays_as_it_is(name: str, path: StepPath) -> None:
     ours: dict[str, Any] = {
-        "lr": 0.3, "momentum": 0.7, "weight_decay": 0.1, "eps": 1e-3, "normalizer": "cdf", "centering": 0.5, "center_1d": True, "nonfinite": "raise",
+        "lr": 0.3, "momentum": 0.7, "weight_decay": 0.1, "eps": 1e-3, "normalizer": "cdf",
+        "centering": 0.5, "center_1d": True, "nonfinite": "raise",
         "maximize": True, "master_weights": None, "momentum_dtype": torch.bfloat16,
         "accumulation_steps": 2, "seed": 3, "nesterov": True,
     }  # fmt: skip
@@ -341,9 +342,11 @@ def test_state_that_others_keep_beside_momentum_survives(path: StepPath) -> None
     # wrappers (an average of the weights, a step counter) store their own entries there
     optimizer.state[params[0]]["average"] = params[0].detach().clone()
     optimizer.state[params[0]]["count"] = 3
+    optimizer.state["of no parameter"] = 4
     again = BNGD(make_params(path.device), fused=path.fused)
     again.load_state_dict(through_a_file(optimizer.state_dict()))
     state = again.state[again.param_groups[0]["params"][0]]
     assert set(state) == {"momentum_buffer", "average", "count"}
     assert state["count"] == 3
+    assert again.state["of no parameter"] == 4
     assert torch.equal(state["average"], params[0])

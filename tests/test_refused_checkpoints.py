@@ -247,3 +247,15 @@ def test_a_load_that_breaks_off_changes_nothing(
     take_steps(untouched, twins, range(5))
     take_steps(optimizer, params, [4])
     assert_equal(params, twins)
+
+
+def test_options_of_checkpoint_and_optimizer_that_do_not_go_together(path: StepPath) -> None:
+    params = make_params(path.device)
+    optimizer = BNGD([{"params": params, "nesterov": True}], fused=path.fused)
+    saved = copy.deepcopy(optimizer.state_dict())
+    del saved["param_groups"][0]["nesterov"]
+    saved["param_groups"][0]["momentum"] = 0.0
+    before = snapshot(optimizer, params)
+    with pytest.raises(ValueError, match=r"nesterov needs momentum > 0"):
+        optimizer.load_state_dict(saved)
+    assert snapshot(optimizer, params) == before
