@@ -45,25 +45,55 @@ def check_state_dict(optimizer: Optimizer, incoming: dict[str, Any]) -> None:
         ValueError: says what is wrong; a differing number of groups or parameters is left to
             torch's loader.
     """
-    groups = incoming["param_groups"]
+    groups, state = incoming.get("param_groups"), incoming.get("state")
+    if not isinstance(groups, list) or not isinstance(state, dict):
+        raise ValueError(
+            "a state dict has a list 'param_groups' and a dict 'state', got a dict of "
+            f"{', '.join(map(repr, incoming)) or 'nothing'}; load what state_dict() returned"
+        )
     for i, group in enumerate(groups):
         if "granularity" not in group:
             raise ValueError(
                 f"param_groups[{i}] has no 'granularity': this is not a BNGD checkpoint "
                 "(momentum of other optimizers is in other units; start without it)"
             )
-        Options.of({**{field.name: field.default for field in fields(Options)}, **group})
         for key in COUNTS:
             count = group.get(key, 0)
             if type(count) is not int or count < 0:
                 raise ValueError(f"{key} of param_groups[{i}] must be a count, got {count!r}")
+    groups = with_options(groups, optimizer.param_groups)
+    options = [Options.of({**optimizer.defaults, **group}) for group in groups]
     sizes = [len(group["params"]) for group in groups]
     if sizes != [len(group["params"]) for group in optimizer.param_groups]:
         return
     for index, (old, new) in enumerate(zip(groups, optimizer.param_groups)):
-        options = Options.of({**{field.name: field.default for field in fields(Options)}, **old})
         for key, param, name in _pair(old, new, index):
-            _check_entry(incoming["state"].get(key, {}), param, name, options)
+            entry = state.get(key, {})
+            if not isinstance(entry, dict):
+                raise ValueError(f"the state of {name} is a {type(entry).__name__}, not a dict")
+            _check_entry(entry, param, name, options[index])
+
+
+def with_options(
+    groups: Sequence[dict[str, Any]], own: Sequence[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """A checkpoint's groups; options that they lack are those of the optimizer's own groups."""
+    if len(groups) != len(own):
+        # torch's loader refuses them
+        return list(groups)
+    names = [field.name for field in fields(Options)]
+    return [{**{name: mine[name] for name in names}, **group} for group, mine in zip(groups, own)]
+
+
+def of_others(state: dict[Any, Any]) -> dict[Any, Any]:
+    """A checkpoint's state but for what is ours; entries that hold nothing else are left out."""
+    rest: dict[Any, Any] = {}
+    for key, entry in state.items():
+        if not isinstance(entry, dict):
+            rest[key] = entry
+        elif others := {name: value for name, value in entry.items() if name not in KEYS}:
+            rest[key] = others
+    return rest
 
 
 def _check_entry(entry: dict[str, Any], param: Tensor, name: str, options: Options) -> None:
@@ -81,6 +111,12 @@ def _check_entry(entry: dict[str, Any], param: Tensor, name: str, options: Optio
             continue
         if not isinstance(value, Tensor):
             raise ValueError(f"{key} of {name} is a {type(value).__name__}, not a tensor")
+        if value.layout is not torch.strided:
+            raise ValueError(f"{key} of {name} is {value.layout}; state is dense: use .to_dense()")
+        if value.device.type == "meta" and param.device.type != "meta":
+            raise ValueError(
+                f"{key} of {name} is on the meta device and has no values; load the checkpoint's"
+            )
         if value.shape != torch.Size(shape):
             whole = "the parameter" if key != WINDOW else "its slices"
             raise ValueError(

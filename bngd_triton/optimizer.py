@@ -11,13 +11,21 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .buffers import flatten_, why_not_flat
-from .checkpoint import COUNTS, asks_for_state, check_state_dict, parameter_names, place_state
+from .checkpoint import (
+    COUNTS,
+    asks_for_state,
+    check_state_dict,
+    of_others,
+    parameter_names,
+    place_state,
+    with_options,
+)
 from .checks import check_parameter, check_step
 from .gathering import serve
 from .members import Pass
 from .memory import local
 from .options import Options
-from .state import KEYS, GradStats, Records, grad_stats
+from .state import GradStats, Records, grad_stats
 from .stepper import Stepper, closing_of, prepare_state
 
 
@@ -315,25 +323,26 @@ class BNGD(Optimizer):
         """Load a checkpoint of `state_dict`; options come with it, `fused` and `flatten` do not.
 
         State keeps the dtype in which it was saved (torch's own loader would cast it to the
-        parameter's), moves to the parameter's device and is copied.
+        parameter's), moves to the parameter's device and is copied. An option that the checkpoint
+        lacks stays as it is. Whatever fails, a hook of the user's included, nothing has changed.
 
         Args:
             state_dict: from any BNGD optimizer over parameters of the same shapes.
 
         Raises:
-            ValueError: the checkpoint is another optimizer's, or does not fit; nothing changed.
+            ValueError: the checkpoint is another optimizer's, or does not fit.
         """
         saved: dict[str, Any] = {}
+        # torch's loader makes groups and state anew: those that were are whole
+        before = dict(self.__dict__)
 
         # runs after the user's own hooks: state is kept from torch's loader, which would cast it
         def set_aside(_: Optimizer, incoming: dict[str, Any]) -> dict[str, Any]:
             check_state_dict(self, incoming)
             saved.update(incoming)
-            rest = {
-                key: {name: value for name, value in entry.items() if name not in KEYS}
-                for key, entry in incoming["state"].items()
-            }
-            return {**incoming, "state": {key: entry for key, entry in rest.items() if entry}}
+            groups = with_options(incoming["param_groups"], self.param_groups)
+            state = of_others(incoming["state"])
+            return {**incoming, "param_groups": groups, "state": state}
 
         def place(_: Optimizer) -> None:
             place_state(self, saved)
@@ -344,6 +353,9 @@ class BNGD(Optimizer):
         ]
         try:
             super().load_state_dict(state_dict)
+        except BaseException:
+            self.__dict__.update(before)
+            raise
         finally:
             for handle in handles:
                 handle.remove()
@@ -400,5 +412,5 @@ class BNGD(Optimizer):
             for count in COUNTS:
                 group.setdefault(count, 0)
             for field in fields(Options):
-                group.setdefault(field.name, field.default)
                 self.defaults.setdefault(field.name, field.default)
+                group.setdefault(field.name, self.defaults[field.name])

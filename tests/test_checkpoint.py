@@ -9,7 +9,7 @@ import pytest
 import torch
 from paths import StepPath
 from resumed import assert_equal, load_params, make_params, through_a_file
-from steps import momenta, take_steps
+from steps import OPTION_NAMES, momenta, take_steps
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -209,15 +209,39 @@ def test_loading_into_an_optimizer_that_has_stepped(path: StepPath) -> None:
     assert_equal(twins, params)
 
 
-def test_an_older_checkpoint_without_an_option_gets_its_default(path: StepPath) -> None:
-    params = make_params(path.device)
-    optimizer = BNGD(params, center_1d=True, fused=path.fused)
-    take_steps(optimizer, params, [0])
-    saved = optimizer.state_dict()
-    del saved["param_groups"][0]["center_1d"]
-    optimizer.load_state_dict(saved)
-    assert optimizer.param_groups[0]["center_1d"] is False
-    take_steps(optimizer, params, [1])
+# a group without a granularity is another optimizer's
+@pytest.mark.parametrize("name", [name for name in OPTION_NAMES if name != "granularity"])
+def test_an_option_that_a_checkpoint_lacks_stays_as_it_is(name: str, path: StepPath) -> None:
+    ours: dict[str, Any] = {
+        "lr": 0.3, "momentum": 0.7, "weight_decay": 0.1, "eps": 1e-3, "normalizer": "cdf",
+        "centering": 0.5, "center_1d": True, "nonfinite": "raise",
+        "maximize": True, "master_weights": None, "momentum_dtype": torch.bfloat16,
+        "accumulation_steps": 2, "seed": 3, "nesterov": True,
+    }  # fmt: skip
+    mine = {name: ours[name]}
+    for where in ("constructor", "group"):
+        params = make_params(path.device)
+        optimizer = BNGD(params, fused=path.fused)
+        take_steps(optimizer, params, [0])
+        saved = copy.deepcopy(optimizer.state_dict())
+        del saved["param_groups"][0][name]
+        twins = make_params(path.device)
+        if where == "constructor":
+            again = BNGD(twins, fused=path.fused, **mine)
+        else:
+            again = BNGD([{"params": twins, **mine}], fused=path.fused)
+        again.load_state_dict(saved)
+        assert again.param_groups[0][name] == ours[name]
+        take_steps(again, twins, [1])
+
+
+def test_an_unpickled_group_without_an_option_has_the_constructors(path: StepPath) -> None:
+    optimizer = BNGD(make_params(path.device), lr=0.3, momentum=0.7, fused=path.fused)
+    for name in ("lr", "momentum"):
+        del optimizer.param_groups[0][name]
+    again = copy.deepcopy(optimizer)
+    assert again.param_groups[0]["lr"] == 0.3
+    assert again.param_groups[0]["momentum"] == 0.7
 
 
 def test_groups_keep_their_options(path: StepPath) -> None:
@@ -347,9 +371,11 @@ def test_state_that_others_keep_beside_momentum_survives(path: StepPath) -> None
     # wrappers (an average of the weights, a step counter) store their own entries there
     optimizer.state[params[0]]["average"] = params[0].detach().clone()
     optimizer.state[params[0]]["count"] = 3
+    optimizer.state["of no parameter"] = 4
     again = BNGD(make_params(path.device), fused=path.fused)
     again.load_state_dict(through_a_file(optimizer.state_dict()))
     state = again.state[again.param_groups[0]["params"][0]]
     assert set(state) == {"momentum_buffer", "average", "count"}
     assert state["count"] == 3
+    assert again.state["of no parameter"] == 4
     assert torch.equal(state["average"], params[0])

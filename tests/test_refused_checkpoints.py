@@ -61,6 +61,14 @@ def with_option(
     return spoil
 
 
+def with_entry(entry: Any) -> Callable[[dict[str, Any], list[Parameter]], dict[str, Any]]:
+    def spoil(saved: dict[str, Any], _: list[Parameter]) -> dict[str, Any]:
+        saved["state"][1] = entry
+        return saved
+
+    return spoil
+
+
 def one_parameter_less(saved: dict[str, Any], _: list[Parameter]) -> dict[str, Any]:
     saved["param_groups"][0]["params"].pop()
     return saved
@@ -126,6 +134,38 @@ REFUSED = [
         ValueError,
         r"granularity must be one of .*, got 'column'",
     ),
+    Refused(
+        "sparse_momentum",
+        with_momentum(lambda m: m.to_sparse()),
+        ValueError,
+        r"momentum_buffer of param_groups\[0\]\['params'\]\[1\] is torch\.sparse_coo; .*to_dense",
+    ),
+    Refused(
+        "momentum_on_meta",
+        with_momentum(lambda m: m.to("meta")),
+        ValueError,
+        r"momentum_buffer of .*\[1\] is on the meta device and has no values",
+    ),
+    Refused("no_entry", with_entry(None), ValueError, r"the state of .*\[1\] is a NoneType, not"),
+    Refused(
+        "tensor_entry",
+        with_entry(torch.ones(3)),
+        ValueError,
+        r"the state of .*\[1\] is a Tensor, not a dict",
+    ),
+    Refused(
+        # of a wrapper: torch's loader copies it
+        "what_cannot_be_copied",
+        with_entry({"momentum_buffer": torch.ones(3, 2, 2, 5), "file": (x for x in "ab")}),
+        TypeError,
+        "generator",
+    ),
+    Refused(
+        "no_state",
+        lambda saved, _: {"param_groups": saved["param_groups"]},
+        ValueError,
+        r"a state dict has .* got a dict of 'param_groups'",
+    ),
     Refused("one_parameter_less", one_parameter_less, ValueError, "doesn't match the size"),
     Refused("one_group_more", one_group_more, ValueError, "different number of parameter groups"),
 ]
@@ -162,3 +202,60 @@ def test_names_of_parameters_are_in_the_refusal(path: StepPath) -> None:
     saved["state"][2]["momentum_buffer"] = torch.ones(3)
     with pytest.raises(ValueError, match=r"momentum_buffer of c has shape \(3,\)"):
         optimizer.load_state_dict(saved)
+
+
+def no_memory(*_: Any) -> Any:
+    raise torch.OutOfMemoryError("no memory left")
+
+
+def test_a_load_that_breaks_off_changes_nothing(
+    path: StepPath, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = make_params(path.device)
+    good = BNGD(source, lr=0.1, accumulation_steps=2, fused=path.fused)
+    take_steps(good, source, [7])
+    params = make_params(path.device)
+    optimizer = BNGD(params, lr=0.2, fused=path.fused)
+    take_steps(optimizer, params, range(4))
+    before, groups = snapshot(optimizer, params), optimizer.param_groups
+
+    def refused(error: type[Exception]) -> None:
+        with pytest.raises(error):
+            optimizer.load_state_dict(good.state_dict())
+        assert snapshot(optimizer, params) == before
+        assert optimizer.param_groups is groups
+        assert not optimizer._optimizer_load_state_dict_post_hooks
+
+    def stop(*_: Any) -> None:
+        raise ZeroDivisionError
+
+    for register in (
+        optimizer.register_load_state_dict_pre_hook,
+        optimizer.register_load_state_dict_post_hook,
+    ):
+        handle = register(stop)
+        with pytest.raises(ZeroDivisionError):
+            optimizer.load_state_dict(good.state_dict())
+        handle.remove()
+        assert snapshot(optimizer, params) == before
+    for name in ("zeros_like", "as_window"):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"bngd_triton.checkpoint.{name}", no_memory)
+            refused(torch.OutOfMemoryError)
+    twins = make_params(path.device)
+    untouched = BNGD(twins, lr=0.2, fused=path.fused)
+    take_steps(untouched, twins, range(5))
+    take_steps(optimizer, params, [4])
+    assert_equal(params, twins)
+
+
+def test_options_of_checkpoint_and_optimizer_that_do_not_go_together(path: StepPath) -> None:
+    params = make_params(path.device)
+    optimizer = BNGD([{"params": params, "nesterov": True}], fused=path.fused)
+    saved = copy.deepcopy(optimizer.state_dict())
+    del saved["param_groups"][0]["nesterov"]
+    saved["param_groups"][0]["momentum"] = 0.0
+    before = snapshot(optimizer, params)
+    with pytest.raises(ValueError, match=r"nesterov needs momentum > 0"):
+        optimizer.load_state_dict(saved)
+    assert snapshot(optimizer, params) == before
