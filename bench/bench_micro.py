@@ -15,14 +15,13 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 from bench.arms import grouped
+from bench.workloads import WORKLOADS
 from bngd_triton import BNGD
 from bngd_triton.kernels import fused_step_, prepared
 from bngd_triton.kernels.plan import Entry
 from bngd_triton.kernels.tables import build
 from bngd_triton.kernels.tuning import gpu_tuning
 from bngd_triton.members import new_record, slices_of
-
-from .models import WORKLOADS
 
 SIZES = {"16x256x256": [(256, 256)] * 16, "1x4M": [(2048, 2048)], "300x1000": [(1000,)] * 300}
 OPTIMIZERS = {
