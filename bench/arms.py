@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from bngd_triton import BNGD
-from bngd_triton.kernels import prepared
+from bngd_triton.kernels import fused_step
 from bngd_triton.kernels.tuning import Tuning
 
 MOMENTUM = 0.9
@@ -221,7 +221,7 @@ def start(
     Returns:
         Takes another step.
     """
-    usual = prepared.tuning_for
+    usual = fused_step.tuning_for
 
     def forced(device: torch.device) -> Tuning:
         return replace(usual(device), **dict(arm.tuning))
@@ -229,7 +229,7 @@ def start(
     if arm.most_entries and max(param.numel() for param in params) > arm.most_entries:
         raise UnavailableError("a tensor has more entries than its 32-bit indices reach")
     try:
-        with mock.patch.object(prepared, "tuning_for", forced):
+        with mock.patch.object(fused_step, "tuning_for", forced):
             optimizer = arm.build(grouped(params, groups), storage, lr)
             optimizer.step()
     except UnavailableError:

@@ -17,11 +17,11 @@ if not torch.cuda.is_available():
 from bench.arms import grouped
 from bench.workloads import WORKLOADS
 from bngd_triton import BNGD
-from bngd_triton.kernels import fused_step_, prepared
+from bngd_triton.kernels import fused_step, fused_step_
+from bngd_triton.kernels.build_plan import build
 from bngd_triton.kernels.plan import Entry
-from bngd_triton.kernels.tables import build
 from bngd_triton.kernels.tuning import gpu_tuning
-from bngd_triton.members import new_record, slices_of
+from bngd_triton.records import new_record, slices_of
 
 SIZES = {"16x256x256": [(256, 256)] * 16, "1x4M": [(2048, 2048)], "300x1000": [(1000,)] * 300}
 OPTIMIZERS = {
@@ -108,7 +108,7 @@ def host(monkeypatch):
 @pytest.mark.parametrize("groups", [1, 28])
 def test_host_path(benchmark, host, monkeypatch, groups, gradients):
     benchmark.group = f"a repeated step of 300 tensors without launches, {gradients} gradients"
-    monkeypatch.setattr(prepared, "launch", lambda *_: None)
+    monkeypatch.setattr(fused_step, "launch", lambda *_: None)
     params = parameters([(host.ELEMENTS,)] * 300)
     optimizer = BNGD(grouped(params, groups), fused=True, flatten=False)
     prepare = host.Backward(params, gradients)

@@ -71,12 +71,12 @@ def install(backend: str, launch: Callable[..., None]) -> Driver:
 
 def as_if_on_a_gpu() -> None:
     """Have the kernels serve CPU tensors as an H100 would have it, up to the driver's launch."""
-    from bngd_triton.kernels import architectures, prepared, support
+    from bngd_triton.kernels import devices, fused_step, support
 
     install("cuda", nothing)
     # of `support.why_not` alone: the kernels are compiled
     support.interpreting = lambda: True  # type: ignore[assignment]
-    prepared.tuning_for = lambda _: architectures.TABLE["sm_90"].tuning  # type: ignore[assignment]
+    fused_step.tuning_for = lambda _: devices.TABLE["sm_90"].tuning  # type: ignore[assignment]
 
 
 def nothing(*_: object, **__: object) -> None:

@@ -109,7 +109,7 @@ def slug(gpu: str) -> str:
 def kernels_hash() -> str:
     """SHA-256 over names and contents of the files in `kernels/`."""
     digest = hashlib.sha256()
-    for path in sorted((ROOT / "kernels").glob("*.py")):
+    for path in sorted((ROOT / "kernels").rglob("*.py")):
         digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()
 

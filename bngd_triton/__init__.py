@@ -1,14 +1,14 @@
 """Batch-normalised gradient descent for PyTorch, with fused Triton kernels."""
 
+from .checkpoint_files import load_checkpoint, save_checkpoint
+from .fp32_weights import fp32_state_dict, load_fp32_state_dict
+from .gradient_release import release_gradients
 from .inputs import BatchStandardize, standardize
-from .masters import fp32_state_dict, load_fp32_state_dict
 from .optimizer import BNGD
 from .reference import article_cdf, normalize_gradient
-from .release import release_gradients
-from .saving import load_checkpoint, save_checkpoint
 from .state import GradStats
-from .telemetry import GradStatsLog, GradStatsLogger
-from .telemetry_plot import plot_grad_stats
+from .telemetry.log import GradStatsLog, GradStatsLogger
+from .telemetry.plot import plot_grad_stats
 
 __version__ = "0.1.0"
 __all__ = [

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .members import slices_of
-from .memory import dispatches, is_sharded
 from .options import Options
+from .records import slices_of
+from .tensors import dispatches, is_sharded
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # attributes by which wrappers know parameters that they merged into flat ones and cut into shards

@@ -161,8 +161,8 @@ def _verify(args: argparse.Namespace) -> int:
         # read when kernels are defined, which comes later
         os.environ["TRITON_INTERPRET"] = "1"
     from .kernels.support import why_not
-    from .verify import verify
-    from .verify_cases import Case, suite
+    from .verify.cases import Case, suite
+    from .verify.run import verify
 
     reason = why_not(torch.empty(1, dtype=torch.float32, device=device))
     if reason is not None:
@@ -201,8 +201,8 @@ def _bench(args: argparse.Namespace) -> int:
 
 def _demo(args: argparse.Namespace) -> int:
     try:
-        from .demo import Settings, demo
-        from .demo_resume import NAME, finished_runs
+        from .demo.resume import NAME, finished_runs
+        from .demo.run import Settings, demo
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
         if package not in _DEMO_PACKAGES:

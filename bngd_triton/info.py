@@ -20,7 +20,7 @@ import torch
 
 from . import __version__
 from .kernels import direct
-from .kernels.architectures import OTHERS, TABLE, architecture_of, dependent_launches, tuning_for
+from .kernels.devices import OTHERS, TABLE, architecture_of, dependent_launches, tuning_for
 from .kernels.launch import FORMS
 from .kernels.support import has_triton, interpreting, why_not
 from .kernels.tuning import Tuning

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from .checks import check_float
-from .folds import fold_moments
+from .eager.factors import fold_moments
+from .eager.moments import moments
 from .kernels.standardize import standardize_columns
 from .kernels.support import why_not
-from .moments import moments
 from .options import Options
 from .reference import normalize
 

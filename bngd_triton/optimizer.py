@@ -10,8 +10,14 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .buffers import flatten_, why_not_flat
-from .checkpoint import (
+from .checks import check_parameter, check_step
+from .engine.collect import serve
+from .engine.step import Stepper, closing_of, prepare_state
+from .flat_buffers import flatten_, why_not_flat
+from .options import Options
+from .records import Pass
+from .state import GradStats, Records, grad_stats
+from .state_dicts import (
     COUNTS,
     asks_for_state,
     check_state_dict,
@@ -20,13 +26,7 @@ from .checkpoint import (
     place_state,
     with_options,
 )
-from .checks import check_parameter, check_step
-from .gathering import serve
-from .members import Pass
-from .memory import local
-from .options import Options
-from .state import GradStats, Records, grad_stats
-from .stepper import Stepper, closing_of, prepare_state
+from .tensors import local
 
 
 class BNGD(Optimizer):

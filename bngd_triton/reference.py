@@ -28,8 +28,11 @@ import torch
 from torch import Tensor
 
 from .checks import check_float, check_masters, check_step, check_tensors
-from .folds import Fold, folds
-from .members import (
+from .eager.factors import Fold, folds
+from .eager.moments import Moments, blocks
+from .eager.rounding import hash_positions, positions_of, store_, widen
+from .options import Options
+from .records import (
     Member,
     Pass,
     functional_members,
@@ -37,9 +40,6 @@ from .members import (
     rounds_stochastically,
     skipped_slices,
 )
-from .moments import Moments, blocks
-from .options import Options
-from .precision import hash_positions, positions_of, store_, widen
 
 
 @torch.no_grad()

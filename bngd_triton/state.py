@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .buffers import zeros_like
-from .members import SKIPPED, new_record, slices_of
-from .memory import is_sharded, local
+from .eager.rounding import master_dtype, new_master
+from .flat_buffers import zeros_like
 from .options import Options
-from .precision import master_dtype, new_master
+from .records import SKIPPED, new_record, slices_of
+from .tensors import is_sharded, local
 
 MOMENTUM = "momentum_buffer"
 REMAINDER = "master_remainder"
@@ -102,7 +102,7 @@ def as_state(param: Tensor, part: Tensor) -> Tensor:
     """State shaped as a parameter: for a DTensor one with its placements."""
     if not is_sharded(param):
         return part
-    from .distributed import like
+    from .sharding.placements import like
 
     return like(param, part)
 
@@ -111,7 +111,7 @@ def as_window(param: Tensor, part: Tensor, options: Options) -> Tensor:
     """State with one entry for each slice; a tensor's only slice is every rank's."""
     if not is_sharded(param) or options.granularity != "row" or param.dim() < 2:
         return part
-    from .distributed import rows_like
+    from .sharding.placements import rows_like
 
     return rows_like(param, part)
 

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from bngd_triton import BNGD, GradStatsLog, GradStatsLogger, plot_grad_stats
-from bngd_triton.demo_tasks import Split, exploding_task, generator
+from bngd_triton.demo.tasks import Split, exploding_task, generator
 
 SEED = 0
 STEPS = 60

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..memory import on_device
-from .architectures import RELEASES_WAIT_FROM, dependent_launches, processors, releases_wait
+from ..tensors import on_device
+from .devices import RELEASES_WAIT_FROM, dependent_launches, processors, releases_wait
 from .direct import Launch
 from .plan import Batch, Plan
 from .support import interpreting
@@ -133,7 +133,7 @@ def move(plan: Plan, inputs: Inputs, tables: Tensor) -> None:
 
 def rates_launch(addresses: Tensor, table: Tensor, tuning: Tuning) -> Launch:
     """What writes learning rates that are on a device to a table of options."""
-    from .rates import _rates_kernel
+    from .device.rates import _rates_kernel
 
     arguments = {"rates_ptr": addresses, "options_ptr": table}
     return Launch(_rates_kernel, len(table), arguments, (), direct=tuning.direct, num_warps=1)
@@ -146,7 +146,7 @@ def _two(plan: Plan) -> list[Launch]:
 
 def _statistics(plan: Plan, **constants: bool) -> list[Launch]:
     """First launches: statistics and folds of the segments, or tables; tiles from start to end."""
-    from .statistics import _statistics_kernel
+    from .device.measure import _statistics_kernel
 
     return [
         Launch(
@@ -173,7 +173,7 @@ def _statistics(plan: Plan, **constants: bool) -> list[Launch]:
 
 def _updates(plan: Plan, *, early: bool = False) -> list[Launch]:
     """Second launches: normalise and move the segments."""
-    from .update import _update_kernel
+    from .device.update import _update_kernel
 
     # an option of the CUDA backend alone
     more = {"launch_pdl": True} if early else {}
@@ -201,7 +201,7 @@ def _updates(plan: Plan, *, early: bool = False) -> list[Launch]:
 
 def _publish(plan: Plan) -> Launch:
     """What folds statistics that were merged over processes."""
-    from .publish import _publish_kernel
+    from .device.publish import _publish_kernel
 
     return Launch(
         _publish_kernel,
@@ -221,7 +221,7 @@ def _publish(plan: Plan) -> Launch:
 
 def _single(plan: Plan) -> list[Launch]:
     """The whole step of each batch in one launch."""
-    from .single import _single_kernel
+    from .device.single_launch import _single_kernel
 
     tuning = plan.tuning
     most = tuning.programs_per_sm * processors(plan.device)

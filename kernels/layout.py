@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..memory import same_order, walked_in_place
+from ..tensors import same_order, walked_in_place
 
 
 class Walk(NamedTuple):

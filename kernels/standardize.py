@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..memory import on_device
+from ..tensors import on_device
 from .support import interpreting
 
 
@@ -18,7 +18,7 @@ def standardize_columns(x: Tensor) -> Tensor:
     Returns:
         A tensor like `x`.
     """
-    from .columns import _column_moments_kernel, _standardize_kernel
+    from .device.columns import _column_moments_kernel, _standardize_kernel
 
     n_rows, n_columns = x.shape
     # 32 columns are one 128-byte line of float32; 256 rows to a split keep the merge short

@@ -9,7 +9,7 @@ import os
 import torch
 from torch import Tensor
 
-from ..memory import dispatches
+from ..tensors import dispatches
 
 FUSED_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 

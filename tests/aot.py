@@ -339,17 +339,14 @@ def load_kernels(folder: Path) -> dict[str, Any]:
     package = types.ModuleType("aot_kernels")
     package.__path__ = [str(folder)]
     sys.modules[package.__name__] = package
-    parts = (
-        "statistics",
-        "publish",
-        "update",
-        "single",
-        "columns",
-        "rates",
-        "architectures",
-        "plan",
-    )
-    return {part: importlib.import_module(f"{package.__name__}.{part}") for part in parts}
+    names = {
+        "statistics": "device.measure", "publish": "device.publish", "update": "device.update",
+        "single": "device.single_launch", "columns": "device.columns", "rates": "device.rates",
+        "architectures": "devices", "plan": "plan",
+    }  # fmt: skip
+    return {
+        part: importlib.import_module(f"{package.__name__}.{name}") for part, name in names.items()
+    }
 
 
 def build(case: Case, tuning: Any, modules: dict[str, Any]) -> Any:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from bngd_triton import gathering, release, replay, stepper
-from bngd_triton.kernels import plan, prepared
+from bngd_triton import gradient_release
+from bngd_triton.engine import collect, replay, step
+from bngd_triton.kernels import fused_step, plan
 
 
 def pretend(monkeypatch: pytest.MonkeyPatch) -> None:
     """From here on, act as if a CUDA graph were being captured."""
-    for module in (plan, prepared, replay, release, stepper, gathering):
+    for module in (plan, fused_step, replay, gradient_release, step, collect):
         monkeypatch.setattr(module, "capturing", lambda device: True)

@@ -64,10 +64,11 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             names.append(self.name)
             return self.kernel[grid]
 
-    from bngd_triton.kernels import rates, single, statistics, update
+    from bngd_triton.kernels.device import measure, single_launch, update
 
-    for module in (rates, single, statistics, update):
-        name = "_" + module.__name__.rpartition(".")[2] + "_kernel"
+    kernels = ((measure, "statistics"), (update, "update"), (single_launch, "single"))
+    for module, word in kernels:
+        name = f"_{word}_kernel"
         monkeypatch.setattr(module, name, Noting(name, getattr(module, name)))
     return names
 
@@ -75,7 +76,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 @pytest.fixture
 def layouts(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
     """Counts how often a step was laid out or checked in full since the last call."""
-    from bngd_triton.stepper import Stepper
+    from bngd_triton.engine.step import Stepper
 
     count = 0
     full = Stepper.lay_out_and_step

@@ -28,7 +28,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 
 from bngd_triton import BNGD
-from bngd_triton.memory import local
+from bngd_triton.tensors import local
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 # saved in the middle of a window; on fewer ranks, training goes on to the middle of the next

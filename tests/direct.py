@@ -23,10 +23,10 @@ from triton.runtime.jit import JITFunction
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from bench import driver
-from bngd_triton.kernels import architectures
-from bngd_triton.kernels.prepared import FusedStep
-from bngd_triton.members import Member, functional_members, functional_pass
+from bngd_triton.kernels import devices
+from bngd_triton.kernels.fused_step import FusedStep
 from bngd_triton.options import Options
+from bngd_triton.records import Member, functional_members, functional_pass
 
 CPU = torch.device("cpu")
 Launches = list[tuple[Any, ...]]
@@ -107,7 +107,7 @@ def main(backend: str) -> None:
     assert os.environ.get("TRITON_INTERPRET", "0") != "1"
     counted = Counted(backend)
     name = {"cuda": "sm_90", "hip": "gfx942"}[backend]
-    usual = architectures.TABLE[name].tuning
+    usual = devices.TABLE[name].tuning
     assert usual.direct
 
     for form, launches in (("two-launch", 4), ("single-launch", 2)):

@@ -27,7 +27,7 @@ from torch import nn
 from bngd_triton import BNGD, load_checkpoint, save_checkpoint
 
 # what a first step would import, seconds in each process
-for module in ("torch._dynamo", "bngd_triton.kernels.prepared"):
+for module in ("torch._dynamo", "bngd_triton.kernels.fused_step"):
     import_module(module)
 
 # Triton's interpreter is ten times slower

@@ -23,8 +23,8 @@ from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bngd_triton import distributed, exchange
-from bngd_triton.exchange import Exchange, Share, local_table
+from bngd_triton.sharding import exchange, placements
+from bngd_triton.sharding.exchange import Exchange, Share, local_table
 
 
 class Found(NamedTuple):
@@ -116,7 +116,7 @@ def sharded(case: Case, mesh: DeviceMesh) -> tuple[Tensor, Tensor]:
 
 def share_of(name: str, param: Tensor, grad: Tensor, granularity: str) -> Share:
     """As a step would have it of a group of all."""
-    share = distributed.share_of(name, param, grad, granularity)
+    share = placements.share_of(name, param, grad, granularity)
     return share._replace(union=0) if granularity == "global" else share
 
 
@@ -163,7 +163,7 @@ def visit(world: int) -> Result:
         for name, param in model_on(on[GRID]).named_parameters():
             tensors[f"model {name}"] = (param, param.grad)
             gradients[f"model {name}"] = param.grad.full_tensor()
-    parts = {desc: distributed.local_parts(desc, *pair) for desc, pair in tensors.items()}
+    parts = {desc: placements.local_parts(desc, *pair) for desc, pair in tensors.items()}
 
     found: dict[tuple[str, str], Found] = {}
     collectives: dict[str, list[Collective]] = {}
@@ -203,7 +203,7 @@ def visit(world: int) -> Result:
             shape = (-1, *[1] * (param.dim() - 1))
             spread = rows[desc].view(shape).expand(parts[desc][0].shape).contiguous()
             if isinstance(param, DTensor):
-                spread = distributed.like(param, spread).full_tensor()
+                spread = placements.like(param, spread).full_tensor()
             placed[desc] = torch.equal(
                 spread, torch.arange(param.shape[0]).view(shape).expand(param.shape)
             )
@@ -282,13 +282,13 @@ def refused(mesh: DeviceMesh) -> dict[str, str]:
     elsewhere = distribute_tensor(full, other, [S0, R], src_data_rank=None)
     partial = DTensor.from_local(full, mesh, [Partial()], run_check=False)
     calls: dict[str, Callable[[], Any]] = {
-        "plain gradient": lambda: distributed.local_parts("w", cut, full),
-        "plain parameter": lambda: distributed.local_parts("w", full, cut),
-        "shape": lambda: distributed.local_parts("w", cut, wide),
-        "mesh": lambda: distributed.local_parts("w", cut, elsewhere),
-        "partial parameter": lambda: distributed.local_parts("w", partial, partial),
-        "outside": lambda: distributed.share_of("w", outside, full, "tensor"),
-        "state": lambda: distributed.like(cut, torch.zeros(9, 2)),
+        "plain gradient": lambda: placements.local_parts("w", cut, full),
+        "plain parameter": lambda: placements.local_parts("w", full, cut),
+        "shape": lambda: placements.local_parts("w", cut, wide),
+        "mesh": lambda: placements.local_parts("w", cut, elsewhere),
+        "partial parameter": lambda: placements.local_parts("w", partial, partial),
+        "outside": lambda: placements.share_of("w", outside, full, "tensor"),
+        "state": lambda: placements.like(cut, torch.zeros(9, 2)),
     }
     words = {}
     for desc, call in calls.items():

@@ -13,8 +13,8 @@ from torch.distributed.tensor import DTensor, Partial, Replicate
 from torch.nn import Parameter
 
 from bngd_triton import BNGD
-from bngd_triton.memory import local
-from bngd_triton.stepper import Stepper
+from bngd_triton.engine.step import Stepper
+from bngd_triton.tensors import local
 
 # three, so that some ranks have no entry of some parameters
 WORLD = 3

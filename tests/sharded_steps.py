@@ -19,11 +19,12 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_module
 from torch.distributed.tensor.debug import CommDebugMode
 
-from bngd_triton import BNGD, distributed, exchange
-from bngd_triton.memory import local
+from bngd_triton import BNGD
+from bngd_triton.eager.rounding import widen
 from bngd_triton.options import Options
-from bngd_triton.precision import widen
+from bngd_triton.sharding import exchange, placements
 from bngd_triton.state import WINDOW, master_of
+from bngd_triton.tensors import local
 
 STEPS = 20
 LR = 1e-2
@@ -221,7 +222,7 @@ def rounded(layout: str, world: int, fused: bool) -> tuple[int, Tensor]:
     for _ in range(3):
         module.weight.grad = like(module.weight, torch.ones_like(local(module.weight.detach())))
         optimizer.step()
-    return distributed.ordinal(module.weight), local(module.weight.detach()).clone()
+    return placements.ordinal(module.weight), local(module.weight.detach()).clone()
 
 
 def scaled_refused(world: int) -> tuple[str, bool]:

@@ -24,8 +24,8 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from bngd_triton import BNGD
-from bngd_triton.oracle import normalized
-from bngd_triton.stepper import Stepper
+from bngd_triton.engine.step import Stepper
+from bngd_triton.verify.oracle import normalized
 
 FLOAT32, BFLOAT16 = torch.float32, torch.bfloat16
 # a few roundings of float32 in values below 4, and of erf

@@ -67,6 +67,13 @@ class Unguarded(ast.NodeTransformer):
         return None
 
 
+def copy_of(source: Path, folder: Path) -> Path:
+    """Where a changed file of the kernels goes."""
+    place = folder / source.relative_to(KERNELS)
+    place.parent.mkdir(exist_ok=True)
+    return place
+
+
 def test_machine_code() -> None:
     done = run_check()
     assert done.returncode == 0, done.stdout + done.stderr
@@ -76,9 +83,9 @@ def test_machine_code() -> None:
 def test_missing_and_wrong_hints_are_found(tmp_path: Path) -> None:
     """Two mutants in one compilation: neither changes what the other's check reads."""
     unhinted, swapped = Unhinted(), Swapped()
-    for source in KERNELS.glob("*.py"):
+    for source in KERNELS.rglob("*.py"):
         tree = swapped.visit(unhinted.visit(ast.parse(source.read_text())))
-        (tmp_path / source.name).write_text(ast.unparse(tree))
+        copy_of(source, tmp_path).write_text(ast.unparse(tree))
     assert min(unhinted.removed, swapped.swapped) > 0
 
     variants = ("update", "lanes", "stream")
@@ -94,14 +101,14 @@ def test_missing_and_wrong_hints_are_found(tmp_path: Path) -> None:
 
 
 def test_a_window_that_is_written_while_it_is_read_is_found(tmp_path: Path) -> None:
-    for source in KERNELS.glob("*.py"):
+    for source in KERNELS.rglob("*.py"):
         tree = ast.parse(source.read_text())
         for node in tree.body:
             if isinstance(node, ast.FunctionDef) and node.name == "settle":
                 unguarded = Unguarded()
                 unguarded.visit(node)
                 assert unguarded.removed == 1
-        (tmp_path / source.name).write_text(ast.unparse(tree))
+        copy_of(source, tmp_path).write_text(ast.unparse(tree))
 
     done = run_check("--kernels", str(tmp_path), "--only", "lanes")
 
@@ -113,11 +120,11 @@ def test_a_window_that_is_written_while_it_is_read_is_found(tmp_path: Path) -> N
 @pytest.mark.skipif(VERSION >= (3, 9), reason="this Triton waits")
 def test_a_flag_that_is_raised_too_early_is_found(tmp_path: Path) -> None:
     """The kernels as they are, for a Triton from which on the wait is demanded."""
-    for source in KERNELS.glob("*.py"):
+    for source in KERNELS.rglob("*.py"):
         text = source.read_text().replace(
             "RELEASES_WAIT_FROM = (3, 9)", "RELEASES_WAIT_FROM = (0, 0)"
         )
-        (tmp_path / source.name).write_text(text)
+        copy_of(source, tmp_path).write_text(text)
 
     done = run_check("--kernels", str(tmp_path), "--only", "single lanes")
 
@@ -127,12 +134,12 @@ def test_a_flag_that_is_raised_too_early_is_found(tmp_path: Path) -> None:
 
 
 def test_an_update_that_reads_before_it_waits_is_found(tmp_path: Path) -> None:
-    for source in KERNELS.glob("*.py"):
+    for source in KERNELS.rglob("*.py"):
         tree = ast.parse(source.read_text())
         for node in tree.body:
             if isinstance(node, ast.FunctionDef) and node.name == "_update_kernel":
                 node.body.append(node.body.pop(0))
-        (tmp_path / source.name).write_text(ast.unparse(tree))
+        copy_of(source, tmp_path).write_text(ast.unparse(tree))
 
     done = run_check("--kernels", str(tmp_path), "--only", "update")
 

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from bngd_triton.kernels import architectures
-from bngd_triton.kernels.architectures import (
+from bngd_triton.kernels import devices
+from bngd_triton.kernels.devices import (
     TABLE,
     dependent_launches,
     releases_wait,
@@ -20,7 +20,7 @@ from bngd_triton.kernels.architectures import (
 )
 
 GPU = torch.device("cuda", 5)
-CACHED = (architectures.architecture_of, tuning_for, dependent_launches, releases_wait)
+CACHED = (devices.architecture_of, tuning_for, dependent_launches, releases_wait)
 
 
 @pytest.fixture
@@ -119,7 +119,7 @@ def test_others_and_the_interpreter() -> None:
     assert tuning_for(torch.device("cpu")) is TABLE["interpreter"].tuning
     assert not dependent_launches(torch.device("cpu"))
     assert not tuning_for(torch.device("xpu")).wide
-    assert row_for("sm_999") is architectures.OTHERS[32]
+    assert row_for("sm_999") is devices.OTHERS[32]
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ from torch.optim.optimizer import (
 )
 
 from bngd_triton import BNGD
-from bngd_triton.oracle import oracle_step
+from bngd_triton.verify.oracle import oracle_step
 
 
 def test_step_hooks_run_around_the_step(path: StepPath) -> None:

@@ -10,11 +10,11 @@ from benching import CPU, FP32
 
 from bench import arms, gate, run, workloads
 from bngd_triton import BNGD
-from bngd_triton.kernels import tables
-from bngd_triton.kernels.architectures import TABLE
+from bngd_triton.kernels import build_plan
+from bngd_triton.kernels.devices import TABLE
 from bngd_triton.kernels.plan import Entry
 from bngd_triton.kernels.work import CHUNK_ITEM
-from bngd_triton.members import new_record, slices_of
+from bngd_triton.records import new_record, slices_of
 
 
 class Steps:
@@ -235,7 +235,7 @@ def _plan(tuning, storage, granularity, device):
         rows = slices_of(tensor.shape, granularity)
         record = new_record(rows, CPU)
         entries.append(Entry(tensor, tensor, tensor, record, 0, rows, len(shape) > 1, None))
-    return tables.build(entries, tuning)
+    return build_plan.build(entries, tuning)
 
 
 @pytest.mark.parametrize("granularity", ["tensor", "row"])

@@ -21,7 +21,7 @@ from paths import StepPath
 from torch import Tensor
 from torch.nn import Parameter
 
-from bngd_triton import BNGD, buffers
+from bngd_triton import BNGD, flat_buffers
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
@@ -31,7 +31,7 @@ def test_flattening_keeps_values_shapes_and_strides(dtype: torch.dtype) -> None:
     params[0].data = params[0].data.t()
     params[3].data = params[3].data.contiguous(memory_format=torch.channels_last)
     before = [(p.detach().clone(), p.shape, p.stride(), p.dtype, id(p)) for p in params]
-    assert buffers.flatten_(params) == []
+    assert flat_buffers.flatten_(params) == []
     for param, (value, *rest) in zip(params, before):
         assert torch.equal(param, value)
         assert [param.shape, param.stride(), param.dtype, id(param)] == rest
@@ -44,7 +44,7 @@ def test_flattening_keeps_values_shapes_and_strides(dtype: torch.dtype) -> None:
 def test_flattening_has_one_buffer_for_each_dtype() -> None:
     kinds = [torch.float32, torch.bfloat16] * 3
     params = [Parameter(torch.randn(5).to(dtype)) for dtype in kinds]
-    buffers.flatten_(params)
+    flat_buffers.flatten_(params)
     for dtype in set(kinds):
         assert_in_one_buffer([param for param in params if param.dtype == dtype])
 
@@ -97,7 +97,7 @@ def test_each_group_has_a_buffer_and_add_param_group_too(device: torch.device) -
 
 def test_the_buffer_outlives_its_neighbours() -> None:
     params = [Parameter(torch.full((40,), float(i))) for i in range(3)]
-    buffers.flatten_(params)
+    flat_buffers.flatten_(params)
     last = params.pop()
     params.clear()
     gc.collect()
@@ -143,7 +143,7 @@ def test_loaded_momentum_lies_in_one_buffer(path: StepPath) -> None:
 def test_zeros_like_starts_at_zero_with_the_dtypes_asked_for() -> None:
     params = [torch.randn(3, 4), torch.randn(5).bfloat16(), torch.randn(0, 2), torch.randn(())]
     dtypes = [torch.float32, torch.float32, torch.float32, torch.float64]
-    found = buffers.zeros_like(params, dtypes)
+    found = flat_buffers.zeros_like(params, dtypes)
     assert [buffer.dtype for buffer in found] == dtypes
     for param, buffer in zip(params, found):
         assert buffer.shape == param.shape
@@ -177,7 +177,7 @@ def test_a_second_optimizer_does_not_move_parameters(
 def test_a_tensor_over_the_limit_keeps_its_storage(
     device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(buffers, "MAX_BYTES", 160)
+    monkeypatch.setattr(flat_buffers, "MAX_BYTES", 160)
     # 100, 200, 60 and 40 bytes
     params = [Parameter(torch.randn(n, device=device)) for n in (25, 50, 15, 10)]
     before, values = spans(params), [param.detach().clone() for param in params]
@@ -196,7 +196,7 @@ def test_a_tensor_over_the_limit_keeps_its_storage(
 
 
 def test_buffers_are_of_bounded_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(buffers, "MAX_BYTES", 256)
+    monkeypatch.setattr(flat_buffers, "MAX_BYTES", 256)
     made = []
     zeros = torch.zeros
 
@@ -207,7 +207,7 @@ def test_buffers_are_of_bounded_size(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "zeros", note)
     # 128 bytes each: two to a buffer
     params = [Parameter(torch.randn(32)) for _ in range(5)]
-    buffers.flatten_(params)
+    flat_buffers.flatten_(params)
     assert len(made) == 3
     # and an alignment's worth of slack
     assert all(buffer.numel() * 4 <= 256 + ALIGNMENT for buffer in made)
@@ -216,7 +216,7 @@ def test_buffers_are_of_bounded_size(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_flatten_true_refuses_a_tensor_over_the_limit(
     device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(buffers, "MAX_BYTES", 160)
+    monkeypatch.setattr(flat_buffers, "MAX_BYTES", 160)
     param = Parameter(torch.randn(50, device=device))
     with pytest.raises(RuntimeError, match="flatten=True cannot move"):
         BNGD([param], fused=True, flatten=True)
@@ -224,7 +224,7 @@ def test_flatten_true_refuses_a_tensor_over_the_limit(
 
 def test_buffers_do_not_outlive_their_parameters() -> None:
     params = [Parameter(torch.randn(4)) for _ in range(3)]
-    buffers.flatten_(params)
+    flat_buffers.flatten_(params)
     memory = [weakref.ref(param) for param in params]
     del params
     assert [one() for one in memory] == [None] * 3
@@ -235,13 +235,13 @@ def test_buffers_are_made_on_their_own_device(
 ) -> None:
     """DLPack refuses tensors of a GPU that is not the current one."""
     entered: list[torch.device] = []
-    leave = buffers.on_device
+    leave = flat_buffers.on_device
 
     def on_device(where: torch.device) -> Any:
         entered.append(where)
         return leave(where)
 
-    monkeypatch.setattr(buffers, "on_device", on_device)
+    monkeypatch.setattr(flat_buffers, "on_device", on_device)
     params = [Parameter(torch.randn(n, device=device)) for n in (5, 7)]
     BNGD(params, fused=True, flatten=True)
     assert entered

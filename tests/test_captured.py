@@ -16,7 +16,7 @@ from torch.nn import Parameter
 
 from bngd_triton import BNGD, release_gradients
 from bngd_triton.kernels import launch
-from bngd_triton.tolerances import CDF
+from bngd_triton.verify.tolerances import CDF
 
 
 def test_capture_refuses_what_it_could_not_replay(

@@ -39,8 +39,8 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.multiprocessing import ProcessExitedException
 
 from bngd_triton import BNGD
-from bngd_triton.checkpoint import COUNTS
-from bngd_triton.tolerances import ULP, ulps
+from bngd_triton.state_dicts import COUNTS
+from bngd_triton.verify.tolerances import ULP, ulps
 
 pytestmark = [
     pytest.mark.skipif(

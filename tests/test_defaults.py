@@ -19,15 +19,15 @@ from work import member, nothing_new
 
 import bngd_triton
 from bngd_triton import BNGD
-from bngd_triton.kernels import prepared, segment_statistics
+from bngd_triton.kernels import fused_step, segment_statistics
+from bngd_triton.kernels.build_plan import build
+from bngd_triton.kernels.fused_step import FusedStep
 from bngd_triton.kernels.plan import Entry
-from bngd_triton.kernels.prepared import FusedStep
-from bngd_triton.kernels.tables import build
-from bngd_triton.members import new_record
 from bngd_triton.options import Options
+from bngd_triton.records import new_record
 
 PACKAGE = Path(bngd_triton.__file__).parent
-KERNELS = Path(prepared.__file__).parent
+KERNELS = Path(fused_step.__file__).parent
 # what makes a tensor on the default device, or of the default dtype, where none is named
 FACTORIES = {
     "arange", "as_tensor", "asarray", "empty", "empty_strided", "eye", "full", "linspace",
@@ -97,7 +97,7 @@ def test_a_run_has_the_same_bits_under_any_defaults(
 ) -> None:
     more = dict(options)
     tuning = dataclasses.replace(LANES, **more.pop("tuning", {}))
-    monkeypatch.setattr(prepared, "tuning_for", lambda device: tuning)
+    monkeypatch.setattr(fused_step, "tuning_for", lambda device: tuning)
     want = run(path, None, torch.float32, **more)
     assert all(param.isfinite().all() for param in want[:4])
     for device, dtype in (("meta", torch.float32), (None, torch.float16), (None, torch.float64)):

@@ -12,7 +12,9 @@ import torch
 from rich.console import Console
 
 import bngd_triton
-from bngd_triton import cli, demo, demo_resume
+from bngd_triton import cli
+from bngd_triton.demo import resume
+from bngd_triton.demo import run as demo
 
 TINY = demo.Settings(epochs=1, scales=(1e-12, 1e15), scale_epochs=1)
 
@@ -198,16 +200,16 @@ def test_a_killed_demo_goes_on(two_arms, tmp_path, monkeypatch, epochs, left):
     out.mkdir()
     done = subprocess.run([sys.executable, "-c", KILLED_AFTER, str(epochs), str(out)])
     assert done.returncode == -signal.SIGKILL
-    assert [path.name for path in out.iterdir()] == [demo_resume.NAME]
+    assert [path.name for path in out.iterdir()] == [resume.NAME]
     trained = []
     monkeypatch.setattr(
         demo, "train", lambda *args, train=demo.train: trained.append(args[0]) or train(*args)
     )
-    results = demo_resume.finished_runs(settings, out / demo_resume.NAME)
+    results = resume.finished_runs(settings, out / resume.NAME)
     document = run(settings, out, results=results)[1]
     assert len(trained) == left
     assert document == want
-    assert not (out / demo_resume.NAME).exists()
+    assert not (out / resume.NAME).exists()
 
 
 def test_resume_is_refused_for_other_settings(two_arms, tmp_path, capsys):
@@ -217,14 +219,14 @@ def test_resume_is_refused_for_other_settings(two_arms, tmp_path, capsys):
 
     settings = demo.Settings(epochs=1, scales=(10.0,), scale_epochs=1)
     assert run(settings, tmp_path, interrupt)[0] == 130
-    before = (tmp_path / demo_resume.NAME).read_bytes()
+    before = (tmp_path / resume.NAME).read_bytes()
     assert cli.main(["demo", "--resume", "--epochs", "3", "--out", str(tmp_path)]) == 2
     error = capsys.readouterr().err
-    assert f"{demo_resume.NAME} is of a demo with epochs = 1, not 3: give it the same arg" in error
-    assert (tmp_path / demo_resume.NAME).read_bytes() == before
-    (tmp_path / demo_resume.NAME).write_bytes(before[:500])
+    assert f"{resume.NAME} is of a demo with epochs = 1, not 3: give it the same arg" in error
+    assert (tmp_path / resume.NAME).read_bytes() == before
+    (tmp_path / resume.NAME).write_bytes(before[:500])
     assert cli.main(["demo", "--resume", "--epochs", "1", "--out", str(tmp_path)]) == 2
-    assert f"{demo_resume.NAME} (500 bytes) is incomplete" in capsys.readouterr().err
+    assert f"{resume.NAME} (500 bytes) is incomplete" in capsys.readouterr().err
 
 
 def test_resume_reaches_the_demo(tmp_path, monkeypatch):
@@ -233,15 +235,15 @@ def test_resume_reaches_the_demo(tmp_path, monkeypatch):
     # what is to resume is there, or nothing is
     assert cli.main(["demo", "--resume", "--out", str(tmp_path), "--device", "cpu"]) == 0
     results = demo.Results([demo.Run("SGD", 0.1, None, 1.0, "finished", losses=[math.inf])])
-    demo_resume.keep(results, demo.Settings(), tmp_path / demo_resume.NAME)
+    resume.keep(results, demo.Settings(), tmp_path / resume.NAME)
     assert cli.main(["demo", "--resume", "--out", str(tmp_path), "--device", "cpu"]) == 0
     assert calls[0] == demo.Results()
     assert repr(calls[1]) == repr(results)
 
 
 def test_a_new_demo_forgets_what_was_left(two_arms, tmp_path):
-    path = tmp_path / demo_resume.NAME
-    demo_resume.keep(demo.Results(), TINY, path)
+    path = tmp_path / resume.NAME
+    resume.keep(demo.Results(), TINY, path)
     seen = []
     run(TINY, tmp_path, lambda run: seen.append(path.exists()))
     # the first run of the new one has finished before its second

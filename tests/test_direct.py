@@ -29,9 +29,9 @@ def test_the_interpreters_kernels_are_launched_as_ever() -> None:
     import torch
 
     from bngd_triton.kernels import Tuning
-    from bngd_triton.kernels.prepared import FusedStep
-    from bngd_triton.members import functional_members, functional_pass
+    from bngd_triton.kernels.fused_step import FusedStep
     from bngd_triton.options import Options
+    from bngd_triton.records import functional_members, functional_pass
 
     params, grads, options = [torch.zeros(5000)], [torch.randn(5000)], [Options(momentum=0.0)]
     members = functional_members(params, grads, None, None, None, options[0])

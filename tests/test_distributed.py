@@ -14,7 +14,7 @@ from sharded import Found, visited
 from sharded_cases import CASES, RUNS, SPOILT, WORLDS, Case, whole
 from torch import Tensor
 
-from bngd_triton.exchange import Exchange, merge
+from bngd_triton.sharding.exchange import Exchange, merge
 
 # float64 sums of a few hundred entries are off by some units of 2**-53, 1e-16
 CLOSE = 1e-12

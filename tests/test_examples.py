@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from bngd_triton.demo_tasks import exploding_task
+from bngd_triton.demo.tasks import exploding_task
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 

@@ -29,7 +29,7 @@ from sharded_steps import (
 )
 from torch import Tensor
 
-from bngd_triton.tolerances import LRE, ULP, ulps
+from bngd_triton.verify.tolerances import LRE, ULP, ulps
 
 pytestmark = [
     pytest.mark.skipif(

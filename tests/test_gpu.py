@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from work import member, nothing_new
 
 from bngd_triton import BNGD
-from bngd_triton.kernels import fused_step_, launch, prepared
-from bngd_triton.kernels.architectures import tuning_for
-from bngd_triton.kernels.prepared import FusedStep
+from bngd_triton.kernels import fused_step, fused_step_, launch
+from bngd_triton.kernels.devices import tuning_for
+from bngd_triton.kernels.fused_step import FusedStep
 from bngd_triton.options import Options
 
 GPU = torch.cuda.is_available()
@@ -72,9 +72,9 @@ def test_a_captured_step_follows_a_schedule(
     """Replays equal ordinary steps bit for bit, at learning rates set after the capture."""
     more = dict(options)
     tuning = more.pop("tuning", {})
-    usual = prepared.tuning_for
+    usual = fused_step.tuning_for
     monkeypatch.setattr(
-        prepared, "tuning_for", lambda device: dataclasses.replace(usual(device), **tuning)
+        fused_step, "tuning_for", lambda device: dataclasses.replace(usual(device), **tuning)
     )
     dtype, tensor_lr = more.pop("dtype", torch.float32), more.pop("tensor_lr", False)
     shapes = [(300, 70), (70,), (5,), (3, 2048), (200_000,)] if GPU else [(9, 7), (70,), (2500,)]

@@ -22,8 +22,8 @@ from steps import (
 )
 
 from bngd_triton import BNGD
-from bngd_triton.checkpoint import COUNTS
-from bngd_triton.oracle import oracle_step
+from bngd_triton.state_dicts import COUNTS
+from bngd_triton.verify.oracle import oracle_step
 
 GROUPS: list[dict[str, Any]] = [
     {"lr": 0.2},

@@ -16,13 +16,13 @@ import torch
 
 import bngd_triton
 from bngd_triton import cli, info
-from bngd_triton.kernels import architectures, support
+from bngd_triton.kernels import devices, support
 
 PACKAGE = Path(bngd_triton.__file__).parent
 CACHED = (
-    architectures.architecture_of,
-    architectures.tuning_for,
-    architectures.dependent_launches,
+    devices.architecture_of,
+    devices.tuning_for,
+    devices.dependent_launches,
 )
 
 
@@ -49,7 +49,7 @@ def test_this_machine(capsys: pytest.CaptureFixture[str]) -> None:
 def test_every_private_function_is_listed() -> None:
     """So that a report shows which of them another torch lacks."""
     used = set()
-    for path in PACKAGE.glob("*.py"):
+    for path in PACKAGE.rglob("*.py"):
         text = path.read_text()
         for module, names in re.findall(
             r"from (torch\._(?:C|dynamo)[\w.]*) import ([\w, ]+)", text
@@ -113,7 +113,7 @@ def test_gpus() -> None:
     assert h100["memory"] == "80.0 GiB"
     assert h100["multiprocessors"] == 132
     assert h100["architecture"] == "sm_90"
-    assert h100["sizes"] == "row sm_90: " + architectures.TABLE["sm_90"].reason
+    assert h100["sizes"] == "row sm_90: " + devices.TABLE["sm_90"].reason
     assert h100["form of a step"] == "two-launch"
     assert h100["dependent launches"] == "off, available"
     assert found["cuda:1"]["sizes"].startswith("no row of its own, others with waves of 32: ")

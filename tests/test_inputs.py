@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bngd_triton import BatchStandardize, standardize
 from bngd_triton.kernels.standardize import standardize_columns
-from bngd_triton.tolerances import GHAT
+from bngd_triton.verify.tolerances import GHAT
 
 
 def oracle(x: Tensor, dim: int) -> Tensor:

@@ -14,17 +14,18 @@ from torch import Tensor
 from work import member, nothing_new
 
 from bngd_triton import reference
-from bngd_triton.folds import Fold, fold_moments
-from bngd_triton.kernels import Tuning, fused_step_, statistics, update
-from bngd_triton.kernels import prepared as prepared_module
-from bngd_triton.kernels.prepared import FusedStep
-from bngd_triton.kernels.tables import build
-from bngd_triton.kernels.update import store_as
-from bngd_triton.members import Member
-from bngd_triton.moments import Moments
+from bngd_triton.eager.factors import Fold, fold_moments
+from bngd_triton.eager.moments import Moments
+from bngd_triton.kernels import Tuning, fused_step_
+from bngd_triton.kernels import fused_step as prepared_module
+from bngd_triton.kernels.build_plan import build
+from bngd_triton.kernels.device import measure, update
+from bngd_triton.kernels.device.update import store_as
+from bngd_triton.kernels.fused_step import FusedStep
 from bngd_triton.options import Options
-from bngd_triton.oracle import oracle_step
-from bngd_triton.tolerances import step_bounds
+from bngd_triton.records import Member
+from bngd_triton.verify.oracle import oracle_step
+from bngd_triton.verify.tolerances import step_bounds
 
 
 @pytest.mark.parametrize("options", OPTIONS)
@@ -184,7 +185,7 @@ def test_updates_start_where_the_statistics_ended(
         monkeypatch.setattr(module, name, noting)
         return seen
 
-    measured = watch(statistics, "measure_slice", batch.slices)
+    measured = watch(measure, "measure_slice", batch.slices)
     moved = watch(update, "move_chunk", batch.chunks)
     prepared.run(members, [Options(LR)], nothing_new(device))
     assert [start for _, start, _ in measured] == [*range(0, 700, 128), 0, 128, 256]

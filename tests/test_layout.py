@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from bngd_triton import BNGD
-from bngd_triton.oracle import oracle_step
+from bngd_triton.verify.oracle import oracle_step
 
 LR = 0.1
 STEPS = 2

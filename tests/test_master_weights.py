@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from bngd_triton import BNGD
-from bngd_triton.precision import widen
+from bngd_triton.eager.rounding import widen
 
 BFLOAT16, FLOAT16, FLOAT32 = torch.bfloat16, torch.float16, torch.float32
 narrow = pytest.mark.parametrize("dtype", [BFLOAT16, FLOAT16], ids=str)

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from bngd_triton import BNGD
-from bngd_triton.oracle import oracle_step
+from bngd_triton.verify.oracle import oracle_step
 
 
 def test_closure_runs_with_grad_enabled_and_its_loss_is_returned(path: StepPath) -> None:
@@ -159,7 +159,7 @@ def test_automatic_path_on_the_cpu_is_the_reference(monkeypatch: pytest.MonkeyPa
     def refuse(*_: Any) -> None:
         raise AssertionError("kernels were used")
 
-    monkeypatch.setattr("bngd_triton.stepper.FusedStep", refuse)
+    monkeypatch.setattr("bngd_triton.engine.step.FusedStep", refuse)
     params = make_params(torch.device("cpu"))
     addresses = [param.data_ptr() for param in params]
     optimizer = BNGD(params)

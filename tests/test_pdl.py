@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from bngd_triton.kernels import architectures, launch, statistics, update
-from bngd_triton.kernels.prepared import FusedStep
-from bngd_triton.members import functional_members, functional_pass
+from bngd_triton.kernels import devices, launch
+from bngd_triton.kernels.device import measure, update
+from bngd_triton.kernels.fused_step import FusedStep
 from bngd_triton.options import Options
+from bngd_triton.records import functional_members, functional_pass
 
 SEGMENT, TILE = 5000, 16
 
@@ -34,7 +35,7 @@ def launches_of(
     sizes: list[int], monkeypatch: pytest.MonkeyPatch, *, pdl: bool, can: bool
 ) -> list[tuple[str, Any, Any]]:
     device = torch.device("cpu")
-    tuning = dataclasses.replace(architectures.tuning_for(device), pdl=pdl)
+    tuning = dataclasses.replace(devices.tuning_for(device), pdl=pdl)
     # two dtypes are two batches
     dtypes = torch.float32, torch.bfloat16
     params, grads = ([torch.zeros(n, dtype=k) for n, k in zip(sizes, dtypes)] for _ in range(2))
@@ -44,7 +45,7 @@ def launches_of(
     step = FusedStep(members, options, tuning)
     launches: list[tuple[str, Any, Any]] = []
     monkeypatch.setattr(launch, "dependent_launches", lambda device: can)
-    for module, name in ((statistics, "_statistics_kernel"), (update, "_update_kernel")):
+    for module, name in ((measure, "_statistics_kernel"), (update, "_update_kernel")):
         monkeypatch.setattr(module, name, Recorder(name, launches))
     step.run(members, options, functional_pass(params, True, None, None, None))
     return launches

@@ -12,8 +12,8 @@ from work import entry, inputs
 
 from bngd_triton import reference
 from bngd_triton.kernels import Tuning, launch
+from bngd_triton.kernels.build_plan import build
 from bngd_triton.kernels.plan import Entry
-from bngd_triton.kernels.tables import build
 from bngd_triton.options import Options
 
 

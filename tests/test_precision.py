@@ -13,9 +13,9 @@ from runs import assert_bits, bits, make_params
 from torch import Tensor
 
 from bngd_triton import reference
+from bngd_triton.eager.rounding import hash_positions, new_master, store_, widen
 from bngd_triton.kernels import Tuning, fused_step_
-from bngd_triton.kernels import precision as kernels
-from bngd_triton.precision import hash_positions, new_master, store_, widen
+from bngd_triton.kernels.device import rounding as kernels
 
 BFLOAT16, FLOAT16, FLOAT32 = torch.bfloat16, torch.float16, torch.float32
 

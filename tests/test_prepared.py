@@ -17,11 +17,11 @@ from torch import Tensor
 from work import member
 
 from bngd_triton import BNGD
-from bngd_triton.kernels import option_table, prepared
-from bngd_triton.kernels.prepared import FusedStep
-from bngd_triton.members import Member, new_record
+from bngd_triton.kernels import fused_step, tables
+from bngd_triton.kernels.fused_step import FusedStep
 from bngd_triton.options import Options
-from bngd_triton.tolerances import GHAT, THETA
+from bngd_triton.records import Member, new_record
+from bngd_triton.verify.tolerances import GHAT, THETA
 
 
 @pytest.mark.parametrize("granularity", ["tensor", "row"])
@@ -149,12 +149,12 @@ def test_the_signature_of_a_step_tells_its_tensors_and_options_apart(device: tor
 @pytest.fixture
 def rates_on_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tensor rates are left to the kernel, as on a GPU."""
-    for module in (option_table, prepared):
+    for module in (tables, fused_step):
         monkeypatch.setattr(module, "on_a_device", lambda lr: isinstance(lr, Tensor))
 
 
 # the last has no code: it is read through a copy
-RATE_DTYPES = (*option_table.RATE_DTYPES, torch.float8_e5m2)
+RATE_DTYPES = (*tables.RATE_DTYPES, torch.float8_e5m2)
 
 
 def test_rates_on_a_device_are_those_of_floats_in_one_launch(
@@ -172,7 +172,7 @@ def test_rates_on_a_device_are_those_of_floats_in_one_launch(
         part.write(groups, [True] * len(groups))
         assert launched == ["_rates_kernel"]
         floats = [Options(float(lr), weight_decay=0.3) for lr in (0.7, *rates)]
-        assert part.table.tolist() == list(map(option_table.encode, floats))
+        assert part.table.tolist() == list(map(tables.encode, floats))
 
 
 def test_a_run_with_rates_on_a_device_has_the_bits_of_one_with_floats(
@@ -217,7 +217,7 @@ def test_a_rate_may_become_another_tensor_or_a_number(
         options = Options(lr, weight_decay=0.3)
         part.write([options], [True])
         assert (launched[-1:] == ["_rates_kernel"]) == isinstance(lr, Tensor)
-        want = option_table.encode(Options(float(lr), weight_decay=0.3))
+        want = tables.encode(Options(float(lr), weight_decay=0.3))
         assert part.table.tolist() == [want], lr
         replay = replay or part.rates._launch
         replay(None)
@@ -228,8 +228,8 @@ def test_a_rate_may_become_another_tensor_or_a_number(
 def test_a_rate_lives_as_long_as_it_is_read(device: torch.device) -> None:
     lr = torch.tensor(0.1, device=device)
     kept = weakref.ref(lr)
-    table = torch.zeros(1, option_table.COLUMNS, dtype=torch.float64, device=device)
-    rates = option_table.Rates(table, LANES)
+    table = torch.zeros(1, tables.COLUMNS, dtype=torch.float64, device=device)
+    rates = tables.Rates(table, LANES)
     rates.point_at([lr])
     del lr
     gc.collect()
@@ -261,9 +261,9 @@ def test_a_decay_set_after_a_capture_reaches_a_rate_on_a_device(
     (part,) = FusedStep([one], [Options(rate)])._devices
     part.write([Options(rate, weight_decay=0.3)], [True])
     now = Options(float(rate), weight_decay=0.9)
-    part.table.copy_(torch.tensor([option_table.encode(now)], dtype=torch.float64))
+    part.table.copy_(torch.tensor([tables.encode(now)], dtype=torch.float64))
     part.rates.write()
-    assert part.table.tolist() == [option_table.encode(now)]
+    assert part.table.tolist() == [tables.encode(now)]
 
 
 @pytest.mark.parametrize(
@@ -290,7 +290,7 @@ def test_a_sync_refuses_what_no_replay_follows(
     optimizer.step()
     prepared = optimizer._stepper.prepared
     assert prepared is not None
-    (part,) = prepared._devices
+    (part,) = fused_step._devices
     before = part.table.clone()
     if change is None:
         optimizer.add_param_group({"params": params[2:]})

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from bngd_triton import BNGD, article_cdf, normalize_gradient
 from bngd_triton.kernels import fused_normalize_gradient
-from bngd_triton.oracle import normalized, oracle_step
 from bngd_triton.reference import step_
-from bngd_triton.tolerances import EPS, GHAT, ghat_bound, step_bounds
+from bngd_triton.verify.oracle import normalized, oracle_step
+from bngd_triton.verify.tolerances import EPS, GHAT, ghat_bound, step_bounds
 
 Make = Callable[[], Tensor]
 BIG = 3.4e38

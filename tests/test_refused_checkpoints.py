@@ -240,7 +240,7 @@ def test_a_load_that_breaks_off_changes_nothing(
         assert snapshot(optimizer, params) == before
     for name in ("zeros_like", "as_window"):
         with monkeypatch.context() as patch:
-            patch.setattr(f"bngd_triton.checkpoint.{name}", no_memory)
+            patch.setattr(f"bngd_triton.state_dicts.{name}", no_memory)
             refused(torch.OutOfMemoryError)
     twins = make_params(path.device)
     untouched = BNGD(twins, lr=0.2, fused=path.fused)

@@ -12,7 +12,7 @@ from changes import CHANGES, IN_PLACE, assert_same, give_gradients, pair
 from torch.nn import Parameter
 
 from bngd_triton import BNGD
-from bngd_triton.replay import same_kinds
+from bngd_triton.engine.replay import same_kinds
 
 
 @pytest.fixture(params=["torch's guards", "in Python"])

@@ -19,7 +19,7 @@ from steps import (
 from torch.nn import Parameter
 
 from bngd_triton import BNGD
-from bngd_triton.oracle import oracle_step
+from bngd_triton.verify.oracle import oracle_step
 
 
 def test_a_swapped_storage_is_noticed(path: StepPath) -> None:

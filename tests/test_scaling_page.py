@@ -9,7 +9,7 @@ import pytest
 from sharded import Transformer, visited
 from sharded_cases import WORLDS
 
-from bngd_triton import exchange
+from bngd_triton.sharding import exchange
 
 PAGE = Path(__file__).parent.parent / "docs" / "scaling.md"
 pytestmark = pytest.mark.skipif(

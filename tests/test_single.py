@@ -13,14 +13,14 @@ from torch import Tensor
 from work import entry, inputs, member, nothing_new
 
 from bngd_triton.kernels import Tuning, fused_step_, launch
+from bngd_triton.kernels.build_plan import build
+from bngd_triton.kernels.fused_step import FusedStep
 from bngd_triton.kernels.plan import Plan
-from bngd_triton.kernels.prepared import FusedStep
-from bngd_triton.kernels.tables import build
 from bngd_triton.kernels.work import CHUNK_ITEM, SLICE_ITEM, TILE_ITEM
-from bngd_triton.members import Member, skipped_slices
 from bngd_triton.options import Options
-from bngd_triton.oracle import oracle_step
-from bngd_triton.tolerances import step_bounds
+from bngd_triton.records import Member, skipped_slices
+from bngd_triton.verify.oracle import oracle_step
+from bngd_triton.verify.tolerances import step_bounds
 
 # a few segments to a wave, and segments longer than one
 WAVE = 1024

@@ -16,9 +16,9 @@ import torch
 from exact import exact
 from torch import Tensor
 
-from bngd_triton import moments
+from bngd_triton.eager import moments
 from bngd_triton.kernels import Tuning, segment_statistics
-from bngd_triton.tolerances import LRE, LRE_FLOAT64, MEAN
+from bngd_triton.verify.tolerances import LRE, LRE_FLOAT64, MEAN
 
 
 def _pi_digits() -> list[float]:

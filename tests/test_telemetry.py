@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from bngd_triton import BNGD, GradStats, GradStatsLog, GradStatsLogger, plot_grad_stats
-from bngd_triton.telemetry import COLUMNS, LoggedStep
-from bngd_triton.telemetry_plot import _cells
+from bngd_triton.telemetry.log import COLUMNS, LoggedStep
+from bngd_triton.telemetry.plot import _cells
 
 NAN, INF = math.nan, math.inf
 

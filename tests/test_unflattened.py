@@ -15,7 +15,7 @@ from paths import StepPath
 from torch import Tensor
 from torch.nn import Parameter
 
-from bngd_triton import BNGD, buffers
+from bngd_triton import BNGD, flat_buffers
 
 
 class Stays(NamedTuple):
@@ -91,7 +91,7 @@ def parameter_subclass() -> tuple[list[Tensor], Any]:
 
 def flattened_before() -> tuple[list[Tensor], Any]:
     params: list[Tensor] = [Parameter(torch.randn(3, 4)), Parameter(torch.randn(5))]
-    buffers.flatten_(params)
+    flat_buffers.flatten_(params)
     return params, None
 
 
@@ -123,9 +123,9 @@ stays = pytest.mark.parametrize("case", STAYS, ids=[case.desc for case in STAYS]
 def test_flatten_leaves(case: Stays) -> None:
     params, kept = case.make()
     before = [(spans([param]), param.stride()) for param in params]
-    reasons = [buffers.why_not_flat(param) for param in params]
+    reasons = [flat_buffers.why_not_flat(param) for param in params]
     assert all(reason and case.reason in reason for reason in reasons), reasons
-    left = buffers.flatten_(params)
+    left = flat_buffers.flatten_(params)
     assert [id(param) for param in left] == [id(param) for param in params]
     assert [(spans([param]), param.stride()) for param in params] == before
     del kept
@@ -134,7 +134,7 @@ def test_flatten_leaves(case: Stays) -> None:
 @stays
 def test_the_optimizer_leaves(case: Stays, monkeypatch: pytest.MonkeyPatch) -> None:
     # beside a parameter that does move; the kernels are not run here
-    monkeypatch.setattr("bngd_triton.gathering.why_not", lambda _: None)
+    monkeypatch.setattr("bngd_triton.engine.collect.why_not", lambda _: None)
     params, kept = case.make()
     free = Parameter(torch.randn(3, 4))
     before, address = spans(params), free.data_ptr()
@@ -146,7 +146,7 @@ def test_the_optimizer_leaves(case: Stays, monkeypatch: pytest.MonkeyPatch) -> N
 
 @stays
 def test_flatten_true_says_why(case: Stays, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bngd_triton.gathering.why_not", lambda _: None)
+    monkeypatch.setattr("bngd_triton.engine.collect.why_not", lambda _: None)
     params, kept = case.make()
     free = Parameter(torch.randn(3, 4))
     before = spans([*params, free])

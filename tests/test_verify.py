@@ -14,12 +14,13 @@ import pytest
 import torch
 from verifying import CPU, cases_of, run
 
-from bngd_triton import verify, verify_judge
-from bngd_triton.kernels.architectures import tuning_for
-from bngd_triton.verify_arms import more_arms
-from bngd_triton.verify_cases import FACTORS, QUICK, Case, covering, suite
-from bngd_triton.verify_judge import Error, Result
-from bngd_triton.verify_tensors import gradients, place, shapes
+from bngd_triton.kernels.devices import tuning_for
+from bngd_triton.verify import judge
+from bngd_triton.verify import run as verify
+from bngd_triton.verify.arms import more_arms
+from bngd_triton.verify.cases import FACTORS, QUICK, Case, covering, suite
+from bngd_triton.verify.judge import Error, Result
+from bngd_triton.verify.tensors import gradients, place, shapes
 
 # one of each promise: bits, powers of two, skipped slices, and what is kept of narrow parameters
 RIGHT = ("bf16,exact,nearest,decay", "row,eps0,vanishing,f32/bf16", "f16,inf,global,stochastic")
@@ -194,14 +195,14 @@ def test_what_breaks_off_or_writes_elsewhere(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], device: torch.device
 ) -> None:
     """Named like any other failure; the rest is run all the same."""
-    right = verify_judge.by_optimizer
+    right = judge.by_optimizer
 
     def arm(*args: Any, fused: bool) -> Any:
         if fused:
             raise RuntimeError("no kernel image is available\nand more")
         return right(*args, fused=fused)._replace(overwritten=2)
 
-    monkeypatch.setattr(verify_judge, "by_optimizer", arm)
+    monkeypatch.setattr(judge, "by_optimizer", arm)
     assert run(*cases_of(("defaults", "row")), device=device) == 1
     printed = capsys.readouterr().out
     assert printed.count("  kernels: RuntimeError: no kernel image is available\n") == 2

@@ -11,12 +11,15 @@ import triton
 import triton.language as tl
 from verifying import run
 
-from bngd_triton import folds, reference, verify_arms, verify_judge
-from bngd_triton.kernels import precision, prepared, publish, tiles, update
-from bngd_triton.kernels.moments import fold
-from bngd_triton.kernels.precision import MASTER_COPY, REMAINDER, narrow, store_as, widen
-from bngd_triton.moments import moments
-from bngd_triton.verify_cases import Case
+from bngd_triton import reference
+from bngd_triton.eager import factors
+from bngd_triton.eager.moments import moments
+from bngd_triton.kernels import fused_step
+from bngd_triton.kernels.device import publish, rounding, tiles, update
+from bngd_triton.kernels.device.moments import fold
+from bngd_triton.kernels.device.rounding import MASTER_COPY, REMAINDER, narrow, store_as, widen
+from bngd_triton.verify import arms, judge
+from bngd_triton.verify.cases import Case
 
 interpreted = pytest.mark.skipif(
     torch.cuda.is_available(), reason="the interpreter lets kernels be changed while Python runs"
@@ -107,7 +110,7 @@ def _short_float16(x, like: tl.constexpr, SOFT: tl.constexpr):
 
 def encoding(column: int, value: Callable[[Any], float]) -> Callable[..., list[float]]:
     """`encode` with one column of the option table wrong."""
-    right = prepared.encode
+    right = fused_step.encode
 
     def encode(options: Any, closing: bool = True) -> list[float]:
         row = right(options, closing)
@@ -125,7 +128,7 @@ def without_tail(*args: Any, **kwargs: Any) -> Any:
     return plan
 
 
-build = prepared.build
+build = fused_step.build
 
 
 def sample_moments(*args: Any, **kwargs: Any) -> Any:
@@ -168,41 +171,41 @@ MUTANTS = [
     ),
     (
         "bfloat16 truncated",
-        [(precision, "store_as")],
+        [(rounding, "store_as")],
         _truncated,
         "bf16,nearest",
         "kernels: step",
     ),
     (
         "float16 beside another master",
-        [(precision, "store_as")],
+        [(rounding, "store_as")],
         _short_float16,
         "f16",
         "kernels: step",
     ),
-    ("missed tail", [(prepared, "build")], without_tail, "defaults", "(257,), entry 256"),
+    ("missed tail", [(fused_step, "build")], without_tail, "defaults", "(257,), entry 256"),
     (
         "coupled decay",
-        [(prepared, "encode")],
+        [(fused_step, "encode")],
         encoding(1, lambda options: 1 - options.weight_decay),
         "decay",
         "kernels: step",
     ),
     (
         "NaN not skipped",
-        [(prepared, "encode")],
+        [(fused_step, "encode")],
         encoding(9, lambda options: 1.0),
         "nan",
         "the kernels skipped 0 slices, the reference",
     ),
     (
         "mean not removed",
-        [(prepared, "encode")],
+        [(fused_step, "encode")],
         encoding(5, lambda options: 0.0),
         "global",
         "kernels: step",
     ),
-    ("reference, ddof 1", [(folds, "moments")], sample_moments, "row", "reference: step"),
+    ("reference, ddof 1", [(factors, "moments")], sample_moments, "row", "reference: step"),
     ("reference, no remainder", [(reference, "store_")], no_remainder, "bf16", "reference: step"),
 ]
 
@@ -223,7 +226,7 @@ def test_what_is_broken_is_named(
     for module, name in places:
         monkeypatch.setattr(module, name, wrong)
     # a form of its own would show the same
-    monkeypatch.setattr(verify_judge, "more_arms", lambda *_: {})
+    monkeypatch.setattr(judge, "more_arms", lambda *_: {})
     name = Case.named(case).name
     assert run("--case", name, "--seed", "1") == 1
     printed = capsys.readouterr().out
@@ -235,14 +238,14 @@ def test_what_is_broken_is_named(
 def test_a_form_that_differs(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], device: torch.device
 ) -> None:
-    right = verify_arms.fused_step_
+    right = arms.fused_step_
 
     def one_bit_more(params: Any, *args: Any, **kwargs: Any) -> Any:
         found = right(params, *args, **kwargs)
         params[-1].view(torch.int32)[(0,) * params[-1].dim()] += 1
         return found
 
-    monkeypatch.setattr(verify_arms, "fused_step_", one_bit_more)
+    monkeypatch.setattr(arms, "fused_step_", one_bit_more)
     assert run("--case", "defaults", device=device) == 1
     words = "single-launch: other bits than the kernels': param of shape (2, 3, 4, 5) after step 1"
     assert words in capsys.readouterr().out
@@ -251,7 +254,7 @@ def test_a_form_that_differs(
 def test_a_form_that_counts_otherwise(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], device: torch.device
 ) -> None:
-    right = verify_arms.fused_step_
-    monkeypatch.setattr(verify_arms, "fused_step_", lambda *args, **more: right(*args, **more) + 1)
+    right = arms.fused_step_
+    monkeypatch.setattr(arms, "fused_step_", lambda *args, **more: right(*args, **more) + 1)
     assert run("--case", "defaults", device=device) == 1
     assert "single-launch: other bits than the kernels': 0 and 3 slices" in capsys.readouterr().out

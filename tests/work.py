@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from bngd_triton.kernels.launch import Inputs
-from bngd_triton.kernels.option_table import encode
 from bngd_triton.kernels.plan import Entry
-from bngd_triton.members import Member, Pass, functional_pass, new_record, slices_of
+from bngd_triton.kernels.tables import encode
 from bngd_triton.options import Options
+from bngd_triton.records import Member, Pass, functional_pass, new_record, slices_of
 
 
 def member(

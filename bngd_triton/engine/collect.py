@@ -1,0 +1,289 @@
+"""What each group asks of a step; what a step cannot do is refused, before anything changes."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..checks import check_step, check_tensors, check_unpartitioned, nonfinite_somewhere
+from ..kernels.plan import capturing
+from ..kernels.support import why_not, why_not_memory
+from ..options import Layout, Options
+from ..records import Pass
+from ..state import KEYS, MOMENTUM, WINDOW
+from ..state_dicts import parameter_names
+from ..tensors import is_sharded, local
+
+if TYPE_CHECKING:
+    # torch may be built without torch.distributed
+    from ..sharding.exchange import Share
+
+
+class Work(NamedTuple):
+    """What one group asks of a step: its parameters that have a gradient, or a window to close."""
+
+    params: list[Tensor]
+    # as this process holds them
+    grads: list[Tensor]
+    names: list[str]
+    # for each parameter, whether the kernels serve it
+    fused: list[bool]
+    # and which part of which slices is here; None where nobody holds another part
+    shares: list[Share | None]
+    # parameters without a gradient whose window is open, or may be; those whose window ends now
+    waiting: list[Tensor]
+    ending: list[Tensor]
+
+
+def refuse_capture(optimizer: Any) -> None:
+    """A CUDA graph can hold only a step that repeats the one before it."""
+    captured = [
+        (name, param)
+        for index, group in enumerate(optimizer.param_groups)
+        for name, param in zip(parameter_names(group, index), group["params"])
+        if capturing(param.device)
+    ]
+    if captured and any(group["accumulation_steps"] > 1 for group in optimizer.param_groups):
+        raise RuntimeError(
+            "a step with accumulation_steps > 1 cannot be captured in a CUDA graph: the host "
+            "counts its micro-batches; capture with accumulation_steps=1"
+        )
+    for name, param in captured:
+        if param.grad is None:
+            raise RuntimeError(
+                f"{name} has no gradient while a CUDA graph is being captured, and would not "
+                "move in any replay; give it one, or leave it out of the optimizer"
+            )
+    if captured:
+        raise RuntimeError(
+            "a step captured in a CUDA graph must repeat the one before it (same tensors, "
+            "layouts and granularity, kernels only); run one whole iteration on the same "
+            "stream first, and keep its gradients (zero_grad(set_to_none=False))"
+        )
+
+
+def check_replayable(layouts: Sequence[Layout], options: Sequence[Options]) -> None:
+    """Refuse options that a captured step cannot follow.
+
+    Args:
+        layouts: of the groups, when the step was laid out.
+        options: of the groups now.
+    """
+    if len(layouts) != len(options):
+        raise RuntimeError(
+            f"{len(layouts)} groups were captured, there are {len(options)} now; take a step and "
+            "capture again"
+        )
+    for index, (old, new) in enumerate(zip(layouts, options)):
+        pairs = zip(Layout._fields, old, new.layout)
+        changed = [name for name, before, now in pairs if before != now]
+        if new.nonfinite == "raise":
+            changed.append("nonfinite='raise'")
+        if changed:
+            raise RuntimeError(
+                f"the replay of a CUDA graph cannot follow {', '.join(changed)} of group {index}, "
+                "which the host decides by; set it back, or take a step and capture again"
+            )
+
+
+def gather(
+    optimizer: Any, index: int, options: Options, this: Pass, closed: Collection[Tensor]
+) -> Work:
+    """What a group asks of this step, checked in full before anything changes."""
+    group, state = optimizer.param_groups[index], optimizer.state
+    every = parameter_names(group, index)
+    check_unpartitioned(group["params"], every)
+    params = [param for param in group["params"] if param.grad is not None]
+    names = [name for param, name in zip(group["params"], every) if param.grad is not None]
+    parts, grads = _local_parts(params, names)
+    if options.granularity == "global" and options.accumulation_steps > 1:
+        _check_complete(group["params"], every)
+    shares = _shares(params, grads, names, options)
+    # who looks for an inf alone would leave the others waiting: `Spread` looks with them, and
+    # below are looked at the rows that nobody else has a part of, but others have rows beside
+    finite = this.found_inf is None
+    fused = check_group(
+        optimizer, params, parts, grads, names, options, finite=finite,
+        apart=[share is not None or is_sharded(p) for share, p in zip(shares, params)],
+    )  # fmt: skip
+    if options.nonfinite == "raise" and finite:
+        _refuse_nonfinite(
+            [(p, grad, name) for p, grad, name, share in zip(params, grads, names, shares)
+             if share is None and is_sharded(p)]
+        )  # fmt: skip
+    waiting: list[Tensor] = []
+    if options.accumulation_steps > 1:
+        waiting = [p for p in group["params"] if p.grad is None and p not in closed]
+        waiting = [p for p in waiting if WINDOW in state.get(p, ()) and p.numel()]
+    ending = waiting if this.closing[index] else []
+    return Work(params, grads, names, fused, shares, waiting, ending)
+
+
+def check_scaled(groups: Sequence[dict[str, Any]]) -> None:
+    """Refuse a GradScaler where it cannot tell all ranks what one has found."""
+    named = [
+        (param, name)
+        for index, group in enumerate(groups)
+        for param, name in zip(group["params"], parameter_names(group, index))
+        if param.grad is not None
+    ]
+    if any(is_sharded(param) for param, _ in named):
+        from ..sharding.placements import check_found_inf
+
+        check_found_inf([param for param, _ in named], [name for _, name in named])
+
+
+def _refuse_nonfinite(sharded: Sequence[tuple[Tensor, Tensor, str]]) -> None:
+    """On every rank where one has an inf or a NaN: of parameters, their gradients' parts, names."""
+    if not sharded:
+        return
+    from ..sharding.placements import everywhere
+
+    flags = [grad.isfinite().all() for _, grad, _ in sharded]
+    for finite, (_, _, name) in zip(everywhere([p for p, _, _ in sharded], flags), sharded):
+        if not finite:
+            raise nonfinite_somewhere(name)
+
+
+def _local_parts(
+    params: Sequence[Tensor], names: Sequence[str]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """What this process holds of parameters and their gradients."""
+    parts, grads = [], []
+    for param, name in zip(params, names):
+        part, grad = param, param.grad
+        assert grad is not None
+        if is_sharded(param) or is_sharded(grad):
+            from ..sharding.placements import local_parts
+
+            part, grad = local_parts(name, param, grad)
+        parts.append(part)
+        grads.append(grad)
+    return parts, grads
+
+
+def _shares(
+    params: Sequence[Tensor], grads: Sequence[Tensor], names: Sequence[str], options: Options
+) -> list[Share | None]:
+    """Which part of which slices is here; None for slices of which nobody holds another part."""
+    if not any(map(is_sharded, params)):
+        return [None] * len(params)
+    from ..sharding.placements import share_of
+
+    found = [
+        share_of(name, param, grad, options.granularity)
+        for name, param, grad in zip(names, params, grads)
+    ]
+    if options.granularity != "global":
+        return [share if share.groups else None for share in found]
+    if not any(share.groups for share in found):
+        return [None] * len(found)
+    if options.accumulation_steps > 1:
+        raise NotImplementedError(
+            "granularity='global' with accumulation_steps > 1 is not supported for sharded "
+            "parameters; use granularity='tensor' or 'row'"
+        )
+    return list(found)
+
+
+def check_group(
+    optimizer: Any,
+    params: Sequence[Tensor],
+    parts: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    names: Sequence[str],
+    options: Options,
+    *,
+    finite: bool,
+    apart: Sequence[bool],
+) -> list[bool]:
+    """Refuse what a step cannot do with parameters of one group; else say who the kernels serve.
+
+    Args:
+        optimizer: its state and its choice of implementation.
+        params: of one group.
+        parts: what this process holds of them.
+        grads: of the parts.
+        names: of the parameters.
+        options: the group's.
+        finite: whether ``nonfinite="raise"`` looks for an inf or NaN; an overflow is no error
+            where a GradScaler has seen it.
+        apart: of which parameters it does not, since other processes hold parts of their slices.
+    """
+    state = optimizer.state
+    buffers = [
+        local(state[p][MOMENTUM]) if MOMENTUM in state.get(p, ()) else part
+        for p, part in zip(params, parts)
+    ]
+    check_tensors(parts, grads, buffers, buffered=options.buffered, names=names)
+    check_step(parts, grads, options, names=names, finite=[finite and not one for one in apart])
+    fused = serve(optimizer.fused, params, names, options)
+    # a float32 parameter may have a float64 gradient, or state from a float64 checkpoint
+    for i, (param, grad) in enumerate(zip(params, grads)):
+        if not fused[i]:
+            continue
+        reason = why_not(grad) or _why_not_state(state.get(param, {}), options)
+        if reason and optimizer.fused:
+            raise RuntimeError(
+                f"fused=True cannot serve {names[i]} with the gradient or state it has: {reason}"
+            )
+        fused[i] = reason is None
+    if options.granularity == "global":
+        fused = [all(fused)] * len(fused)
+    return fused
+
+
+def _why_not_state(entry: dict[str, Any], options: Options) -> str | None:
+    """Why the kernels cannot write a parameter's state."""
+    if (
+        options.buffered
+        and MOMENTUM in entry
+        and (reason := _why_not_written(local(entry[MOMENTUM])))
+    ):
+        return reason
+    # remainders and windows are integers
+    held = [local(entry[key]) for key in KEYS if key in entry]
+    return next(filter(None, map(why_not_memory, held)), None)
+
+
+def _why_not_written(tensor: Tensor) -> str | None:
+    """`why_not` for a tensor that is written: a gradient's negative bit is resolved in a copy."""
+    if tensor.is_neg():
+        return "its negative bit is not in its memory; use fused=None or fused=False, or clone it"
+    return why_not(tensor)
+
+
+def _check_complete(params: Sequence[Tensor], names: Sequence[str]) -> None:
+    """Refuse a global group whose slice would change within a window."""
+    missing = [name for param, name in zip(params, names) if param.grad is None]
+    if missing and len(missing) < len(params):
+        raise RuntimeError(
+            "granularity='global' with accumulation_steps > 1 needs a gradient of every parameter "
+            f"of the group in every micro-batch, {missing[0]} has none; put such parameters in "
+            "another group, or use granularity='tensor'"
+        )
+
+
+def serve(
+    fused: bool | None, params: Sequence[Tensor], names: Sequence[str], options: Options
+) -> list[bool]:
+    """Which parameters go to the kernels; an error where ``fused=True`` cannot be kept."""
+    if fused is False:
+        return [False] * len(params)
+    with torch.no_grad():
+        reasons = [_why_not_written(local(param)) for param in params]
+    for name, reason in zip(names, reasons):
+        if fused and reason:
+            raise RuntimeError(f"fused=True cannot serve {name}: {reason}")
+    if fused is None:
+        # in the interpreter kernels are for tests: they are slower than the reference
+        reasons = [
+            reason or (None if param.device.type != "cpu" else "cpu")
+            for param, reason in zip(params, reasons)
+        ]
+    if options.granularity == "global" and any(reasons):
+        return [False] * len(params)
+    return [reason is None for reason in reasons]

@@ -1,0 +1,208 @@
+"""From groups of parameters to one step: what is made, who serves what."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from ..eager.rounding import GOLDEN
+from ..kernels.fused_step import FusedStep
+from ..kernels.plan import capturing
+from ..options import Options, OptionsReader
+from ..records import Member, Pass, rounds_stochastically
+from ..state import MOMENTUM, WINDOW, make_state, master_of
+from ..tensors import is_sharded, local
+from .collect import check_replayable, check_scaled, gather, refuse_capture
+from .replay import Lot, Replay, lots_of
+
+if TYPE_CHECKING:
+    # torch may be built without torch.distributed
+    from ..sharding.sharded_step import Part, Spread
+
+
+class Captured(NamedTuple):
+    """A step that a CUDA graph holds, and the memory that its replays write."""
+
+    prepared: FusedStep
+    memory: list[Tensor]
+
+
+class Stepper:
+    """Steps an optimizer's parameters, all or some; keeps what the next step may repeat."""
+
+    def __init__(self) -> None:
+        self.prepared: FusedStep | None = None
+        self.replay: Replay | None = None
+        self.captured: list[Captured] = []
+        self.reader = OptionsReader()
+        self.spread: dict[torch.device, Spread] = {}
+        # whether some group counts micro-batches; whether some group rounds stochastically
+        self.windowed = False
+        self.rounding = False
+
+    def step(self, optimizer: Any) -> None:
+        """Move every parameter that has a gradient."""
+        replay = self.replay
+        if replay is not None:
+            closing = closing_of(optimizer.param_groups) if self.windowed else replay.closing
+            if replay.run(optimizer, optimizer._pass(closing)):
+                if any(map(capturing, replay.devices)):
+                    self._hold(replay)
+                return
+        self.replay = None
+        self.lay_out_and_step(optimizer, optimizer._pass(closing_of(optimizer.param_groups)))
+
+    def _hold(self, replay: Replay) -> None:
+        """Keep all that a CUDA graph has captured: its replays read and write it."""
+        for prepared, _, _ in replay.runs:
+            if prepared is not None:
+                prepared.fix()
+                if all(one.prepared is not prepared for one in self.captured):
+                    self.captured.append(Captured(prepared, replay.memory()))
+
+    def sync(self, optimizer: Any) -> None:
+        """Write every group's options to the tables of the last step and of captured ones."""
+        groups = optimizer.param_groups
+        options, closing = self.reader.read(groups), closing_of(groups)
+        steps = [one.prepared for one in self.captured]
+        if self.prepared is not None and self.prepared not in steps:
+            steps.insert(0, self.prepared)
+        if steps:
+            check_replayable(steps[-1].layouts, options)
+        layouts = [one.layout for one in options]
+        for step in steps:
+            # an earlier capture whose layout was given up since is held, and left as it is
+            if step.layouts == layouts:
+                step.write(options, closing)
+
+    @torch.no_grad()
+    def lay_out_and_step(self, optimizer: Any, this: Pass, closed: Collection[Tensor] = ()) -> None:
+        """As `step`, laid out anew and checked in full; nothing changes if anything is refused.
+
+        Args:
+            optimizer: its groups and state.
+            this: what is new in this step.
+            closed: parameters whose windows have been closed.
+        """
+        refuse_capture(optimizer)
+        groups = optimizer.param_groups
+        if this.found_inf is not None:
+            check_scaled(groups)
+        options = self.reader.read(groups)
+        work = [gather(optimizer, i, one, this, closed) for i, one in enumerate(options)]
+        self.windowed = any(one.accumulation_steps > 1 for one in options)
+        self.rounding = any(one.master_weights == "stochastic" for one in options)
+        for group, part, choice in zip(groups, work, options):
+            prepare_state(optimizer, [*part.params, *part.ending], choice)
+            if choice.accumulation_steps == 1:
+                # of a window that was given up
+                group["micro_step"] = 0
+        every = [param for group in groups for param in group["params"]]
+        optimizer._records.keep(every)
+        keys = {id(param): i for i, param in enumerate(every)}
+        served: list[tuple[Tensor, Member]] = []
+        # of which other ranks hold all
+        hollow: list[tuple[Tensor, Member]] = []
+        rest: list[list[Member]] = []
+        spread: list[Part] = []
+        for index, (part, choice) in enumerate(zip(work, options)):
+            grads: list[Tensor | None] = [*part.grads, *[None] * len(part.ending)]
+            of_group = [
+                member(optimizer, param, grad, choice, index, keys[id(param)])
+                for param, grad in zip([*part.params, *part.ending], grads)
+            ]
+            rest.append(of_group[len(part.params) :])
+            here = zip(part.params, of_group, part.names, part.fused, part.shares)
+            for param, one, name, fused, share in here:
+                if share is not None:
+                    from ..sharding.sharded_step import Part
+
+                    spread.append(Part(param, one, share, fused, name))
+                elif not fused:
+                    rest[-1].append(one)
+                elif one.param.numel():
+                    served.append((param, one))
+                elif is_sharded(param):
+                    hollow.append((param, one))
+        # the other ranks wait for what is here: first
+        spreads = [
+            self._measured(device, spread, options, this)
+            for device in dict.fromkeys(part.member.param.device for part in spread)
+        ]
+        for members, part, choice in zip(rest, work, options):
+            if members:
+                reference.apply_(members, choice, this)
+            for param in part.ending:
+                # the next gradient makes it anew; until then steps can be recognised
+                del optimizer.state[param][WINDOW]
+        if served:
+            self.run([one for _, one in served], options, this)
+        else:
+            self.prepared = None
+        raising = any(one.nonfinite == "raise" for one in options)
+        if not raising and all(all(part.fused) and not part.waiting for part in work):
+            lots = [Lot(self.prepared, served)] if served else []
+            if spreads or hollow:
+                lots += lots_of(spreads, hollow)
+            if Replay.serves(lots):
+                self.replay = Replay(optimizer, lots, self.reader, this)
+        for found in spreads:
+            found.move(options, this)
+
+    def _measured(
+        self, device: torch.device, parts: list[Part], options: list[Options], this: Pass
+    ) -> Spread:
+        """The statistics of what other ranks have parts of, on one device."""
+        if device not in self.spread:
+            from ..sharding.sharded_step import Spread
+
+            self.spread[device] = Spread()
+        found = self.spread[device]
+        here = [part for part in parts if part.member.param.device == device]
+        found.measure(here, options, this)
+        return found
+
+    def run(self, members: list[Member], options: list[Options], this: Pass) -> None:
+        """A step by the kernels, laid out anew where no earlier layout fits."""
+        laid_out = [self.prepared, *(one.prepared for one in self.captured)]
+        self.prepared = FusedStep.fitting(laid_out, members, options)
+        self.prepared.run(members, options, this)
+
+
+def prepare_state(optimizer: Any, params: Sequence[Tensor], options: Options) -> None:
+    """Make what parameters with a gradient lack: state, a record, the clock of their device."""
+    make_state(optimizer.state, params, options)
+    optimizer._records.make(params, options)
+    optimizer._wind_clocks({param.device for param in params})
+
+
+def member(
+    optimizer: Any, param: Tensor, grad: Tensor | None, options: Options, group: int, key: int
+) -> Member:
+    """What this process holds of a parameter, its gradient and its state."""
+    entry = optimizer.state.get(param, {})
+    master, window = master_of(entry, param, options), entry.get(WINDOW)
+    if is_sharded(param) and rounds_stochastically(param, options):
+        # parts round apart, replicas alike
+        from ..sharding.placements import ordinal
+
+        key += ordinal(param) * GOLDEN
+    return Member(
+        param=local(param),
+        grad=grad,
+        momentum=local(entry[MOMENTUM]) if options.buffered else None,
+        group=group,
+        record=optimizer._records[param],
+        master=None if master is None else local(master),
+        window=None if window is None else local(window),
+        key=key & 0xFFFFFFFF,
+    )
+
+
+def closing_of(groups: Sequence[dict[str, Any]]) -> list[bool]:
+    """For each group, whether the next micro-batch is the last of its window."""
+    return [g["micro_step"] + 1 >= g["accumulation_steps"] for g in groups]

@@ -1,0 +1,132 @@
+"""Flat buffers: parameters and momentum as 128-byte-aligned views of a few large allocations.
+
+Every view has a storage of its own that keeps the buffer alive, so that saving, copying or
+sharing one tensor never touches its neighbours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.utils.dlpack
+from torch import Tensor
+
+from .tensors import dispatches, on_device
+
+# a GPU's L2 line, and a multiple of what 16-byte accesses need
+ALIGNMENT = 128
+# a buffer is filled while the parameters it replaces are still alive: this bounds the extra memory
+MAX_BYTES = 256 * 2**20
+
+
+def flatten_(params: Sequence[Tensor]) -> list[Tensor]:
+    """Move parameters into flat buffers, in order; their values, shapes and strides stay.
+
+    Args:
+        params: parameters of any devices and dtypes.
+
+    Returns:
+        Those that stay where they are, for the reason that `why_not_flat` gives.
+    """
+    left = [param for param in params if why_not_flat(param)]
+    kept = {id(param) for param in left}
+    moving = [param for param in params if id(param) not in kept]
+    for places in _partition(moving):
+        part = [moving[i] for i in places]
+        for param, view in zip(part, _views(part, part[0].dtype)):
+            view.copy_(param.data)
+            param.data = view
+    return left
+
+
+def why_not_flat(param: Tensor) -> str | None:
+    """Why a parameter's storage must be left alone; None if it may move."""
+    storage = param.untyped_storage()
+    if type(param) not in (torch.Tensor, torch.nn.Parameter):
+        return f"it is a {type(param).__name__}"
+    if _bytes(param) > MAX_BYTES:
+        return f"it is larger than a flat buffer, {MAX_BYTES} bytes"
+    if not param.numel():
+        return "it has no entries"
+    if storage.nbytes() != _bytes(param) or param.storage_offset():
+        return "it is a part of a larger storage, or overlaps itself"
+    if not storage.resizable():
+        return "its memory belongs to somebody else (another flat buffer, NumPy, a mapped file)"
+    if param.is_shared() and param.device.type == "cpu":
+        return "it is in shared memory"
+    if _aliases(param):
+        return "other tensors share its storage"
+    return None
+
+
+def zeros_like(params: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> list[Tensor]:
+    """Zeros of the shapes and strides of `params`, as views of flat buffers; in order."""
+    # what a class does to operations must happen to its state too, or not at all
+    found = {
+        i: torch.zeros_like(param, dtype=dtypes[i])
+        for i, param in enumerate(params)
+        if dispatches(param)
+    }
+    for dtype in dict.fromkeys(dtypes):
+        places = [i for i, wanted in enumerate(dtypes) if wanted == dtype and i not in found]
+        for part in _partition([params[i] for i in places]):
+            mine = [places[i] for i in part]
+            found |= dict(zip(mine, _views([params[i] for i in mine], dtype)))
+    return [found[i] for i in range(len(params))]
+
+
+def _partition(params: Sequence[Tensor]) -> Iterator[list[int]]:
+    """Places of one device and dtype, together at most `MAX_BYTES` unless it is one tensor."""
+    kinds: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    for i, param in enumerate(params):
+        kinds.setdefault((param.device, param.dtype), []).append(i)
+    for same in kinds.values():
+        part: list[int] = []
+        size = 0
+        for i in same:
+            if part and size + _bytes(params[i]) > MAX_BYTES:
+                yield part
+                part, size = [], 0
+            part.append(i)
+            size += _bytes(params[i])
+        yield part
+
+
+def _views(params: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """One zeroed buffer on the parameters' device, and a view of it for each parameter."""
+    granule = ALIGNMENT // dtype.itemsize
+    starts, end = [], 0
+    for param in params:
+        starts.append(end)
+        end += -(-param.numel() // granule) * granule
+    # allocators align to 512 bytes on a GPU, to 64 on the CPU
+    flat = torch.zeros(end + granule, dtype=dtype, device=params[0].device)
+    flat = flat[-flat.data_ptr() % ALIGNMENT // dtype.itemsize :]
+    views = []
+    for param, start in zip(params, starts):
+        run = flat[start : start + param.numel()]
+        # a tensor that comes by DLPack has a storage of its own, which holds on to the buffer
+        with on_device(run.device):
+            own = torch.utils.dlpack.from_dlpack(run) if param.numel() else torch.empty_like(run)
+        # dense strides in the parameter's order, also where the parameter itself has gaps
+        strides = torch.empty_like(param, device="meta").stride()
+        views.append(own.as_strided(param.shape, strides))
+    return views
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _users(tensor: Tensor) -> int:
+    """How many tensors and handles use a storage; 0 where torch does not tell."""
+    count = getattr(torch._C, "_storage_Use_Count", None)
+    return 0 if count is None else int(count(tensor.untyped_storage()._cdata))
+
+
+def _aliases(param: Tensor) -> bool:
+    """Whether another tensor looks into the storage: it would go on seeing the old values."""
+    return _users(param) > _users(
+        torch.nn.Parameter(torch.empty(1, dtype=torch.float32, device="cpu"))
+    )

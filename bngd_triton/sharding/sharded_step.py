@@ -1,0 +1,148 @@
+"""Steps of tensors whose slices lie on several processes.
+
+First every rank measures what it holds, one exchange merges all slices' statistics, then every
+rank moves its part by those of the whole: with the kernels or with the reference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+
+from .. import reference
+from ..checks import nonfinite_somewhere
+from ..kernels.fused_step import FusedStep
+from ..options import Options
+from ..records import Member, Pass, new_record
+from .exchange import Exchange, Share, local_table
+
+
+class Part(NamedTuple):
+    """One rank's part of a tensor: local tensors, and what they are a part of."""
+
+    param: Tensor
+    member: Member
+    share: Share
+    fused: bool
+    name: str
+
+
+class Spread:
+    """What a rank keeps from one step of spread tensors to the next."""
+
+    def __init__(self) -> None:
+        self._exchange: Exchange | None = None
+        # of the step that is being made, with the tables of whole slices
+        self.prepared: FusedStep | None = None
+        self.parts: list[Part] = []
+        self._tables: list[Tensor] = []
+        # of the last step, without gradients
+        self._kept: list[Part] = []
+
+    def measure(self, parts: Sequence[Part], options: list[Options], this: Pass) -> None:
+        """Find the statistics of the whole slices.
+
+        Args:
+            parts: the same tensors in the same order on every rank; all on one device.
+            options: of every group.
+            this: what is new in this step.
+
+        Raises:
+            FloatingPointError: a non-finite slice with ``nonfinite="raise"``, on every rank.
+        """
+        self.parts = _united(parts, options)
+        kernels = [part.member for part in self.parts if by_kernels(part)]
+        measured: list[Tensor] = []
+        if kernels:
+            self.prepared = FusedStep.fitting([self.prepared], kernels, options, apart=True)
+            measured = self.prepared.measure(kernels, options, this)
+        else:
+            self.prepared = None
+        shares = tuple(part.share for part in self.parts)
+        if self._exchange is None or self._exchange.shares != shares:
+            self._exchange = Exchange(shares)
+        self._merge(measured, options)
+        if this.found_inf is None:
+            self._refuse_nonfinite(options)
+
+    def keep(self) -> None:
+        """After `measure`: have `measure_again` repeat it; the kernels serve all with entries."""
+        self._kept = [_stripped(part) for part in self.parts]
+
+    def measure_again(self, options: list[Options], this: Pass) -> None:
+        """As the `measure` that was kept, of the gradients that `prepared` points at.
+
+        Args:
+            options: of every group; those last written to `prepared`.
+            this: what is new in this step.
+        """
+        self.parts = self._kept
+        measured = [] if self.prepared is None else self.prepared.measure_again(this)
+        self._merge(measured, options)
+
+    def _merge(self, measured: list[Tensor], options: list[Options]) -> None:
+        """Exchange the kernels' tables and those of the other parts."""
+        ready = iter(measured)
+        tables = []
+        for part in self.parts:
+            if by_kernels(part):
+                tables.append(next(ready))
+            else:
+                assert part.member.grad is not None
+                tables.append(local_table(part.member.grad, options[part.member.group].granularity))
+        assert self._exchange is not None
+        self._tables = self._exchange.run(tables)
+
+    def _refuse_nonfinite(self, options: list[Options]) -> None:
+        for part, table in zip(self.parts, self._tables):
+            if options[part.member.group].nonfinite != "raise":
+                continue
+            if not bool(table[:, 1:3].isfinite().all()):
+                raise nonfinite_somewhere(part.name)
+
+    def move(self, options: list[Options], this: Pass) -> None:
+        """Move the parts by the statistics that were found."""
+        kernels = [t for part, t in zip(self.parts, self._tables) if by_kernels(part)]
+        if self.prepared is not None:
+            self.prepared.move(kernels, this)
+        assert self._exchange is not None
+        for index, one in enumerate(options):
+            rest = {
+                i: part.member
+                for i, part in enumerate(self.parts)
+                if part.member.group == index and not by_kernels(part)
+            }
+            found = [self._exchange.moments(i, self._tables[i]) for i in rest]
+            reference.apply_(list(rest.values()), one, this, found)
+        self.parts, self._tables = [], []
+
+
+def by_kernels(part: Part) -> bool:
+    """Whether the kernels serve a part: not where it has no entries."""
+    return part.fused and part.member.param.numel() > 0
+
+
+def _stripped(part: Part) -> Part:
+    """Without its gradient, which is not to be held; an empty one has a double of its own."""
+    grad = None
+    if part.member.grad is not None and not part.member.grad.numel():
+        grad = part.member.grad.new_empty(part.member.grad.shape)
+    return part._replace(member=part.member._replace(grad=grad))
+
+
+def _united(parts: Sequence[Part], options: list[Options]) -> list[Part]:
+    """A global group is one slice with one record: only its first tensor may write to that."""
+    seen: set[int] = set()
+    found = []
+    for part in parts:
+        member = part.member
+        if options[member.group].granularity == "global":
+            if member.group in seen:
+                spare = new_record(1, member.param.device)
+                part = part._replace(member=member._replace(record=spare))
+            seen.add(member.group)
+            part = part._replace(share=part.share._replace(union=member.group))
+        found.append(part)
+    return found
