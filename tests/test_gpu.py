@@ -203,9 +203,10 @@ def test_every_thread_of_a_slice_sees_the_window_that_it_found(
 ) -> None:
     """Windows in which each first and last micro-batch counts, bit for bit with the reference."""
     # slices of which several warps hold a part
-    sizes = (200, 2000) if granularity == "row" else (130, 200, 1000, 2000)
-    many = 500 if GPU else 3
-    shapes = [(many, n) for n in sizes] if granularity == "row" else [(n,) for n in sizes] * many
+    if granularity == "row":
+        shapes = [(1000 if GPU else 3, n) for n in (200, 2000)]
+    else:
+        shapes = [(n,) for n in (130, 200, 1000, 2000)] * (100 if GPU else 3)
     runs = []
     for fused in (False, True):
         params = make_params(device, shapes=shapes)
