@@ -64,9 +64,11 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             names.append(self.name)
             return self.kernel[grid]
 
-    from bngd_triton.kernels.device import measure, single_launch, update
+    from bngd_triton.kernels.device import measure, rates, single_launch, update
 
-    kernels = ((measure, "statistics"), (update, "update"), (single_launch, "single"))
+    kernels = (
+        (rates, "rates"), (measure, "statistics"), (update, "update"), (single_launch, "single"),
+    )  # fmt: skip
     for module, word in kernels:
         name = f"_{word}_kernel"
         monkeypatch.setattr(module, name, Noting(name, getattr(module, name)))

@@ -173,7 +173,8 @@ def test_ctrl_c_before_any_epoch(two_arms, tmp_path, monkeypatch):
 KILLED_AFTER = """
 import os, signal, sys
 from pathlib import Path
-from bngd_triton import cli, demo
+from bngd_triton import cli
+from bngd_triton.demo import run as demo
 demo.EXPLODING, demo.LOSS_SCALE = (demo.EXPLODING[0], demo.EXPLODING[5]), (demo.LOSS_SCALE[3],)
 epochs = int(sys.argv[1])
 
@@ -282,8 +283,8 @@ def test_arguments_reach_the_demo(tmp_path, monkeypatch):
 
 
 def test_missing_package(tmp_path, monkeypatch, capsys):
-    for module in ("demo", "demo_tasks"):
-        monkeypatch.delitem(sys.modules, f"bngd_triton.{module}")
+    for module in ("run", "tasks"):
+        monkeypatch.delitem(sys.modules, f"bngd_triton.demo.{module}")
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     assert cli.main(["demo", "--out", str(tmp_path)]) == 1
     assert capsys.readouterr().err == (
