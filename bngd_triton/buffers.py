@@ -13,7 +13,8 @@ import torch
 import torch.utils.dlpack
 from torch import Tensor
 
-from .memory import dispatches, on_device
+from .checks import overlaps
+from .memory import dispatches, lasting, on_device
 
 # a GPU's L2 line, and a multiple of what 16-byte accesses need
 ALIGNMENT = 128
@@ -24,6 +25,7 @@ MAX_BYTES = 256 * 2**20
 _flattened: dict[int, weakref.ref[Tensor]] = {}
 
 
+@lasting()
 def flatten_(params: Sequence[Tensor]) -> list[Tensor]:
     """Move parameters into flat buffers, in order; their values, shapes and strides stay.
 
@@ -56,7 +58,9 @@ def why_not_flat(param: Tensor) -> str | None:
         return f"it is larger than a flat buffer, {MAX_BYTES} bytes"
     if not param.numel():
         return "it has no entries"
-    if storage.nbytes() != _bytes(param) or param.storage_offset():
+    if param.is_inference():
+        return "it was made under torch.inference_mode"
+    if storage.nbytes() != _bytes(param) or param.storage_offset() or overlaps(param):
         return "it is a part of a larger storage, or overlaps itself"
     if not storage.resizable():
         return "its memory belongs to somebody else (another flat buffer, NumPy, a mapped file)"

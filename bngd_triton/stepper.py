@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from . import reference
 from .gathering import check_scaled, gather, refuse_capture
@@ -68,8 +69,10 @@ class Stepper:
         for group, part, choice in zip(groups, work, options):
             prepare_state(optimizer, [*part.params, *part.ending], choice)
             if choice.accumulation_steps == 1:
-                # of a window that was given up
+                # a window that was given up leaves nothing behind
                 group["micro_step"] = 0
+                for param in group["params"]:
+                    optimizer.state.get(param, {}).pop(WINDOW, None)
         keys = {id(p): i for i, p in enumerate(p for group in groups for p in group["params"])}
         served: list[tuple[Tensor, Member]] = []
         # of which other ranks hold all
@@ -108,7 +111,8 @@ class Stepper:
                 del optimizer.state[param][WINDOW]
         if served:
             self.run([one for _, one in served], options, this)
-        if all(all(part.fused) and not part.waiting for part in work):
+        shaped = not any(is_lazy(p) for group in groups for p in group["params"])
+        if shaped and all(all(part.fused) and not part.waiting for part in work):
             lots = [Lot(self.prepared, served)] if served else []
             self.steady = self._repeating(optimizer, lots, spreads, hollow, this)
         for found in spreads:
