@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from .options import Options
 from .records import slices_of
@@ -20,27 +21,37 @@ FLAT_MARKS = {
     "_hp_mapping": "DeepSpeed ZeRO",
 }
 
+# the way out for a parameter that is not meant to be trained
+FROZEN = "; without a gradient (requires_grad_(False), .grad = None) it is left alone"
 
-def check_float(what: str, tensor: Tensor) -> None:
+
+def is_served(tensor: Tensor) -> bool:
+    """Whether a tensor is of a kind that a step knows; one that has no shape yet is of none."""
+    return not is_lazy(tensor) and tensor.layout is torch.strided and tensor.dtype in FLOAT_DTYPES
+
+
+def check_float(what: str, tensor: Tensor, way_out: str = "") -> None:
     """Refuse a tensor whose kind the definition does not cover.
 
     Raises:
-        TypeError: sparse, complex, integer or 8-bit float; the message starts with `what`.
+        TypeError: sparse, complex, integer or 8-bit float; the message starts with `what`, and ends
+            with `way_out`.
         NotImplementedError: a DTensor, or a device without float64.
     """
     if tensor.layout is not torch.strided:
         raise TypeError(
             f"{what} is {tensor.layout}; BNGD needs dense tensors "
-            "(an Embedding with sparse=False gives dense gradients)"
+            f"(an Embedding with sparse=False gives dense gradients){way_out}"
         )
     if tensor.is_complex():
         raise TypeError(
-            f"{what} has dtype {tensor.dtype}; BNGD does not define complex statistics "
-            "(optimise torch.view_as_real(parameter) instead)"
+            f"{what} has dtype {tensor.dtype}; BNGD does not define complex statistics (train a "
+            "real parameter with a last dimension of 2, and use "
+            f"torch.view_as_complex(parameter) in forward){way_out}"
         )
     if tensor.dtype not in FLOAT_DTYPES:
         allowed = ", ".join(str(d).removeprefix("torch.") for d in FLOAT_DTYPES)
-        raise TypeError(f"{what} has dtype {tensor.dtype}; BNGD takes {allowed}")
+        raise TypeError(f"{what} has dtype {tensor.dtype}; BNGD takes {allowed}{way_out}")
     if tensor.device.type == "mps":
         raise NotImplementedError(
             f"{what} is on {tensor.device}, which has no float64 for the statistics; "
@@ -67,7 +78,26 @@ def _check_arithmetic(what: str, tensor: Tensor) -> None:
 
 
 def check_parameter(name: str, param: Tensor) -> None:
-    """Refuse what a step cannot write to, and what is not one whole parameter.
+    """Refuse a parameter that has a gradient, and that a step cannot write to.
+
+    Raises:
+        TypeError: as `check_float`.
+        NotImplementedError: as `check_float` or `check_whole`.
+        RuntimeError: made under `torch.inference_mode`.
+        ValueError: entries share memory, or have none.
+    """
+    check_float(name, param, FROZEN)
+    check_whole(name, param)
+    _check_writable(name, param)
+    if overlaps(param):
+        raise ValueError(
+            f"{name} overlaps itself in memory (shape {tuple(param.shape)}, strides "
+            f"{param.stride()}); a step cannot write to it: use .clone() or .contiguous(){FROZEN}"
+        )
+
+
+def check_whole(name: str, param: Tensor) -> None:
+    """Refuse what is not one whole parameter.
 
     FSDP1 and DeepSpeed ZeRO mark the parameters that they flatten, except for the partitions of
     ZeRO 1 and 2: `check_unpartitioned` looks for those. Other libraries' flat shards that come as
@@ -75,18 +105,19 @@ def check_parameter(name: str, param: Tensor) -> None:
     parameters.
 
     Raises:
-        TypeError: as `check_float`.
-        NotImplementedError: as `check_float`, or flattened by FSDP1 or DeepSpeed ZeRO.
-        ValueError: entries share memory.
+        NotImplementedError: flattened by FSDP1 or DeepSpeed ZeRO.
     """
-    check_float(name, param)
     for mark, wrapper in FLAT_MARKS.items():
         if getattr(param, mark, None) is not None:
             raise _flattened(name, param, wrapper)
-    if overlaps(param):
-        raise ValueError(
-            f"{name} overlaps itself in memory (shape {tuple(param.shape)}, strides "
-            f"{param.stride()}); a step cannot write to it: use .clone() or .contiguous()"
+
+
+def _check_writable(what: str, tensor: Tensor) -> None:
+    """Refuse what torch would not write, half way through a step."""
+    if tensor.is_inference() and not torch.is_inference_mode_enabled():
+        raise RuntimeError(
+            f"{what}, of shape {tuple(tensor.shape)}, was made under torch.inference_mode() and "
+            "cannot be written outside of it; make it outside, or take a .clone()"
         )
 
 
@@ -150,6 +181,7 @@ def check_tensors(
         others = [("gradient", grad)]
         if buffered and momentum_buffers is not None:
             check_float(f"the momentum buffer of {name}", momentum_buffers[i])
+            _check_writable(f"the momentum buffer of {name}", momentum_buffers[i])
             others.append(("momentum buffer", momentum_buffers[i]))
         for kind, other in others:
             if other.shape != param.shape:

@@ -12,7 +12,8 @@ import torch
 import torch.utils.dlpack
 from torch import Tensor
 
-from .tensors import dispatches, on_device
+from .checks import overlaps
+from .tensors import dispatches, lasting, on_device
 
 # a GPU's L2 line, and a multiple of what 16-byte accesses need
 ALIGNMENT = 128
@@ -20,6 +21,7 @@ ALIGNMENT = 128
 MAX_BYTES = 256 * 2**20
 
 
+@lasting()
 def flatten_(params: Sequence[Tensor]) -> list[Tensor]:
     """Move parameters into flat buffers, in order; their values, shapes and strides stay.
 
@@ -49,7 +51,9 @@ def why_not_flat(param: Tensor) -> str | None:
         return f"it is larger than a flat buffer, {MAX_BYTES} bytes"
     if not param.numel():
         return "it has no entries"
-    if storage.nbytes() != _bytes(param) or param.storage_offset():
+    if param.is_inference():
+        return "it was made under torch.inference_mode"
+    if storage.nbytes() != _bytes(param) or param.storage_offset() or overlaps(param):
         return "it is a part of a larger storage, or overlaps itself"
     if not storage.resizable():
         return "its memory belongs to somebody else (another flat buffer, NumPy, a mapped file)"

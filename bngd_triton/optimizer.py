@@ -8,10 +8,11 @@ from typing import Any, overload
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
-from .checks import check_parameter, check_step
-from .engine.collect import serve
+from .checks import check_step, check_whole
+from .engine.collect import expect
 from .engine.step import Stepper, closing_of, prepare_state
 from .flat_buffers import flatten_, why_not_flat
 from .options import Options
@@ -26,7 +27,7 @@ from .state_dicts import (
     place_state,
     with_options,
 )
-from .tensors import local
+from .tensors import lasting
 
 
 class BNGD(Optimizer):
@@ -78,17 +79,18 @@ class BNGD(Optimizer):
             goes on with the next epoch's first micro-batches.
         seed: of stochastic rounding.
         flatten: move the parameters that the kernels serve into flat buffers: None where it is
-            safe, False nowhere, True everywhere or an error. Views made earlier with ``p.data``,
-            and CUDA graphs captured earlier, would keep the old memory: make the optimizer first.
+            safe, False nowhere, True everywhere or an error, but for frozen ones. Views made
+            earlier with ``p.data``, and CUDA graphs captured earlier, would keep the old memory:
+            make the optimizer first. Whoever frees parameters' memory with
+            ``untyped_storage().resize_(0)`` needs False: views of a buffer have none to free.
             CUDA IPC may refuse parameters that have moved.
         fused: None uses the kernels for float16, bfloat16 and float32 parameters on a GPU that
             Triton serves and `reference.step_` for the rest; False never uses them; True is an
-            error for a parameter that they cannot serve. Under TRITON_INTERPRET=1, True serves
-            parameters on the CPU.
+            error for a parameter to be trained that they cannot serve. Under TRITON_INTERPRET=1,
+            True serves parameters on the CPU.
 
     Raises:
         ValueError: an option is out of bounds.
-        TypeError: a parameter is sparse, complex or not of a supported float dtype.
         RuntimeError: ``fused=True`` or ``flatten=True`` cannot be served; says why.
 
     Example:
@@ -187,11 +189,10 @@ class BNGD(Optimizer):
             names = parameter_names(group, index)
             if len(set(map(id, group["params"]))) < len(group["params"]):
                 raise ValueError(f"a parameter is twice in group {index}; list every one once")
-            with torch.no_grad():
-                for name, param in zip(names, group["params"]):
-                    check_parameter(name, local(param))
-            check_step(group["params"], [], options)
-            serve(self.fused, group["params"], names, options)
+            for name, param in zip(names, group["params"]):
+                check_whole(name, param)
+            check_step([param for param in group["params"] if param.requires_grad], [], options)
+            expect(self.fused, group["params"], names, options)
             if self._constructed:
                 self._flatten([(index, group)])
         except Exception:
@@ -205,12 +206,14 @@ class BNGD(Optimizer):
         moving = []
         for index, group in groups:
             names, params = parameter_names(group, index), group["params"]
-            served = serve(self.fused, params, names, Options.of(group))
+            served = expect(self.fused, params, names, Options.of(group))
             moving.append([param for param, fused in zip(params, served) if fused])
             for name, param, fused in zip(names, params, served):
-                if not self.flatten:
+                if not self.flatten or not param.requires_grad:
                     continue
-                reason = why_not_flat(param) if fused else "the kernels do not serve it"
+                reason = "it has no shape before one forward pass" if is_lazy(param) else None
+                reason = reason or (None if fused else "the kernels do not serve it")
+                reason = reason or why_not_flat(param)
                 if reason:
                     raise RuntimeError(
                         f"flatten=True cannot move {name}: {reason}; "
@@ -237,7 +240,8 @@ class BNGD(Optimizer):
         Raises:
             ValueError: a group's option, changed since, is out of bounds; a gradient or a buffer
                 does not fit its parameter.
-            TypeError: a gradient is sparse or not of a supported dtype.
+            TypeError: a gradient, or a parameter that has one, is sparse, complex or not of a
+                supported dtype.
             FloatingPointError: a non-finite gradient with ``nonfinite="raise"``.
         """
         loss = None
@@ -257,6 +261,10 @@ class BNGD(Optimizer):
     # depends on an option's value
     @torch._disable_dynamo  # type: ignore[attr-defined]
     def _step(self) -> None:
+        if torch.is_inference_mode_enabled():
+            with lasting():
+                self._step()
+            return
         if not self.state and asks_for_state(self):
             with torch.no_grad():
                 for group in self.param_groups:
@@ -332,6 +340,10 @@ class BNGD(Optimizer):
         Raises:
             ValueError: the checkpoint is another optimizer's, or does not fit.
         """
+        if torch.is_inference_mode_enabled():
+            with lasting():
+                self.load_state_dict(state_dict)
+            return
         saved: dict[str, Any] = {}
         # torch's loader makes groups and state anew: those that were are whole
         before = dict(self.__dict__)

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from .checks import FLOAT_DTYPES
@@ -71,6 +72,13 @@ def check_state_dict(optimizer: Optimizer, incoming: dict[str, Any]) -> None:
             entry = state.get(key, {})
             if not isinstance(entry, dict):
                 raise ValueError(f"the state of {name} is a {type(entry).__name__}, not a dict")
+            if not entry.keys() & set(KEYS):
+                continue
+            if is_lazy(param):
+                raise ValueError(
+                    f"{name} has no shape yet, but the checkpoint has its state; run one forward "
+                    "pass before loading"
+                )
             _check_entry(entry, param, name, options[index])
 
 

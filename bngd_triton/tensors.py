@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from typing import Any, TypeGuard
 
 import torch
@@ -31,6 +32,14 @@ def local(tensor: Tensor) -> Tensor:
         return tensor
     part: Tensor = tensor.to_local()
     return part
+
+
+@contextlib.contextmanager
+def lasting() -> Iterator[None]:
+    """Make tensors that may be written at any time, though `torch.inference_mode` is on."""
+    # leaving it turns autograd on
+    with torch.inference_mode(False), torch.no_grad():
+        yield
 
 
 def is_dense(tensor: Tensor) -> bool:

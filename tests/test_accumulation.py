@@ -355,6 +355,31 @@ def test_a_window_given_up_leaves_no_count(path: StepPath) -> None:
     assert not torch.equal(params[0], before[0])
 
 
+@pytest.mark.parametrize("granularity", ["tensor", "row"])
+def test_a_window_given_up_leaves_nothing_on_a_parameter_without_gradient(
+    granularity: str, path: StepPath
+) -> None:
+    params = make_params(path.device)
+    optimizer = BNGD(
+        params, 0.1, accumulation_steps=4, granularity=granularity, fused=path.fused
+    )  # fmt: skip
+    (group,) = optimizer.param_groups
+    take_steps(optimizer, params, [0])
+    group["accumulation_steps"] = 1
+    for param in params[1:]:
+        give(param, torch.ones_like(param))
+    params[0].grad = None
+    optimizer.step()
+    group["accumulation_steps"] = 4
+    buffer = optimizer.state[params[0]]["momentum_buffer"]
+    before = buffer.clone()
+    # ghat = 0 everywhere: what is left is the decay that a window brings once
+    for param in params:
+        give(param, torch.zeros_like(param))
+    optimizer.step()
+    assert_bits([buffer], [before * 0.9])
+
+
 def test_a_master_that_is_new_when_a_window_ends(path: StepPath) -> None:
     params = make_params(path.device, BFLOAT16)
     optimizer = BNGD(params, 0.1, accumulation_steps=2, master_weights=None, fused=path.fused)

@@ -23,7 +23,7 @@ from bngd_triton import BNGD
 
 def test_flatten_true_is_an_error_where_the_kernels_do_not_serve() -> None:
     with pytest.raises(RuntimeError, match=r"flatten=True cannot move .* do not serve it"):
-        BNGD([torch.zeros(3)], flatten=True, fused=False)
+        BNGD([torch.nn.Parameter(torch.zeros(3))], flatten=True, fused=False)
 
 
 class BadOption(NamedTuple):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..checks import check_step, check_tensors, check_unpartitioned, nonfinite_somewhere
+from ..checks import check_step, check_tensors, check_unpartitioned, is_served, nonfinite_somewhere
 from ..kernels.plan import capturing
 from ..kernels.support import why_not, why_not_memory
 from ..options import Layout, Options
@@ -265,6 +265,27 @@ def _check_complete(params: Sequence[Tensor], names: Sequence[str]) -> None:
             f"of the group in every micro-batch, {missing[0]} has none; put such parameters in "
             "another group, or use granularity='tensor'"
         )
+
+
+def expect(
+    fused: bool | None, params: Sequence[Tensor], names: Sequence[str], options: Options
+) -> list[bool]:
+    """As `serve`, before there are gradients.
+
+    A parameter that may never have one is not refused: which a step would refuse by its kind, which
+    has no shape yet, or which is frozen.
+    """
+    with torch.no_grad():
+        looked_at = [
+            i
+            for i, param in enumerate(params)
+            if is_served(param) and (param.requires_grad or not why_not(local(param)))
+        ]
+    served = serve(fused, [params[i] for i in looked_at], [names[i] for i in looked_at], options)
+    found = [False] * len(params)
+    for i, on in zip(looked_at, served):
+        found[i] = on
+    return found
 
 
 def serve(

@@ -99,8 +99,10 @@ class Stepper:
         for group, part, choice in zip(groups, work, options):
             prepare_state(optimizer, [*part.params, *part.ending], choice)
             if choice.accumulation_steps == 1:
-                # of a window that was given up
+                # a window that was given up leaves nothing behind
                 group["micro_step"] = 0
+                for param in group["params"]:
+                    optimizer.state.get(param, {}).pop(WINDOW, None)
         every = [param for group in groups for param in group["params"]]
         optimizer._records.keep(every)
         keys = {id(param): i for i, param in enumerate(every)}
