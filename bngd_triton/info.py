@@ -19,8 +19,7 @@ from typing import Any
 import torch
 
 from . import __version__
-from .kernels import direct
-from .kernels.devices import OTHERS, TABLE, architecture_of, dependent_launches, tuning_for
+from .kernels.devices import OTHERS, TABLE, architecture_of, tuning_for
 from .kernels.launch import FORMS
 from .kernels.support import has_triton, interpreting, why_not
 from .kernels.tuning import Tuning
@@ -194,24 +193,12 @@ def _hardware(device: torch.device) -> dict[str, Any]:
 
 
 def _row(device: torch.device) -> str:
-    """The row of `architectures.TABLE` that applies."""
+    """The row of `devices.TABLE` that applies."""
     name, tuning = architecture_of(device), tuning_for(device)
     if name in TABLE:
         return f"row {name}: {TABLE[name].reason}"
     (wave,) = (wave for wave, row in OTHERS.items() if row.tuning == tuning)
     return f"no row of its own, others with waves of {wave}: {OTHERS[wave].reason}"
-
-
-def _direct(device: torch.device) -> str:
-    version = _import_triton()
-    known = version.startswith(direct.VERSIONS) and not interpreting()
-    state = "on" if tuning_for(device).direct else "off"
-    return f"{state}, {'available' if known else 'not available'}"
-
-
-def _dependent(device: torch.device) -> str:
-    state = "on" if tuning_for(device).pdl else "off"
-    return f"{state}, {'available' if dependent_launches(device) else 'not available'}"
 
 
 def _form(tuning: Tuning) -> str:
@@ -225,6 +212,4 @@ _KERNEL_PARTS: dict[str, Callable[[torch.device], Any]] = {
     "sizes": _row,
     "form of a step": lambda device: _form(tuning_for(device)),
     "statistics": lambda device: "float64 lanes" if tuning_for(device).wide else "float32 tiles",
-    "compiled handles": _direct,
-    "dependent launches": _dependent,
 }

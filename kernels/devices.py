@@ -99,13 +99,6 @@ def wave_for(l2_bytes: int, most: int) -> int:
     return min(most, 1 << max(16, (l2_bytes // 6).bit_length() - 1))
 
 
-@functools.cache
-def dependent_launches(device: torch.device) -> bool:
-    """Whether a launch may start before the one that it waits for has ended: sm_90 and later."""
-    name = architecture_of(device)
-    return name.startswith("sm_") and int(name.removeprefix("sm_")) >= 90
-
-
 # the first Triton that was seen to wait: 3.7.1 raises a flag on gfx942 right after `buffer_wbl2`,
 # without `s_waitcnt vmcnt(0)` (https://github.com/llvm/llvm-project/issues/178316)
 RELEASES_WAIT_FROM = (3, 9)

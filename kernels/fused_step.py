@@ -226,7 +226,7 @@ class _Device:
         self.rows: list[list[float]] = [[]] * len(groups)
         self.written: Sequence[tuple[Options | None, bool]] = [(None, False)] * len(groups)
         self.table = torch.empty(len(groups), 16, dtype=torch.float64, device=device)
-        self.rates = Rates(self.table, self.plan.tuning)
+        self.rates = Rates(self.table)
         self.unscaled = torch.ones(1, dtype=torch.float32, device=device)
         self.finite = torch.zeros(1, dtype=torch.float32, device=device)
         self.last_inputs: Inputs | None = None

@@ -8,11 +8,10 @@ import torch
 from torch import Tensor
 
 from ..tensors import on_device
-from .devices import RELEASES_WAIT_FROM, dependent_launches, processors, releases_wait
-from .direct import Launch
+from .devices import RELEASES_WAIT_FROM, processors, releases_wait
+from .launcher import Launch
 from .plan import Batch, Plan
 from .support import interpreting
-from .tuning import Tuning
 
 FORMS = ("two-launch", "single-launch")
 
@@ -75,20 +74,12 @@ def launch(plan: Plan, inputs: Inputs, form: str | None = None) -> None:
     launches = plan.launches.get(form)
     with on_device(plan.device):
         if launches is None:
-            made = _single(plan) if form == "single-launch" else _two(plan)
+            made = (
+                _single(plan) if form == "single-launch" else [*_statistics(plan), *_updates(plan)]
+            )
             launches = plan.launches[form] = made
         for one in launches:
             one(inputs)
-
-
-def early_updates(plan: Plan) -> bool:
-    """Whether updates start before the statistics have ended (programmatic dependent launch).
-
-    The first launch never starts early, so that no launch of one step overlaps the step before;
-    and it lets the next launch start early only where that is an update of this step.
-    """
-    wanted = plan.tuning.pdl and dependent_launches(plan.device)
-    return wanted and any(batch.n_chunks for batch in plan.batches)
 
 
 def statistics(plan: Plan, inputs: Inputs) -> None:
@@ -131,17 +122,12 @@ def move(plan: Plan, inputs: Inputs, tables: Tensor) -> None:
             one(inputs)
 
 
-def rates_launch(addresses: Tensor, table: Tensor, tuning: Tuning) -> Launch:
+def rates_launch(addresses: Tensor, table: Tensor) -> Launch:
     """What writes learning rates that are on a device to a table of options."""
     from .device.rates import _rates_kernel
 
     arguments = {"rates_ptr": addresses, "options_ptr": table}
-    return Launch(_rates_kernel, len(table), arguments, (), direct=tuning.direct, num_warps=1)
-
-
-def _two(plan: Plan) -> list[Launch]:
-    early = early_updates(plan)
-    return [*_statistics(plan, PDL=early), *_updates(plan, early=early)]
+    return Launch(_rates_kernel, len(table), arguments, (), num_warps=1)
 
 
 def _statistics(plan: Plan, **constants: bool) -> list[Launch]:
@@ -159,11 +145,9 @@ def _statistics(plan: Plan, **constants: bool) -> list[Launch]:
                 "tables_ptr": plan.partials,
                 **_of_slices_and_tiles(plan, batch),
                 "TABLES": False,
-                "PDL": False,
                 **constants,
             },
             Inputs._fields,
-            direct=plan.tuning.direct,
             num_warps=plan.tuning.warps,
         )
         for batch in plan.batches
@@ -171,12 +155,10 @@ def _statistics(plan: Plan, **constants: bool) -> list[Launch]:
     ]
 
 
-def _updates(plan: Plan, *, early: bool = False) -> list[Launch]:
+def _updates(plan: Plan) -> list[Launch]:
     """Second launches: normalise and move the segments."""
     from .device.update import _update_kernel
 
-    # an option of the CUDA backend alone
-    more = {"launch_pdl": True} if early else {}
     return [
         Launch(
             _update_kernel,
@@ -187,12 +169,9 @@ def _updates(plan: Plan, *, early: bool = False) -> list[Launch]:
                 "folds_ptr": plan.folds,
                 **_tensors(plan, batch),
                 "BLOCK": plan.tuning.update_block,
-                "PDL": early,
             },
             ("options_ptr", "clocks_ptr"),
-            direct=plan.tuning.direct,
             num_warps=plan.tuning.update_warps,
-            **more,
         )
         for batch in plan.batches
         if batch.n_chunks
@@ -214,7 +193,6 @@ def _publish(plan: Plan) -> Launch:
             "WINDOWS": bool(plan.windows),
         },
         ("options_ptr", "scale_ptr", "found_ptr"),
-        direct=plan.tuning.direct,
         num_warps=1,
     )
 
@@ -241,7 +219,7 @@ def _single(plan: Plan) -> list[Launch]:
         found.append(
             Launch(
                 _single_kernel, min(len(work.items), most), arguments, Inputs._fields,
-                direct=tuning.direct, num_warps=tuning.warps,
+                num_warps=tuning.warps,
             )
         )  # fmt: skip
     return found

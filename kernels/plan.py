@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .direct import Launch
+from .launcher import Launch
 from .tuning import Tuning
 from .work import Work, lay_out
 

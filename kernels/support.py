@@ -30,12 +30,12 @@ def why_not_memory(tensor: Tensor) -> str | None:
     """Why a tensor's entries are not what lies at its address; None if they are."""
     if dispatches(tensor):
         return f"it is a {type(tensor).__name__}, whose entries are not plain memory"
-    wrapped = torch._C._functorch.is_functorch_wrapped_tensor(tensor)
-    if wrapped or torch._is_functional_tensor(tensor):
-        return "it is wrapped by a transform of torch.func, and has no memory of its own"
-    if tensor._is_zerotensor():
-        return "it stands for zeros and has no memory"
-    return None
+    try:
+        there = tensor.data_ptr() or not tensor.numel()
+    # what a transform of torch.func wraps, and what stands for zeros, has none to tell
+    except RuntimeError:
+        there = False
+    return None if there else "it has no memory of its own (torch.func wraps it, or it is zeros)"
 
 
 def why_not(tensor: Tensor) -> str | None:

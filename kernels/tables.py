@@ -12,10 +12,9 @@ from torch import Tensor
 from ..options import Options
 from ..tensors import on_device
 from .build_plan import INT64, address
-from .direct import Launch
 from .launch import rates_launch
+from .launcher import Launch
 from .plan import upload
-from .tuning import Tuning
 
 # of a row; which is which is in update.py, which imports Triton
 COLUMNS = 16
@@ -48,11 +47,10 @@ class Rates:
 
     Args:
         table: float64 [groups, 16], on the device of the step.
-        tuning: of the step.
     """
 
-    def __init__(self, table: Tensor, tuning: Tuning) -> None:
-        self._table, self._tuning = table, tuning
+    def __init__(self, table: Tensor) -> None:
+        self._table = table
         # read by address: kept alive; None where the table has a group's rate as it is
         self._given: list[Tensor | None] = [None] * len(table)
         self._where = list(map(_where, self._given))
@@ -77,7 +75,7 @@ class Rates:
             table.append([0, 0] if lr is None else [address(lr), RATE_DTYPES.index(lr.dtype)])
         if self._addresses is None:
             self._addresses = torch.empty(len(given), 2, dtype=torch.int64, device=device)
-            self._launch = rates_launch(self._addresses, self._table, self._tuning)
+            self._launch = rates_launch(self._addresses, self._table)
         upload(self._addresses, torch.tensor(table, **INT64))
         self._given, self._where = list(given), list(map(_where, given))
 

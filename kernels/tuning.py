@@ -25,13 +25,10 @@ class Tuning:
         form: "two-launch" or "single-launch"; None leaves it to `launch.form_for`.
         single_from: bytes of gradient in a plan from which on one launch is taken.
         single_to: bytes of gradient below which it is; 0 for never.
-        wave: most bytes of gradient in a wave of the single launch; see `architectures.wave_for`.
+        wave: most bytes of gradient in a wave of the single launch; see `devices.wave_for`.
             Programs wait where two waves have fewer slices than there are programs: 8 MiB are 256
             slices of 8192 float32, and an H200 runs 528 programs.
         programs_per_sm: of the single launch; 4 fit the registers of an SM, 3 with tiles.
-        pdl: let the updates start while the statistics end (NVIDIA's programmatic dependent
-            launch, from sm_90 on; of no effect elsewhere). Compiled, never run or timed.
-        direct: launch compiled kernels by their handles (`direct.py`).
     """
 
     wide: bool = True
@@ -50,8 +47,6 @@ class Tuning:
     single_to: int = 0
     wave: int = 8 << 20
     programs_per_sm: int = 4
-    pdl: bool = False
-    direct: bool = True
 
     @property
     def tile_columns(self) -> tuple[int, ...]:

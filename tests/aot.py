@@ -106,8 +106,6 @@ OTHER_BUDGETS: dict[tuple[int, ...], dict[str, tuple[int, int]]] = {
 MASTER_REGISTERS = 24
 # ptxas trades a few bytes outside the loops for a register step; where depends on its version
 SPILL_BYTES = {"update": 16, "statistics": 16, "single": 56}
-# with programmatic dependent launch, what is in the PTX of each kernel
-DEPENDENCE = {"statistics": "griddepcontrol.launch_dependents", "update": "griddepcontrol.wait"}
 # the update reads again what statistics load: evict_last on each row of a trip and on the rest
 READ_AGAIN = {"lanes": 5, "stream": 1}
 # nothing reads again what moves: evict_first on the loads of gradient, parameter and momentum and
@@ -213,7 +211,6 @@ class Case:
     tiles: bool = False
     master: str = "plain"
     windows: bool = False
-    pdl: bool = False
     tables: bool = False
 
     @property
@@ -251,7 +248,7 @@ class Case:
         return +Counter(wanted)
 
     def __str__(self) -> str:
-        kind = "pdl" if self.pdl else "aligned" if self.aligned else "any"
+        kind = "aligned" if self.aligned else "any"
         dtypes = ",".join((self.param, self.grad, self.buffer))
         extras = f"{self.master}{' windows' if self.windows else ''}"
         return f"{self.variant:19s} {dtypes:14s} {extras:18s} {kind:7s} {self.target:6s}"
@@ -280,8 +277,6 @@ class Report:
         hasty: releases that do not wait until caches are written back; None on NVIDIA.
         windows: loads and stores of windows: nothing else has one byte.
         unguarded: stores of a window after a load of it, without a barrier between them.
-        dependence: how programs depend on other launches: ``griddepcontrol`` in the PTX.
-        too_soon: accesses to global memory before the wait for the launch before.
         seconds: to compile.
     """
 
@@ -302,8 +297,6 @@ class Report:
     hasty: int | None
     windows: int
     unguarded: int
-    dependence: list[str]
-    too_soon: int
     seconds: float
 
     def complaints(self, case: Case, waits_from: tuple[int, int]) -> list[str]:
@@ -336,11 +329,6 @@ class Report:
             found.append(f"{self.windows} accesses to windows")
         if self.unguarded:
             found.append(f"{self.unguarded} windows stored while other threads may yet read them")
-        dependence = [DEPENDENCE[case.kernel]] if case.pdl else []
-        if self.dependence != dependence:
-            found.append(f"dependence on other launches {self.dependence}, not {dependence}")
-        if self.too_soon:
-            found.append(f"{self.too_soon} accesses before the wait for the launch before")
         return found
 
 
@@ -374,8 +362,6 @@ def build(case: Case, tuning: Any, modules: dict[str, Any]) -> Any:
         "WINDOWS": case.windows,
         "SOFT": False,
     }
-    if case.kernel in DEPENDENCE:
-        constants["PDL"] = case.pdl
     if simple:
         _, constants, warps = simple
     elif case.kernel == "update":
@@ -398,8 +384,6 @@ def build(case: Case, tuning: Any, modules: dict[str, Any]) -> Any:
     signature = {name: typed.get(name, "constexpr") for name in fn.arg_names}
     source = ASTSource(fn=fn, signature=signature, constexprs=constants)
     options = {"num_warps": warps, "enable_fp_fusion": False}
-    if case.pdl and case.kernel == "update":
-        options["launch_pdl"] = True
     return triton.compile(source, target=TARGETS[case.target], options=options)
 
 
@@ -532,8 +516,6 @@ def inspect(compiled: Any, backend: str, seconds: float) -> Report:
     def matching(pattern: str, lines: list[str]) -> list[str]:
         return [code for code in lines if re.match(pattern, code)]
 
-    dependence = re.findall(r"griddepcontrol\.\w+", compiled.asm.get("ptx", ""))
-    wait = next((i for i, code in enumerate(codes) if code.startswith("ACQBULK")), 0)
     bodies = [codes[first : last + 1] for first, last in loops]
     atomics, releases, acquires = (len(matching(pattern, codes)) for pattern in patterns)
     hasty = None if backend == "cuda" else count_hasty(codes)
@@ -564,8 +546,6 @@ def inspect(compiled: Any, backend: str, seconds: float) -> Report:
         hasty=hasty,
         windows=windows,
         unguarded=unguarded,
-        dependence=dependence,
-        too_soon=len(matching(r"(LDG|STG|ATOMG?|RED)\b", codes[:wait])),
         seconds=seconds,
     )
 
@@ -610,9 +590,6 @@ def cases(quick: bool, targets: list[str], only: list[str]) -> Iterator[Case]:
             narrow = target in unaligned and case.kernel not in SIMPLE_KERNELS
             if narrow and set(dtypes) == {"fp32"}:
                 yield dataclasses.replace(case, aligned=False)
-            dependent = target in ("sm_90", "sm_100") and case.kernel in DEPENDENCE
-            if dependent and set(dtypes) == {"fp32"}:
-                yield dataclasses.replace(case, pdl=True)
     yield from narrow_cases(quick, targets, only)
     for target in targets if "lanes" in only else ():
         for form in ({"tables": True}, {"windows": True}):

@@ -13,14 +13,13 @@ import torch
 from bngd_triton.kernels import devices
 from bngd_triton.kernels.devices import (
     TABLE,
-    dependent_launches,
     releases_wait,
     row_for,
     tuning_for,
 )
 
 GPU = torch.device("cuda", 5)
-CACHED = (devices.architecture_of, tuning_for, dependent_launches, releases_wait)
+CACHED = (devices.architecture_of, tuning_for, releases_wait)
 
 
 @pytest.fixture
@@ -68,23 +67,22 @@ def test_what_is_compiled_ahead_of_time_has_a_row_of_its_own(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("capability", "wide", "dependent"),
+    ("capability", "wide"),
     [
-        ((8, 0), True, False),
-        ((8, 6), False, False),
-        ((8, 7), False, False),
-        ((8, 9), False, False),
-        ((9, 0), True, True),
-        ((10, 0), True, True),
-        ((10, 3), False, True),
-        ((12, 0), False, True),
+        ((8, 0), True),
+        ((8, 6), False),
+        ((8, 7), False),
+        ((8, 9), False),
+        ((9, 0), True),
+        ((10, 0), True),
+        ((10, 3), False),
+        ((12, 0), False),
     ],
 )
-def test_nvidia(pretend: Any, capability: tuple[int, int], wide: bool, dependent: bool) -> None:
+def test_nvidia(pretend: Any, capability: tuple[int, int], wide: bool) -> None:
     pretend(capability)
     assert tuning_for(GPU).wide is wide
     assert tuning_for(GPU).warps == 4
-    assert dependent_launches(GPU) is dependent
 
 
 @pytest.mark.parametrize(
@@ -101,7 +99,6 @@ def test_amd(pretend: Any, name: str, wave: int, wide: bool) -> None:
     pretend(gfx=name, wave=wave)
     assert tuning_for(GPU).wide is wide
     assert tuning_for(GPU).warps * wave == 128
-    assert not dependent_launches(GPU)
 
 
 @pytest.mark.parametrize(
@@ -117,7 +114,6 @@ def test_three_waves_fit_the_l2(pretend: Any, l2_mib: int, wave_mib: float) -> N
 
 def test_others_and_the_interpreter() -> None:
     assert tuning_for(torch.device("cpu")) is TABLE["interpreter"].tuning
-    assert not dependent_launches(torch.device("cpu"))
     assert not tuning_for(torch.device("xpu")).wide
     assert row_for("sm_999") is devices.OTHERS[32]
 

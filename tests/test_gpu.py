@@ -61,8 +61,6 @@ def captured(iteration: Callable[[], Any]) -> Callable[[], Any]:
         {"dtype": torch.bfloat16, "master_weights": "stochastic"},
         {"tensor_lr": True},
         {"tuning": {"form": "single-launch"}},
-        {"tuning": {"pdl": True}},
-        {"tuning": {"direct": True}},
     ],
     ids=str,
 )

@@ -22,7 +22,6 @@ PACKAGE = Path(bngd_triton.__file__).parent
 CACHED = (
     devices.architecture_of,
     devices.tuning_for,
-    devices.dependent_launches,
 )
 
 
@@ -87,8 +86,14 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> Any:
     def capability(device: torch.device) -> tuple[int, int]:
         return properties(device).major, properties(device).minor
 
-    def empty(*_: Any, device: torch.device) -> Any:
-        return SimpleNamespace(device=device, dtype=torch.float32)
+    class OnGPU(torch.Tensor):
+        where: torch.device
+        device = property(lambda self: self.where)  # type: ignore[assignment]
+
+    def empty(*_: Any, device: torch.device, **__: Any) -> Any:
+        tensor = torch.zeros(1).as_subclass(OnGPU)
+        tensor.where = device
+        return tensor
 
     clear()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -115,12 +120,10 @@ def test_gpus() -> None:
     assert h100["architecture"] == "sm_90"
     assert h100["sizes"] == "row sm_90: " + devices.TABLE["sm_90"].reason
     assert h100["form of a step"] == "two-launch"
-    assert h100["dependent launches"] == "off, available"
     assert found["cuda:1"]["sizes"].startswith("no row of its own, others with waves of 32: ")
     assert found["cuda:1"]["statistics"] == "float32 tiles"
     assert found["cuda:2"]["served by"] == "the eager reference"
     assert "needs compute capability 8.0, cuda:2 has 7.0" in found["cuda:2"]["because"]
-    assert found["cuda:2"]["dependent launches"] == "off, not available"
     assert found["cuda:3"]["name"] == "error: RuntimeError: CUDA error: unknown"
     assert found["cuda:3"]["served by"] == "unknown"
     assert found["cuda:3"]["sizes"].startswith("error: ")
@@ -144,7 +147,7 @@ def test_parts_that_are_broken(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     text = printed(capsys)
     error = "error: OSError: libcuda.so.1: cannot open"
-    for name in ("numpy", "NVIDIA driver", "triton imports", "cuda", "because", "compiled handles"):
+    for name in ("numpy", "NVIDIA driver", "triton imports", "cuda", "because", "sizes"):
         assert re.search(rf"\n +{name} +{error}\n", text), name
     assert "served by              unknown" in text
     assert "shared object" not in text

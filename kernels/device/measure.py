@@ -161,11 +161,7 @@ def _statistics_kernel(
     UNROLL: tl.constexpr,
     MERGE: tl.constexpr,
     TILE: tl.constexpr,
-    PDL: tl.constexpr,
 ):  # fmt: skip
-    if PDL:
-        # the updates may start as soon as every program here has; they wait before they read
-        tl.extra.cuda.gdc_launch_dependents()
     program = tl.program_id(0).to(tl.int64)
     if program < n_slices:
         measure_slice(

@@ -225,13 +225,7 @@ def _update_kernel(
     WINDOWS: tl.constexpr,
     SOFT: tl.constexpr,
     BLOCK: tl.constexpr,
-    PDL: tl.constexpr,
 ):  # fmt: skip
-    if PDL:
-        # started early: nothing that an earlier launch wrote may be read before this returns; in
-        # every program, since a later launch waits for this one's end alone. Not inside a loop,
-        # where Triton may move a load above it.
-        tl.extra.cuda.gdc_wait()
     # backwards: the gradients that the statistics read last are still in L2
     row = chunks_ptr + (tl.num_programs(0) - 1 - tl.program_id(0)).to(tl.int64) * 4
     move_chunk(

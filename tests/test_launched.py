@@ -1,4 +1,4 @@
-"""Launches by compiled handles are those that Triton's own dispatch makes."""
+"""Launches past Triton's dispatch are those that Triton's own dispatch makes."""
 
 import os
 import subprocess
@@ -10,7 +10,7 @@ import pytest
 pytest.importorskip("triton")
 pytest.importorskip("bench", reason="bench/ is in the checkout only")
 
-CHECK = Path(__file__).with_name("direct.py")
+CHECK = Path(__file__).with_name("launched.py")
 
 
 @pytest.mark.parametrize("backend", ["cuda", "hip"])
@@ -35,7 +35,7 @@ def test_the_interpreters_kernels_are_launched_as_ever() -> None:
 
     params, grads, options = [torch.zeros(5000)], [torch.randn(5000)], [Options(momentum=0.0)]
     members = functional_members(params, grads, None, None, None, options[0])
-    step = FusedStep(members, options, Tuning(block=4096, unroll=1, direct=True))
+    step = FusedStep(members, options, Tuning(block=4096, unroll=1))
     this = functional_pass(params, True, None, None, None)
     step.run(members, options, this)
     once = params[0].clone()
