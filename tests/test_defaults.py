@@ -9,8 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import processes
 import pytest
 import torch
+import torch.distributed as dist
 from kernel_cases import LANES
 from paths import StepPath
 from runs import assert_bits, give, make_params, state_of, through_a_file
@@ -25,6 +27,7 @@ from bngd_triton.kernels.fused_step import FusedStep
 from bngd_triton.kernels.plan import Entry
 from bngd_triton.options import Options
 from bngd_triton.records import new_record
+from bngd_triton.tensors import local
 
 PACKAGE = Path(bngd_triton.__file__).parent
 KERNELS = Path(fused_step.__file__).parent
@@ -152,6 +155,45 @@ def test_the_halves_of_a_sharded_step_under_any_defaults(device: torch.device) -
         runs.append([tensor for m in members for tensor in (m.param, m.momentum, m.record)])
     assert_bits(runs[1], runs[0])
     assert_bits(runs[2], runs[0])
+
+
+def sharded_runs() -> None:
+    """Rows of float32 and a global group with float64, by both paths, on this rank."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    mesh = init_device_mesh("cpu", (2,))
+
+    def sharded(seed: int, dtype: torch.dtype) -> Tensor:
+        torch.manual_seed(seed)
+        return distribute_tensor(torch.randn(7, 6).to(dtype), mesh, [Shard(seed % 2)])
+
+    for fused, granularity in ((False, "global"), (True, "row"), (True, "tensor")):
+        dtypes = (torch.float32, torch.float32 if fused else torch.float64)
+        runs = []
+        for name, default in (
+            (None, torch.float32),
+            ("meta", torch.float32),
+            (None, torch.float16),
+        ):
+            params = [torch.nn.Parameter(sharded(i, dtype)) for i, dtype in enumerate(dtypes)]
+            grads = [[sharded(10 * step + i, d) for i, d in enumerate(dtypes)] for step in range(3)]
+            with defaults(name, default):
+                optimizer = BNGD(params, 0.01, granularity=granularity, fused=fused)
+                for values in grads:
+                    for param, value in zip(params, values):
+                        param.grad = value
+                    optimizer.step()
+            runs.append([local(param).detach() for param in params])
+        assert_bits(runs[1], runs[0])
+        assert_bits(runs[2], runs[0])
+
+
+@pytest.mark.skipif(
+    not (dist.is_available() and dist.is_gloo_available()), reason="this torch has no gloo"
+)
+def test_sharded_steps_under_any_defaults() -> None:
+    processes.run(2, sharded_runs)
 
 
 def calls(path: Path) -> Iterator[tuple[str, ast.Call]]:
