@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from .members import slices_of
-from .memory import dispatches, is_sharded
+from .memory import dispatches, is_sharded, reach
 from .options import Options
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -89,6 +89,13 @@ def check_parameter(name: str, param: Tensor) -> None:
     check_float(name, param, FROZEN)
     check_whole(name, param)
     _check_writable(name, param)
+    needed = param.element_size() * (param.storage_offset() + reach(param))
+    if not dispatches(param) and param.untyped_storage().nbytes() < needed:
+        raise ValueError(
+            f"{name}, of shape {tuple(param.shape)}, has a storage of "
+            f"{param.untyped_storage().nbytes()} bytes and needs {needed}; bring its memory back "
+            "before the step"
+        )
     if overlaps(param):
         raise ValueError(
             f"{name} overlaps itself in memory (shape {tuple(param.shape)}, strides "

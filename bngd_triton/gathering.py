@@ -13,7 +13,7 @@ from .checks import check_step, check_tensors, check_unpartitioned, is_served, n
 from .kernels.plan import capturing
 from .kernels.support import why_not, why_not_memory
 from .members import Pass
-from .memory import is_sharded, local
+from .memory import Written, is_sharded, local
 from .options import Layout, Options
 from .state import KEYS, MOMENTUM, WINDOW
 
@@ -120,6 +120,16 @@ def gather(
         waiting = [p for p in waiting if WINDOW in state.get(p, ()) and p.numel()]
     ending = waiting if this.closing[index] else []
     return Work(params, grads, names, fused, shares, waiting, ending)
+
+
+def copy_shared_gradients(work: Sequence[Work], state: dict[Tensor, Any]) -> None:
+    """Copy gradients that lie where the step writes, of whatever group."""
+    params = [param for part in work for param in (*part.params, *part.ending)]
+    entries = [state.get(param, {}) for param in params]
+    held = [entry[key] for entry in entries for key in KEYS if key in entry]
+    written = Written(map(local, [*params, *held]))
+    for part in work:
+        part.grads[:] = [grad.clone() if written.holds(grad) else grad for grad in part.grads]
 
 
 def check_scaled(groups: Sequence[dict[str, Any]]) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import bisect
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TypeGuard
 
 import torch
@@ -32,6 +33,56 @@ def local(tensor: Tensor) -> Tensor:
         return tensor
     part: Tensor = tensor.to_local()
     return part
+
+
+class Written:
+    """The memory of tensors that a step writes.
+
+    Args:
+        tensors: of any devices; those without memory of their own are left out.
+    """
+
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        self._starts: list[int] = []
+        self._ends: list[int] = []
+        for start, end in sorted(span for span in map(_span, tensors) if span is not None):
+            # overlapping spans are one: `holds` looks at the last that starts before
+            if self._ends and start < self._ends[-1]:
+                self._ends[-1] = max(self._ends[-1], end)
+                continue
+            self._starts.append(start)
+            self._ends.append(end)
+
+    def holds(self, tensor: Tensor) -> bool:
+        """Whether a tensor's entries may lie in this memory."""
+        span = _span(tensor)
+        if span is None:
+            return False
+        before = bisect.bisect_left(self._starts, span[1]) - 1
+        return before >= 0 and self._ends[before] > span[0]
+
+
+def _span(tensor: Tensor) -> tuple[int, int] | None:
+    """From the first byte that a tensor's entries use to the one after the last."""
+    if dispatches(tensor) or tensor._is_zerotensor() or not tensor.numel():
+        return None
+    start = tensor.data_ptr()
+    if not start:
+        return None
+    return start, start + reach(tensor) * tensor.element_size()
+
+
+def reach(tensor: Tensor) -> int:
+    """How many entries of a storage lie from a tensor's first to its last."""
+    if tensor.is_contiguous():
+        return tensor.numel()
+    return 1 + sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride()))
+
+
+def apart(grads: Sequence[Tensor], written: Iterable[Tensor | None]) -> list[Tensor]:
+    """Gradients as they are before a step writes: copies of those that lie where it writes."""
+    memory = Written(tensor for tensor in written if tensor is not None)
+    return [grad.clone() if memory.holds(grad) else grad for grad in grads]
 
 
 @contextlib.contextmanager

@@ -26,7 +26,7 @@ from .gathering import check_replayable, expect
 from .hooks import QuietStep
 from .members import Pass
 from .memory import lasting
-from .options import Options
+from .options import Options, check_own
 from .state import GradStats, Records, grad_stats
 from .stepper import Stepper, closing_of, prepare_state
 
@@ -172,6 +172,7 @@ class BNGD(QuietStep):
         Args:
             param_group: ``{"params": ...}`` and any of the per-group options.
         """
+        check_own(param_group, len(self.param_groups))
         for name in ("fused", "flatten"):
             # wrappers such as ZeroRedundancyOptimizer repeat the constructor's in each group
             if name in param_group and param_group[name] is not getattr(self, name):

@@ -37,6 +37,7 @@ from .members import (
     rounds_stochastically,
     skipped_slices,
 )
+from .memory import apart
 from .moments import Moments, blocks
 from .options import Options
 from .precision import hash_positions, positions_of, store_, widen
@@ -117,6 +118,7 @@ def step_(
     check_tensors(params, grads, momentum_buffers, buffered=options.buffered)
     check_masters(params, masters, windows, options)
     check_step(params, grads, options)
+    grads = apart(grads, [*params, *(momentum_buffers or ()), *(masters or ())])
     members = functional_members(params, grads, momentum_buffers, masters, windows, options)
     apply_(members, options, functional_pass(params, closing, rounding_key, grad_scale, found_inf))
     return skipped_slices(members)

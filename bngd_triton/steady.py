@@ -17,7 +17,7 @@ from . import kept
 from .kernels.plan import capturing
 from .kernels.prepared import FusedStep, gradient_of
 from .members import Member, Pass
-from .memory import is_sharded, local
+from .memory import Written, is_sharded, local
 from .options import Options, OptionsReader
 from .state import KEYS
 from .unchanged import Addresses, Same, same_dicts, same_kinds
@@ -97,6 +97,7 @@ class Steady:
         self.memory = [local(one).detach() for one in state]
         self.state_at = [(_where(one), local(one).data_ptr()) for one in state]
         self.turn = 0
+        self.written = Written([*(member.param for member in members), *self.memory])
         self.params_at = Addresses([member.param.data_ptr() for member in members])
         # of the last step's gradients
         self.grads_at = Addresses([])
@@ -161,6 +162,9 @@ class Steady:
         if not as_before or not self._follow(groups, this, same_groups):
             return False
         if not stayed:
+            # by the full check, which copies them
+            if any(map(self.written.holds, grads)):
+                return False
             # the kernels were laid out for addresses that 16 divides
             if not self._point_at(found):
                 return False

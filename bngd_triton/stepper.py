@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from . import reference
-from .gathering import check_scaled, gather, refuse_capture
+from .gathering import check_scaled, copy_shared_gradients, gather, refuse_capture
 from .kernels.plan import capturing
 from .kernels.prepared import FusedStep
 from .members import Member, Pass, rounds_stochastically
@@ -73,6 +73,7 @@ class Stepper:
                 group["micro_step"] = 0
                 for param in group["params"]:
                     optimizer.state.get(param, {}).pop(WINDOW, None)
+        copy_shared_gradients(work, optimizer.state)
         keys = {id(p): i for i, p in enumerate(p for group in groups for p in group["params"])}
         served: list[tuple[Tensor, Member]] = []
         # of which other ranks hold all

@@ -18,6 +18,7 @@ from ..members import (
     skipped_slices,
     slices_of,
 )
+from ..memory import apart
 from ..options import Options
 from .architectures import tuning_for
 from .launch import Inputs, statistics
@@ -101,6 +102,7 @@ def fused_step_(
     )  # fmt: skip
     check_tensors(params, grads, momentum_buffers, buffered=options.buffered)
     check_masters(params, masters, windows, options)
+    grads = apart(grads, [*params, *(momentum_buffers or ()), *(masters or ())])
     members = functional_members(params, grads, momentum_buffers, masters, windows, options)
     check_served([*params, *grads, *(m.momentum for m in members if m.momentum is not None)])
     check_step(params, grads, options)
