@@ -11,7 +11,7 @@ from torch.nn.parameter import is_lazy
 
 from .options import Options
 from .records import slices_of
-from .tensors import dispatches, is_sharded
+from .tensors import dispatches, is_sharded, reach
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # attributes by which wrappers know parameters that they merged into flat ones and cut into shards
@@ -89,6 +89,13 @@ def check_parameter(name: str, param: Tensor) -> None:
     check_float(name, param, FROZEN)
     check_whole(name, param)
     _check_writable(name, param)
+    needed = param.element_size() * (param.storage_offset() + reach(param))
+    if not dispatches(param) and param.untyped_storage().nbytes() < needed:
+        raise ValueError(
+            f"{name}, of shape {tuple(param.shape)}, has a storage of "
+            f"{param.untyped_storage().nbytes()} bytes and needs {needed}; bring its memory back "
+            "before the step"
+        )
     if overlaps(param):
         raise ValueError(
             f"{name} overlaps itself in memory (shape {tuple(param.shape)}, strides "

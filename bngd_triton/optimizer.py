@@ -15,7 +15,7 @@ from .checks import check_step, check_whole
 from .engine.collect import expect
 from .engine.step import Stepper, closing_of, prepare_state
 from .flat_buffers import flatten_, why_not_flat
-from .options import Options
+from .options import Options, check_own
 from .records import Pass
 from .state import GradStats, Records, grad_stats
 from .state_dicts import (
@@ -172,6 +172,7 @@ class BNGD(Optimizer):
         Args:
             param_group: ``{"params": ...}`` and any of the per-group options.
         """
+        check_own(param_group, len(self.param_groups))
         for name in ("fused", "flatten"):
             # wrappers such as ZeroRedundancyOptimizer repeat the constructor's in each group
             if name in param_group and param_group[name] is not getattr(self, name):

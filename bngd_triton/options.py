@@ -133,12 +133,34 @@ _RATE = itemgetter("lr")
 _REST = itemgetter(*(field.name for field in fields(Options) if field.name != "lr"))
 
 
+# of these every optimizer of torch has one in its groups, and BNGD has none
+FOREIGN = {
+    "amsgrad", "betas", "capturable", "dampening", "differentiable", "foreach", "max_iter",
+    "ns_steps",
+}  # fmt: skip
+
+
+def check_own(group: dict[str, Any], index: int) -> None:
+    """Refuse a group with another optimizer's options, which no step would follow.
+
+    Raises:
+        ValueError: names them, and the way out.
+    """
+    foreign = sorted(FOREIGN & group.keys())
+    if foreign:
+        raise ValueError(
+            f"param_groups[{index}] has options of another optimizer: {', '.join(foreign)}; BNGD "
+            "would not follow them, and its lr is in other units. Give parameters and options of "
+            'its own: BNGD([{"params": group["params"], "lr": ...} for group in param_groups])'
+        )
+
+
 class OptionsReader:
     """Reads groups' options over and over, and checks only what changed: mostly the rate.
 
     Attributes:
         options: of each group, as last read.
-        by_value: some `lr` is a tensor, whose value may change in place.
+        by_value: some `lr` is a tensor or an array, whose value may change in place.
     """
 
     def __init__(self) -> None:
@@ -164,8 +186,13 @@ class OptionsReader:
         else:
             options = [Options.of(group) for group in groups]
         self.options, self._rates, self._rest = options, rates, rest
-        self.by_value = any(isinstance(rate, Tensor) for rate in rates)
+        self.by_value = any(map(_is_array, rates))
         return options
+
+
+def _is_array(rate: Any) -> bool:
+    """Whether a rate may change in place: a tensor, or an array of NumPy's."""
+    return type(rate) is not float and hasattr(rate, "shape")
 
 
 def _follow(
@@ -177,7 +204,7 @@ def _follow(
     old: Options,
 ) -> Options:
     # the same objects: True equals 1.0, but is refused
-    if isinstance(rate, Tensor) or not all(map(is_, rest, old_rest)):
+    if _is_array(rate) or not all(map(is_, rest, old_rest)):
         return Options.of(group)
     return old if rate is old_rate else old.at_rate(rate)
 
@@ -189,6 +216,9 @@ def _bounded(
     # most are; the rest of this takes 1 us. NaN and inf go on
     if type(value) is float and low <= value < high:
         return value
+    if getattr(value, "shape", None) == () and not isinstance(value, Tensor):
+        # a 0-dim array of NumPy's
+        value = value.item()
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number, got {value!r}")
     number = float(value)

@@ -40,6 +40,7 @@ from .records import (
     rounds_stochastically,
     skipped_slices,
 )
+from .tensors import apart
 
 
 @torch.no_grad()
@@ -117,6 +118,7 @@ def step_(
     check_tensors(params, grads, momentum_buffers, buffered=options.buffered)
     check_masters(params, masters, windows, options)
     check_step(params, grads, options)
+    grads = apart(grads, [*params, *(momentum_buffers or ()), *(masters or ())])
     members = functional_members(params, grads, momentum_buffers, masters, windows, options)
     apply_(members, options, functional_pass(params, closing, rounding_key, grad_scale, found_inf))
     return skipped_slices(members)

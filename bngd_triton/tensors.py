@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TypeGuard
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -32,6 +33,69 @@ def local(tensor: Tensor) -> Tensor:
         return tensor
     part: Tensor = tensor.to_local()
     return part
+
+
+class Written:
+    """The memory of tensors that a step writes.
+
+    Args:
+        tensors: of any devices; those without memory of their own are left out.
+    """
+
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        starts: list[int] = []
+        ends = [0]
+        for start, end in sorted(span for span in map(_span, tensors) if span is not None):
+            # overlapping spans are one: `touched` looks at the last that starts before an end
+            if start < ends[-1]:
+                ends[-1] = max(ends[-1], end)
+                continue
+            starts.append(start)
+            ends.append(end)
+        self._starts, self._ends = np.array(starts, np.uint64), np.array(ends, np.uint64)
+
+    def touched(self, starts: Any, sizes: Any) -> Any:
+        """Whether runs of bytes overlap this memory: bool [runs].
+
+        Args:
+            starts: their first addresses: uint64 [runs].
+            sizes: their bytes: likewise.
+        """
+        before = np.searchsorted(self._starts, starts + sizes)
+        return self._ends[before] > starts
+
+    def holds(self, tensor: Tensor) -> bool:
+        """Whether a tensor's entries may lie in this memory."""
+        span = _span(tensor)
+        if span is None:
+            return False
+        start, end = np.array(span, np.uint64)
+        return bool(self.touched(start, end - start))
+
+
+def _span(tensor: Tensor) -> tuple[int, int] | None:
+    """From the first byte that a tensor's entries use to the one after the last."""
+    if dispatches(tensor) or not tensor.numel():
+        return None
+    try:
+        start = tensor.data_ptr()
+    # it stands for zeros, or wraps another
+    except RuntimeError:
+        return None
+    return (start, start + reach(tensor) * tensor.element_size()) if start else None
+
+
+def reach(tensor: Tensor) -> int:
+    """How many entries of a storage lie from a tensor's first to its last."""
+    if tensor.is_contiguous():
+        return tensor.numel()
+    return 1 + sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride()))
+
+
+def apart(grads: Sequence[Tensor], written: Iterable[Tensor | None]) -> list[Tensor]:
+    """Gradients as they are before a step writes: copies of those that lie where it writes."""
+    memory = Written(tensor for tensor in written if tensor is not None)
+    return [grad.clone() if memory.holds(grad) else grad for grad in grads]
 
 
 @contextlib.contextmanager

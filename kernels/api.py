@@ -19,6 +19,7 @@ from ..records import (
     skipped_slices,
     slices_of,
 )
+from ..tensors import apart
 from .build_plan import build
 from .devices import tuning_for
 from .fused_step import FusedStep
@@ -101,6 +102,7 @@ def fused_step_(
     )  # fmt: skip
     check_tensors(params, grads, momentum_buffers, buffered=options.buffered)
     check_masters(params, masters, windows, options)
+    grads = apart(grads, [*params, *(momentum_buffers or ()), *(masters or ())])
     members = functional_members(params, grads, momentum_buffers, masters, windows, options)
     check_served([*params, *grads, *(m.momentum for m in members if m.momentum is not None)])
     check_step(params, grads, options)

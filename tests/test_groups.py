@@ -22,6 +22,7 @@ from steps import (
 )
 
 from bngd_triton import BNGD
+from bngd_triton.options import FOREIGN
 from bngd_triton.state_dicts import COUNTS
 from bngd_triton.verify.oracle import oracle_step
 
@@ -207,3 +208,67 @@ def test_options_of_the_optimizer_are_refused_in_groups(name: str, device: torch
     with pytest.raises(ValueError, match=f"{name} is an option of the whole optimizer"):
         BNGD([{"params": params, name: False}])
     BNGD([{"params": params, name: False}], **{name: False})
+
+
+@pytest.mark.parametrize("way", ["constructor", "add_param_group"])
+@pytest.mark.parametrize(
+    ("kind", "named"),
+    [
+        (torch.optim.AdamW, "amsgrad, betas, capturable, differentiable, foreach"),
+        (torch.optim.SGD, "dampening, differentiable, foreach"),
+        (torch.optim.LBFGS, "max_iter"),
+        (torch.optim.SparseAdam, "betas"),
+        (torch.optim.Adafactor, "foreach"),
+        (torch.optim.Muon, "ns_steps"),
+    ],
+)
+def test_groups_of_another_optimizer_are_refused(
+    kind: Any, named: str, way: str, path: StepPath
+) -> None:
+    params = make_params(path.device)
+    other = kind(params[:1], lr=0.1)
+
+    def make() -> None:
+        if way == "constructor":
+            BNGD(other.param_groups, fused=path.fused)
+        else:
+            BNGD(params[1:], fused=path.fused).add_param_group(other.param_groups[0])
+
+    with pytest.raises(ValueError, match=rf"\[\d\] has options of another optimizer: {named}; "):
+        make()
+    # it has not been completed with options of ours
+    assert "granularity" not in other.param_groups[0]
+    # the way out
+    BNGD([{"params": group["params"], "lr": 0.1} for group in other.param_groups])
+
+
+def test_every_optimizer_of_torch_is_known_by_its_groups() -> None:
+    base = torch.optim.Optimizer
+    for kind in vars(torch.optim).values():
+        if isinstance(kind, type) and issubclass(kind, base) and kind is not base:
+            (group,) = kind([torch.nn.Parameter(torch.ones(2, 2))], lr=0.1).param_groups
+            assert FOREIGN & group.keys(), kind
+
+
+@pytest.mark.parametrize("steps", [0, 3], ids=["first", "when_steps_repeat"])
+def test_a_rate_may_be_a_number_of_numpys(steps: int, path: StepPath) -> None:
+    """Also an array, whose value may change in place."""
+    numpy = pytest.importorskip("numpy")
+    array = numpy.array(0.25)
+    runs = []
+    for rates in ([0.25, 0.25, 0.5], [numpy.float32(0.25), array, array]):
+        array[...] = 0.25
+        params = make_params(path.device)
+        optimizer = BNGD(params, lr=rates[0], momentum=0.5, fused=path.fused)
+        take_steps(optimizer, params, range(steps))
+        for seed, rate in enumerate(rates):
+            optimizer.param_groups[0]["lr"] = rate
+            if seed == 2:
+                array[...] = 0.5
+            take_steps(optimizer, params, [seed])
+        runs.append(values(params))
+    assert_equal(*runs)
+    with pytest.raises(TypeError, match="lr must be a number"):
+        BNGD(make_params(path.device), lr=numpy.array([0.1]))
+    with pytest.raises(ValueError, match="lr must be >= 0"):
+        BNGD(make_params(path.device), lr=numpy.array(-0.1))

@@ -188,3 +188,14 @@ def test_a_refused_nonfinite_step_leaves_the_run_as_if_it_never_was(
         take_steps(b, spared, [seed])
     assert_equal(hit, spared)
     assert_equal(momenta(a, hit), momenta(b, spared))
+
+
+def test_a_parameter_whose_memory_was_freed_is_refused(path: StepPath) -> None:
+    params = make_params(path.device)
+    optimizer = BNGD(params, lr=0.1, fused=path.fused, flatten=False)
+    set_grads(params, 0)
+    before = snapshot(optimizer, params[1:])
+    params[0].untyped_storage().resize_(0)
+    with pytest.raises(ValueError, match=r"\[0\], .* storage of 0 bytes and needs 48; bring"):
+        optimizer.step()
+    assert snapshot(optimizer, params[1:]) == before

@@ -15,7 +15,7 @@ from ..options import Layout, Options
 from ..records import Pass
 from ..state import KEYS, MOMENTUM, WINDOW
 from ..state_dicts import parameter_names
-from ..tensors import is_sharded, local
+from ..tensors import Written, is_sharded, local
 
 if TYPE_CHECKING:
     # torch may be built without torch.distributed
@@ -120,6 +120,16 @@ def gather(
         waiting = [p for p in waiting if WINDOW in state.get(p, ()) and p.numel()]
     ending = waiting if this.closing[index] else []
     return Work(params, grads, names, fused, shares, waiting, ending)
+
+
+def copy_shared_gradients(work: Sequence[Work], state: dict[Tensor, Any]) -> None:
+    """Copy gradients that lie where the step writes, of whatever group."""
+    params = [param for part in work for param in (*part.params, *part.ending)]
+    entries = [state.get(param, {}) for param in params]
+    held = [entry[key] for entry in entries for key in KEYS if key in entry]
+    written = Written(map(local, [*params, *held]))
+    for part in work:
+        part.grads[:] = [grad.clone() if written.holds(grad) else grad for grad in part.grads]
 
 
 def check_scaled(groups: Sequence[dict[str, Any]]) -> None:

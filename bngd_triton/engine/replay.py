@@ -12,6 +12,7 @@ from itertools import chain
 from operator import attrgetter, is_, is_not, itemgetter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,7 +21,7 @@ from ..kernels.plan import capturing
 from ..options import OptionsReader
 from ..records import Member, Pass
 from ..state import KEYS
-from ..tensors import is_sharded, local
+from ..tensors import Written, is_sharded, local, reach
 
 if TYPE_CHECKING:
     # torch may be built without torch.distributed
@@ -92,6 +93,11 @@ class Replay:
         ]
         fixed = [*self._parts(stepped), *self._parts(self._held())]
         self.addresses = list(map(Tensor.data_ptr, fixed))
+        self.written = Written(fixed)
+        # of the gradients that were looked at last, and their bytes
+        self.found: list[int] = []
+        sizes = [reach(grad) * grad.element_size() for grad in self._parts(grads)]
+        self.bytes_of_grads = np.array(sizes, np.uint64)
         self.same_kinds = same_kinds([*self._parts(grads), *fixed])
 
     @staticmethod
@@ -174,6 +180,11 @@ class Replay:
 
     def _follow(self, optimizer: Any, found: list[int], this: Pass) -> bool:
         """Bring gradients' addresses and options up to date, and launch."""
+        if found != self.found:
+            # those that lie where the step writes are copied by the full check
+            if self.written.touched(np.array(found, np.uint64), self.bytes_of_grads).any():
+                return False
+            self.found = found
         options = self.reader.read(optimizer.param_groups)
         changed = any(map(is_not, options, self.options)) or len(options) != len(self.options)
         if any(one.nonfinite == "raise" for one in options):

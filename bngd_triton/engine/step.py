@@ -16,7 +16,7 @@ from ..options import Options, OptionsReader
 from ..records import Member, Pass, rounds_stochastically
 from ..state import MOMENTUM, WINDOW, make_state, master_of
 from ..tensors import is_sharded, local
-from .collect import check_replayable, check_scaled, gather, refuse_capture
+from .collect import check_replayable, check_scaled, copy_shared_gradients, gather, refuse_capture
 from .replay import Lot, Replay, lots_of
 
 if TYPE_CHECKING:
@@ -103,6 +103,7 @@ class Stepper:
                 group["micro_step"] = 0
                 for param in group["params"]:
                     optimizer.state.get(param, {}).pop(WINDOW, None)
+        copy_shared_gradients(work, optimizer.state)
         every = [param for group in groups for param in group["params"]]
         optimizer._records.keep(every)
         keys = {id(param): i for i, param in enumerate(every)}
