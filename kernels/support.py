@@ -31,7 +31,7 @@ def why_not_memory(tensor: Tensor) -> str | None:
     if dispatches(tensor):
         return f"it is a {type(tensor).__name__}, whose entries are not plain memory"
     try:
-        there = tensor.data_ptr() or not tensor.numel()
+        there = tensor.is_meta or not tensor.numel() or tensor.data_ptr()
     # what a transform of torch.func wraps, and what stands for zeros, has none to tell
     except RuntimeError:
         there = False
