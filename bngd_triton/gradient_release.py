@@ -23,7 +23,7 @@ from .fp32_weights import check_pair
 from .kernels.plan import capturing
 from .optimizer import BNGD
 from .options import Options
-from .records import SKIPPED, Pass
+from .records import SKIPPED, StepInputs
 from .state_dicts import parameter_names
 from .tensors import is_sharded
 
@@ -165,24 +165,24 @@ class GradientRelease:
             optimizer, [param], [param], [grad], [name], options, finite=False, apart=[False]
         )
         prepare_state(optimizer, [param], options)
-        this = self._pass(index, param.device)
+        inputs = self._inputs_of(index, param.device)
         mine = member(optimizer, param, grad, options, 0, self._keys[param])
         if self._scaler is not None and param not in self._skipped:
             self._skipped[param] = mine.record[:, SKIPPED].clone()
         if fused and param.numel():
             stepper = self._steppers.setdefault(param, Stepper())
-            stepper.run([mine], [options], this)
+            stepper.run([mine], [options], inputs)
         else:
-            reference.apply_([mine], options, this)
+            reference.apply_([mine], options, inputs)
         self._moved.add(param)
 
-    def _pass(self, index: int, device: torch.device) -> Pass:
+    def _inputs_of(self, index: int, device: torch.device) -> StepInputs:
         """As for a step of one group, alone."""
         closing = closing_of([self._optimizer.param_groups[index]])
         clocks = {device: self._optimizer._clocks[device][index : index + 1]}
         scaler = self._scaler
         scale = scaler._scale if scaler is not None and scaler.is_enabled() else None
-        return Pass(closing, clocks, scale)
+        return StepInputs(closing, clocks, scale)
 
     def finish(self) -> None:
         """What is left for `optimizer.step`: windows to close, parameters that had no hook."""
@@ -193,8 +193,8 @@ class GradientRelease:
                 "release_gradients(model, optimizer, grad_scaler=scaler)"
             )
         optimizer._stepper.replay = None
-        this = optimizer._pass(closing_of(optimizer.param_groups))
-        optimizer._stepper.lay_out_and_step(optimizer, this, self._moved)
+        inputs = optimizer._inputs_of(closing_of(optimizer.param_groups))
+        optimizer._stepper.lay_out_and_step(optimizer, inputs, self._moved)
         self._moved.clear()
         if self._scaler is not None and self._scaler.is_enabled():
             self._report(self._scaler)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .checks import check_float
-from .eager.factors import fold_moments
+from .eager.factors import factors_from
 from .eager.moments import moments
 from .kernels.standardize import standardize_columns
 from .kernels.support import why_not
@@ -53,7 +53,7 @@ def standardize(x: Tensor, dim: int = 0) -> Tensor:
         return columns.view(samples.shape).movedim(0, dim)
     wide = torch.promote_types(x.dtype, torch.float32)
     options = Options(eps=0.0)
-    fold = fold_moments(moments(samples, (0,)), options, 1.0, wide)
+    fold = factors_from(moments(samples, (0,)), options, 1.0, wide)
     ghat = torch.where(fold.uniform, 0.0, normalize(samples, fold, options))
     return ghat.to(x.dtype).movedim(0, dim)
 

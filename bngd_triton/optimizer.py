@@ -16,7 +16,7 @@ from .engine.collect import expect
 from .engine.step import Stepper, closing_of, prepare_state
 from .flat_buffers import flatten_, why_not_flat
 from .options import Options, check_own
-from .records import Pass
+from .records import StepInputs
 from .state import GradStats, Records, grad_stats
 from .state_dicts import (
     COUNTS,
@@ -282,7 +282,7 @@ class BNGD(Optimizer):
             for clock in self._clocks.values():
                 clock.add_(1)
 
-    def _pass(self, closing: list[bool]) -> Pass:
+    def _inputs_of(self, closing: list[bool]) -> StepInputs:
         """What this step brings, with what a GradScaler has left here."""
         scale, found = self.__dict__.get("grad_scale"), self.__dict__.get("found_inf")
         # a number: set by hand, or what was found on no device at all
@@ -290,7 +290,7 @@ class BNGD(Optimizer):
             scale = torch.tensor(float(scale), dtype=torch.float32, device="cpu")
         if isinstance(found, (int, float)):
             found = torch.tensor(float(found), dtype=torch.float32, device="cpu")
-        return Pass(closing, self._clocks, scale, found)
+        return StepInputs(closing, self._clocks, scale, found)
 
     def _count_micro_batch(self) -> None:
         closing = closing_of(self.param_groups)

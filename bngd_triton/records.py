@@ -18,7 +18,7 @@ MEAN, STD, SKIPPED = range(len(RECORD))
 NARROW = (torch.float16, torch.bfloat16)
 
 
-class Member(NamedTuple):
+class StepTensor(NamedTuple):
     """One tensor of a step. All but `grad` are written; s is the number of its slices.
 
     Attributes:
@@ -27,8 +27,8 @@ class Member(NamedTuple):
         momentum: of the parameter's shape; None where the group has no buffer.
         group: index into the list of `Options`.
         record: float64 [s, 3], see `RECORD`.
-        master: what the parameter lacks of its float32 master: int16, see `precision`, or all of
-            it: float32. None without a master.
+        master: what the parameter lacks of its float32 master: int16, see `eager.rounding`, or
+            all of it: float32. None without a master.
         window: uint8 [s]; whether the slice has had a valid micro-batch in this window. None
             without accumulation.
         key: tells this tensor's stochastic rounding from the others'.
@@ -44,7 +44,7 @@ class Member(NamedTuple):
     key: int = 0
 
 
-class Pass(NamedTuple):
+class StepInputs(NamedTuple):
     """What differs from one step to the next besides gradients and options.
 
     Attributes:
@@ -77,17 +77,17 @@ def rounds_stochastically(param: Tensor, options: Options) -> bool:
     return options.master_weights == "stochastic" and param.dtype in NARROW
 
 
-def functional_members(
+def functional_tensors(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
     momentum_buffers: Sequence[Tensor] | None,
     masters: Sequence[Tensor | None] | None,
     windows: Sequence[Tensor] | None,
     options: Options,
-) -> list[Member]:
+) -> list[StepTensor]:
     """The members of the functional twins; tensor i rounds with key i."""
     return [
-        Member(
+        StepTensor(
             param=param,
             grad=grads[i],
             momentum=momentum_buffers[i] if options.buffered and momentum_buffers else None,
@@ -101,22 +101,22 @@ def functional_members(
     ]
 
 
-def functional_pass(
+def functional_inputs(
     params: Sequence[Tensor],
     closing: bool,
     rounding_key: int | None,
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
-) -> Pass:
-    """The `Pass` of the functional twins."""
+) -> StepInputs:
+    """The `StepInputs` of the functional twins."""
     clocks = {
         param.device: torch.full((1,), rounding_key or 0, dtype=torch.int64, device=param.device)
         for param in params
     }
-    return Pass([closing], clocks, grad_scale, found_inf)
+    return StepInputs([closing], clocks, grad_scale, found_inf)
 
 
-def skipped_slices(members: Sequence[Member]) -> Tensor:
+def skipped_slices(members: Sequence[StepTensor]) -> Tensor:
     """How many slices were left as they were: 0-dim int64 on the first parameter's device."""
     if not members:
         return torch.zeros((), dtype=torch.int64, device="cpu")

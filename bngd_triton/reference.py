@@ -28,15 +28,15 @@ import torch
 from torch import Tensor
 
 from .checks import check_float, check_masters, check_step, check_tensors
-from .eager.factors import Fold, folds
+from .eager.factors import Factors, factors_of
 from .eager.moments import Moments, blocks
 from .eager.rounding import hash_positions, positions_of, store_, widen
 from .options import Options
 from .records import (
-    Member,
-    Pass,
-    functional_members,
-    functional_pass,
+    StepInputs,
+    StepTensor,
+    functional_inputs,
+    functional_tensors,
     rounds_stochastically,
     skipped_slices,
 )
@@ -119,15 +119,17 @@ def step_(
     check_masters(params, masters, windows, options)
     check_step(params, grads, options)
     grads = apart(grads, [*params, *(momentum_buffers or ()), *(masters or ())])
-    members = functional_members(params, grads, momentum_buffers, masters, windows, options)
-    apply_(members, options, functional_pass(params, closing, rounding_key, grad_scale, found_inf))
+    members = functional_tensors(params, grads, momentum_buffers, masters, windows, options)
+    apply_(
+        members, options, functional_inputs(params, closing, rounding_key, grad_scale, found_inf)
+    )
     return skipped_slices(members)
 
 
 def apply_(
-    members: Sequence[Member],
+    members: Sequence[StepTensor],
     options: Options,
-    this: Pass,
+    inputs: StepInputs,
     found: Sequence[Moments] | None = None,
 ) -> None:
     """`step_` on what was checked before, under `torch.no_grad`.
@@ -135,18 +137,22 @@ def apply_(
     Args:
         members: of one group.
         options: the group's.
-        this: what is new in this step.
+        inputs: what is new in this step.
         found: statistics of each member's slices, where other processes hold parts of them.
     """
-    for member, fold in zip(members, folds(members, options, this, found)):
+    for member, fold in zip(members, factors_of(members, options, inputs, found)):
         if fold is None:
             continue
         for block in blocks(member.param):
-            _update_(member, block, fold.of_block(block), options, this)
+            _update_(member, block, fold.of_block(block), options, inputs)
 
 
 def _update_(
-    member: Member, block: slice | EllipsisType, fold: Fold, options: Options, this: Pass
+    member: StepTensor,
+    block: slice | EllipsisType,
+    fold: Factors,
+    options: Options,
+    inputs: StepInputs,
 ) -> None:
     """Normalise and move a block of a parameter: the last three lines of the definition."""
     dtype = fold.inverse.dtype
@@ -166,9 +172,9 @@ def _update_(
         moved = buffer.to(dtype) * fold.beta
         moved += fresh
         update = moved * options.momentum + fresh if options.nesterov else moved
-        stored = fold.moves if this.closing[member.group] else fold.valid
+        stored = fold.moves if inputs.closing[member.group] else fold.valid
         buffer.copy_(_keep(stored, moved, buffer))
-    if not this.closing[member.group]:
+    if not inputs.closing[member.group]:
         return
     old = widen(param, master)
     target = old.to(dtype)
@@ -181,7 +187,7 @@ def _update_(
     target = target - update * lr
     hashed = None
     if rounds_stochastically(param, options):
-        clock = this.clocks[param.device][member.group]
+        clock = inputs.clocks[param.device][member.group]
         positions = positions_of(member.param, block, by_row=options.granularity == "row")
         hashed = hash_positions(clock, member.key, positions)
     store_(param, master, _keep(fold.moves, target, old), hashed)
@@ -194,7 +200,7 @@ def _keep(flags: Tensor, new: Tensor, old: Tensor) -> Tensor:
     return torch.where(flags, new, old.to(new.dtype))
 
 
-def normalize(grad: Tensor, fold: Fold, options: Options) -> Tensor:
+def normalize(grad: Tensor, fold: Factors, options: Options) -> Tensor:
     """``ghat`` of one gradient, in the arithmetic dtype, as a new tensor."""
     ghat = grad.to(fold.inverse.dtype) * fold.up
     ghat *= fold.more
@@ -250,8 +256,8 @@ def normalize_gradient(
     check_float("grad", grad)
     check_step([grad], [grad], options, names=["grad"])
     out = torch.empty_like(grad)
-    members = functional_members([grad], [grad], None, None, None, options)
-    (fold,) = folds(members, options, functional_pass([grad], True, None, None, None))
+    members = functional_tensors([grad], [grad], None, None, None, options)
+    (fold,) = factors_of(members, options, functional_inputs([grad], True, None, None, None))
     if fold is not None:
         ghat = normalize(grad, fold, options)
         out.copy_(ghat if nonfinite != "skip" else torch.where(fold.valid, ghat, 0.0))

@@ -117,7 +117,7 @@ def as_window(param: Tensor, part: Tensor, options: Options) -> Tensor:
 
 
 class Records:
-    """The records of an optimizer's parameters; see `members.RECORD`."""
+    """The records of an optimizer's parameters; see `records.RECORD`."""
 
     def __init__(self) -> None:
         self._of: dict[Tensor, Tensor] = {}

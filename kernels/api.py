@@ -13,8 +13,8 @@ from ..options import Options
 from ..records import (
     MEAN,
     STD,
-    functional_members,
-    functional_pass,
+    functional_inputs,
+    functional_tensors,
     new_record,
     skipped_slices,
     slices_of,
@@ -23,7 +23,7 @@ from ..tensors import apart
 from .build_plan import build
 from .devices import tuning_for
 from .fused_step import FusedStep
-from .launch import Inputs, statistics
+from .launch import LaunchInputs, statistics
 from .layout import walk
 from .plan import Entry
 from .support import why_not
@@ -103,13 +103,13 @@ def fused_step_(
     check_tensors(params, grads, momentum_buffers, buffered=options.buffered)
     check_masters(params, masters, windows, options)
     grads = apart(grads, [*params, *(momentum_buffers or ()), *(masters or ())])
-    members = functional_members(params, grads, momentum_buffers, masters, windows, options)
+    members = functional_tensors(params, grads, momentum_buffers, masters, windows, options)
     check_served([*params, *grads, *(m.momentum for m in members if m.momentum is not None)])
     check_step(params, grads, options)
-    this = functional_pass(params, closing, rounding_key, grad_scale, found_inf)
+    inputs = functional_inputs(params, closing, rounding_key, grad_scale, found_inf)
     filled = [member for member in members if member.param.numel()]
     if filled:
-        FusedStep(filled, [options], tuning).run(filled, [options], this)
+        FusedStep(filled, [options], tuning).run(filled, [options], inputs)
     return skipped_slices(members)
 
 
@@ -218,7 +218,7 @@ def segment_statistics(
     table = torch.tensor([encode(options)], dtype=torch.float64, device=device)
     none = torch.zeros(1, dtype=torch.int64, device=device)
     unscaled = torch.ones(1, dtype=torch.float32, device=device)
-    inputs = Inputs(table, none, unscaled, torch.zeros_like(unscaled))
+    inputs = LaunchInputs(table, none, unscaled, torch.zeros_like(unscaled))
     statistics(plan, inputs)
     records = [entry.record for entry in entries]
     found = torch.cat(records[:1] if granularity == "global" else records)

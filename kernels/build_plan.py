@@ -59,7 +59,7 @@ def build(entries: Sequence[Entry], tuning: Tuning, *, tiles: bool = True) -> Pl
         segments=segments.to(device),
         partials=torch.zeros(5, n_partials, dtype=torch.float64, device=device),
         arrived=torch.zeros(n, dtype=torch.int32, device=device),
-        folds=torch.zeros(n, 8, dtype=torch.float32, device=device),
+        factors=torch.zeros(n, 8, dtype=torch.float32, device=device),
         records=[entry.record for entry in entries],
         windows=[entry.window for entry in entries if entry.window is not None],
         spanning=len(groups) > len(set(groups)),

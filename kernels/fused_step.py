@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from ..options import Options
-from ..records import Member, Pass, rounds_stochastically, slices_of
+from ..records import StepInputs, StepTensor, rounds_stochastically, slices_of
 from .build_plan import build
 from .devices import tuning_for
-from .launch import Inputs, launch, measure, move
+from .launch import LaunchInputs, launch, measure, move
 from .layout import Walk, walk
 from .plan import ALIGNMENT, Entry, Plan, capturing, upload
 from .tables import Rates, encode, on_a_device
@@ -33,7 +33,7 @@ class FusedStep:
 
     def __init__(
         self,
-        members: Sequence[Member],
+        members: Sequence[StepTensor],
         groups: Sequence[Options],
         tuning: Tuning | None = None,
         *,
@@ -51,7 +51,7 @@ class FusedStep:
     def fitting(
         cls,
         laid_out: Iterable[FusedStep | None],
-        members: Sequence[Member],
+        members: Sequence[StepTensor],
         groups: Sequence[Options],
         *,
         apart: bool = False,
@@ -66,7 +66,7 @@ class FusedStep:
         return cls(members, groups, apart=apart)
 
     @staticmethod
-    def sign(members: Sequence[Member], groups: Sequence[Options]) -> list[object]:
+    def sign(members: Sequence[StepTensor], groups: Sequence[Options]) -> list[object]:
         """All that a prepared step depends on; equal lists may share one."""
         parts: list[object] = [options.layout for options in groups]
         parts += [
@@ -106,57 +106,59 @@ class FusedStep:
         for device in self._devices:
             device.write(groups, closing)
 
-    def run(self, members: Sequence[Member], groups: Sequence[Options], this: Pass) -> None:
+    def run(
+        self, members: Sequence[StepTensor], groups: Sequence[Options], inputs: StepInputs
+    ) -> None:
         """Move the parameters.
 
         Args:
             members: of the same signature as those this step was prepared for.
             groups: this step's options.
-            this: what else is new in this step.
+            inputs: what else is new in this step.
         """
-        self.write(groups, this.closing)
+        self.write(groups, inputs.closing)
         for device in self._devices:
-            device.run(members, this)
+            device.run(members, inputs)
         torch.autograd.graph.increment_version(self.params)
 
     def measure(
-        self, members: Sequence[Member], groups: Sequence[Options], this: Pass
+        self, members: Sequence[StepTensor], groups: Sequence[Options], inputs: StepInputs
     ) -> list[Tensor]:
         """The statistics of what is at hand of each member's slices; see `launch.measure`.
 
         Args:
             members: as for `run`, like what follows.
             groups: see there.
-            this: see there.
+            inputs: see there.
 
         Returns:
             float64 [slices, 5] for each member, in order.
         """
-        self.write(groups, this.closing)
+        self.write(groups, inputs.closing)
         for device in self._devices:
             device.stage(members)
-        return self.measure_again(this)
+        return self.measure_again(inputs)
 
-    def measure_again(self, this: Pass) -> list[Tensor]:
+    def measure_again(self, inputs: StepInputs) -> list[Tensor]:
         """As `measure`, after `point_at`; options are those last written."""
         found: dict[int, Tensor] = {}
         for device in self._devices:
-            tables = measure(device.plan, device.inputs(this))
+            tables = measure(device.plan, device.launch_inputs(inputs))
             found |= dict(zip(device.order, tables.split([path.rows for path in device.walks])))
         return [found[i] for i in range(len(found))]
 
-    def move(self, tables: Sequence[Tensor], this: Pass) -> None:
+    def move(self, tables: Sequence[Tensor], inputs: StepInputs) -> None:
         """Move the parameters by the statistics of whole slices, after `measure`."""
         for device in self._devices:
             whole = torch.cat([tables[i] for i in device.order])
-            move(device.plan, device.inputs(this), whole)
+            move(device.plan, device.launch_inputs(inputs), whole)
             device.unstage()
         torch.autograd.graph.increment_version(self.params)
 
-    def run_again(self, this: Pass) -> None:
+    def run_again(self, inputs: StepInputs) -> None:
         """Move the parameters, after `point_at`; options are those last written."""
         for device in self._devices:
-            launch(device.plan, device.inputs(this))
+            launch(device.plan, device.launch_inputs(inputs))
         torch.autograd.graph.increment_version(self.params)
 
     def point_at(self, addresses: list[int]) -> bool:
@@ -185,7 +187,7 @@ class _Device:
         self,
         device: torch.device,
         order: list[int],
-        members: Sequence[Member],
+        members: Sequence[StepTensor],
         groups: Sequence[Options],
         tuning: Tuning | None,
         apart: bool,
@@ -229,9 +231,9 @@ class _Device:
         self.rates = Rates(self.table)
         self.unscaled = torch.ones(1, dtype=torch.float32, device=device)
         self.finite = torch.zeros(1, dtype=torch.float32, device=device)
-        self.last_inputs: Inputs | None = None
+        self.last_inputs: LaunchInputs | None = None
         # of captured launches
-        self.held: list[Inputs | None] = []
+        self.held: list[LaunchInputs | None] = []
 
     def write(self, groups: Sequence[Options], closing: Sequence[bool]) -> None:
         written = list(zip(groups, closing))
@@ -257,24 +259,24 @@ class _Device:
         self.rows, self.written = rows, written
         self.rates.write()
 
-    def inputs(self, this: Pass) -> Inputs:
+    def launch_inputs(self, inputs: StepInputs) -> LaunchInputs:
         """What the kernels read besides the plan."""
-        scale, found = this.grad_scale, this.found_inf
+        scale, found = inputs.grad_scale, inputs.found_inf
         # a GradScaler's, where and as the kernels read them
         scale = self.unscaled if scale is None else scale.to(self.unscaled)
         found = self.finite if found is None else found.to(self.finite)
-        inputs = Inputs(self.table, this.clocks[self.device], scale, found)
+        made = LaunchInputs(self.table, inputs.clocks[self.device], scale, found)
         # the same object where its tensors are the same: launches take it as it is
-        if self.last_inputs is None or not all(map(is_, inputs, self.last_inputs)):
-            self.last_inputs = inputs
+        if self.last_inputs is None or not all(map(is_, made, self.last_inputs)):
+            self.last_inputs = made
         return self.last_inputs
 
-    def run(self, members: Sequence[Member], this: Pass) -> None:
+    def run(self, members: Sequence[StepTensor], inputs: StepInputs) -> None:
         self.stage(members)
-        launch(self.plan, self.inputs(this))
+        launch(self.plan, self.launch_inputs(inputs))
         self.unstage()
 
-    def stage(self, members: Sequence[Member]) -> None:
+    def stage(self, members: Sequence[StepTensor]) -> None:
         """Point the plan at the gradients, and fill the copies that are walked in their place."""
         here = [members[i] for i in self.order]
         self._staged = [
@@ -301,7 +303,7 @@ class _Device:
         self._staged, self._copies = [], []
 
 
-def gradient_of(member: Member) -> Tensor:
+def gradient_of(member: StepTensor) -> Tensor:
     """The gradient, which the kernels cannot do without."""
     assert member.grad is not None, "a member without gradient is the reference's"
     return member.grad

@@ -46,11 +46,11 @@ def form_for(plan: Plan, form: str | None = None) -> str:
     return form
 
 
-class Inputs(NamedTuple):
+class LaunchInputs(NamedTuple):
     """What a step reads besides its plan, by the kernels' names; all on the plan's device.
 
     Attributes:
-        options_ptr: float64 [groups, 16], rows as `option_table.encode` makes them.
+        options_ptr: float64 [groups, 16], rows as `tables.encode` makes them.
         clocks_ptr: int64 [groups], the seeds of stochastic rounding.
         scale_ptr: float32 [1], a GradScaler's scale.
         found_ptr: float32 [1], what a GradScaler found.
@@ -62,7 +62,7 @@ class Inputs(NamedTuple):
     found_ptr: Tensor
 
 
-def launch(plan: Plan, inputs: Inputs, form: str | None = None) -> None:
+def launch(plan: Plan, inputs: LaunchInputs, form: str | None = None) -> None:
     """Run a step: for each batch a launch for the statistics, then one for the updates; or one.
 
     Args:
@@ -82,14 +82,14 @@ def launch(plan: Plan, inputs: Inputs, form: str | None = None) -> None:
             one(inputs)
 
 
-def statistics(plan: Plan, inputs: Inputs) -> None:
+def statistics(plan: Plan, inputs: LaunchInputs) -> None:
     """Records and folds of all segments of a plan without tiles; nothing moves."""
     with on_device(plan.device):
         for one in _statistics(plan):
             one(inputs)
 
 
-def measure(plan: Plan, inputs: Inputs) -> Tensor:
+def measure(plan: Plan, inputs: LaunchInputs) -> Tensor:
     """The first half of a step whose segments lie on several processes, for plans without tiles.
 
     Returns:
@@ -105,7 +105,7 @@ def measure(plan: Plan, inputs: Inputs) -> Tensor:
     return tables
 
 
-def move(plan: Plan, inputs: Inputs, tables: Tensor) -> None:
+def move(plan: Plan, inputs: LaunchInputs, tables: Tensor) -> None:
     """The second half: fold the statistics of whole segments, and update.
 
     Args:
@@ -147,7 +147,7 @@ def _statistics(plan: Plan, **constants: bool) -> list[Launch]:
                 "TABLES": False,
                 **constants,
             },
-            Inputs._fields,
+            LaunchInputs._fields,
             num_warps=plan.tuning.warps,
         )
         for batch in plan.batches
@@ -166,7 +166,7 @@ def _updates(plan: Plan) -> list[Launch]:
             {
                 "chunks_ptr": batch.chunks,
                 "segments_ptr": plan.segments,
-                "folds_ptr": plan.folds,
+                "folds_ptr": plan.factors,
                 **_tensors(plan, batch),
                 "BLOCK": plan.tuning.update_block,
             },
@@ -188,7 +188,7 @@ def _publish(plan: Plan) -> Launch:
         {
             "n_segments": len(plan.segments),
             "segments_ptr": plan.segments,
-            "folds_ptr": plan.folds,
+            "folds_ptr": plan.factors,
             "WIDE": plan.tuning.wide,
             "WINDOWS": bool(plan.windows),
         },
@@ -218,7 +218,7 @@ def _single(plan: Plan) -> list[Launch]:
         # warps of the first launch: the order of its sums depends on them, the update's bits do not
         found.append(
             Launch(
-                _single_kernel, min(len(work.items), most), arguments, Inputs._fields,
+                _single_kernel, min(len(work.items), most), arguments, LaunchInputs._fields,
                 num_warps=tuning.warps,
             )
         )  # fmt: skip
@@ -234,7 +234,7 @@ def _of_slices_and_tiles(plan: Plan, batch: Batch) -> dict[str, Any]:
         "partials_ptr": plan.partials,
         "n_partials": plan.partials.shape[1],
         "arrived_ptr": plan.arrived,
-        "folds_ptr": plan.folds,
+        "folds_ptr": plan.factors,
         **_tensors(plan, batch),
         "WIDE": tuning.wide,
         "TILES": batch.n_tiles > 0,

@@ -29,7 +29,7 @@ from .work import Work, lay_out
 ALIGNMENT = 16
 # for the lowest byte of an address, whether 16 does not divide it
 _UNALIGNED = bytes(byte % ALIGNMENT != 0 for byte in range(256))
-# `Kind.master`, as in precision.py, which imports Triton
+# `Kind.master`, as in rounding.py, which imports Triton
 PLAIN, REMAINDER, MASTER_COPY, STOCHASTIC = range(4)
 
 
@@ -39,7 +39,7 @@ class Kind(NamedTuple):
     param: torch.dtype
     grad: torch.dtype
     momentum: torch.dtype
-    # see `precision.PLAIN` and what follows there
+    # see `rounding.PLAIN` and what follows there
     master: int
     aligned: bool
 
@@ -153,7 +153,7 @@ class Plan:
     segments: Tensor
     partials: Tensor
     arrived: Tensor
-    folds: Tensor
+    factors: Tensor
     # written through addresses in the tables: they must live as long
     records: list[Tensor]
     windows: list[Tensor]

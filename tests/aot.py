@@ -300,7 +300,7 @@ class Report:
     seconds: float
 
     def complaints(self, case: Case, waits_from: tuple[int, int]) -> list[str]:
-        """What is wrong with it; see `architectures.RELEASES_WAIT_FROM`."""
+        """What is wrong with it; see `devices.RELEASES_WAIT_FROM`."""
         found = []
         if self.loop_spills or self.spill > SPILL_BYTES.get(case.kernel, 0):
             found.append(f"spills {self.spill} bytes, {self.loop_spills} accesses in loops")

@@ -25,7 +25,7 @@ from bench import driver
 from bngd_triton.kernels import devices
 from bngd_triton.kernels.fused_step import FusedStep
 from bngd_triton.options import Options
-from bngd_triton.records import Member, functional_members, functional_pass
+from bngd_triton.records import StepTensor, functional_inputs, functional_tensors
 
 CPU = torch.device("cpu")
 Launches = list[tuple[Any, ...]]
@@ -69,10 +69,10 @@ class Counted:
         params, grads = ([torch.zeros(n, dtype=kind) for n, kind in shapes] for _ in range(2))
         self.options = [Options()]
         momenta = [torch.zeros(n) for n, _ in shapes]
-        self.members: list[Member] = functional_members(
+        self.members: list[StepTensor] = functional_tensors(
             params, grads, momenta, None, None, self.options[0]
         )
-        self.this = functional_pass(params, True, None, None, None)
+        self.inputs = functional_inputs(params, True, None, None, None)
 
     def _launch(self, *arguments: Any) -> None:
         # 3.6 passes the kernel's arguments in line, 3.7 in a tuple
@@ -84,14 +84,14 @@ class Counted:
 
     def run(self, prepared: FusedStep) -> tuple[Launches, int]:
         self.launched, self.dispatched = [], 0
-        prepared.run(self.members, self.options, self.this)
+        prepared.run(self.members, self.options, self.inputs)
         return self.launched, self.dispatched
 
     def measure_and_move(self, prepared: FusedStep) -> tuple[Launches, int, list[torch.Tensor]]:
         """The step of sharded tensors, whose tables are new every time."""
         self.launched, self.dispatched = [], 0
-        tables = prepared.measure(self.members, self.options, self.this)
-        prepared.move(tables, self.this)
+        tables = prepared.measure(self.members, self.options, self.inputs)
+        prepared.move(tables, self.inputs)
         return self.launched, self.dispatched, tables
 
 
@@ -112,7 +112,7 @@ def main(backend: str) -> None:
         assert_agree(ordinary, quick)
 
         # the launch gets what it is given, not what it was given
-        clock = counted.this.clocks[CPU] = counted.this.clocks[CPU].clone()
+        clock = counted.inputs.clocks[CPU] = counted.inputs.clocks[CPU].clone()
         for launched, dispatches in (counted.run(prepared), counted.run(prepared)):
             assert dispatches == 0
             assert any(one is clock for one in launched[0])

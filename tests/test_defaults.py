@@ -150,8 +150,8 @@ def test_the_halves_of_a_sharded_step_under_any_defaults(device: torch.device) -
         members = [member(g.sin(), g, torch.zeros_like(g), granularity="tensor") for g in grads]
         with defaults(name, dtype):
             step = FusedStep(members, options, LANES, apart=True)
-            this = nothing_new(device)
-            step.move(step.measure(members, options, this), this)
+            inputs = nothing_new(device)
+            step.move(step.measure(members, options, inputs), inputs)
         runs.append([tensor for m in members for tensor in (m.param, m.momentum, m.record)])
     assert_bits(runs[1], runs[0])
     assert_bits(runs[2], runs[0])

@@ -14,7 +14,7 @@ from torch import Tensor
 from work import member, nothing_new
 
 from bngd_triton import reference
-from bngd_triton.eager.factors import Fold, fold_moments
+from bngd_triton.eager.factors import Factors, factors_from
 from bngd_triton.eager.moments import Moments
 from bngd_triton.kernels import Tuning, fused_step_
 from bngd_triton.kernels import fused_step as prepared_module
@@ -23,7 +23,7 @@ from bngd_triton.kernels.device import measure, update
 from bngd_triton.kernels.device.update import store_as
 from bngd_triton.kernels.fused_step import FusedStep
 from bngd_triton.options import Options
-from bngd_triton.records import Member
+from bngd_triton.records import StepTensor
 from bngd_triton.verify.oracle import oracle_step
 from bngd_triton.verify.tolerances import step_bounds
 
@@ -110,24 +110,26 @@ def test_same_statistics_give_the_same_bits(
         n = int(done.segments[first, 2])
         mean, std = (record[: walk.rows, k].view(shape) for k in (0, 1))
         m2 = std.square() * n
-        up, more, high, low, inverse, mode = (done.folds[rows, k].view(shape) for k in range(6))
+        up, more, high, low, inverse, mode = (done.factors[rows, k].view(shape) for k in range(6))
         if tuning.wide:
             # float32 tiles find equal values by their least and greatest, not by sigma
             centering = options.centering if options.centres(param.dim()) else 0.0
-            own = fold_moments(Moments(n, mean, m2, 0), options, centering, torch.float32)
-            for field, value in zip(Fold._fields, (up, more, high, low, inverse)):
+            own = factors_from(Moments(n, mean, m2, 0), options, centering, torch.float32)
+            for field, value in zip(Factors._fields, (up, more, high, low, inverse)):
                 # through std and back, M2 is right to a rounding of float64
                 torch.testing.assert_close(
                     getattr(own, field).view(shape), value, rtol=2.0**-23, atol=1e-12, msg=field
                 )
         moves = mode != 0
-        fold = Fold(up, more, high, low, inverse, mode != 2, moves, moves, options.momentum, moves)
+        fold = Factors(
+            up, more, high, low, inverse, mode != 2, moves, moves, options.momentum, moves
+        )
         reference._update_(twin, ..., fold, options, nothing_new(device))
         assert torch.equal(param, one.param)
         assert torch.equal(twin.momentum, one.momentum)
 
 
-def without_tiles(members: list[Member], options: Options, tuning: Tuning) -> FusedStep:
+def without_tiles(members: list[StepTensor], options: Options, tuning: Tuning) -> FusedStep:
     """A prepared step in which every slice has its statistics in the tables."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(prepared_module, "build", lambda *args, **_: build(*args, tiles=False))

@@ -31,15 +31,15 @@ def test_the_interpreters_kernels_are_launched_as_ever() -> None:
     from bngd_triton.kernels import Tuning
     from bngd_triton.kernels.fused_step import FusedStep
     from bngd_triton.options import Options
-    from bngd_triton.records import functional_members, functional_pass
+    from bngd_triton.records import functional_inputs, functional_tensors
 
     params, grads, options = [torch.zeros(5000)], [torch.randn(5000)], [Options(momentum=0.0)]
-    members = functional_members(params, grads, None, None, None, options[0])
+    members = functional_tensors(params, grads, None, None, None, options[0])
     step = FusedStep(members, options, Tuning(block=4096, unroll=1))
-    this = functional_pass(params, True, None, None, None)
-    step.run(members, options, this)
+    inputs = functional_inputs(params, True, None, None, None)
+    step.run(members, options, inputs)
     once = params[0].clone()
-    step.run(members, options, this)
+    step.run(members, options, inputs)
     torch.testing.assert_close(params[0], 2 * once)
     launches = step._devices[0].plan.launches["two-launch"]
     assert [one._compiled for one in launches] == [None, None]

@@ -20,7 +20,7 @@ from bngd_triton import BNGD
 from bngd_triton.kernels import fused_step, tables
 from bngd_triton.kernels.fused_step import FusedStep
 from bngd_triton.options import Options
-from bngd_triton.records import Member, new_record
+from bngd_triton.records import StepTensor, new_record
 from bngd_triton.verify.tolerances import GHAT, THETA
 
 
@@ -122,8 +122,8 @@ def test_the_signature_of_a_step_tells_its_tensors_and_options_apart(device: tor
     sign = FusedStep.sign
     record = new_record(6, device)
 
-    def made(param: Tensor, grad: Tensor, momentum: Tensor | None, group: int) -> Member:
-        return Member(param, grad, momentum, group, record)
+    def made(param: Tensor, grad: Tensor, momentum: Tensor | None, group: int) -> StepTensor:
+        return StepTensor(param, grad, momentum, group, record)
 
     base = sign([made(param, grad, momentum, 0)], groups)
     assert sign([made(param, other, momentum, 0)], groups) == base
@@ -229,7 +229,7 @@ def test_a_rate_lives_as_long_as_it_is_read(device: torch.device) -> None:
     lr = torch.tensor(0.1, device=device)
     kept = weakref.ref(lr)
     table = torch.zeros(1, tables.COLUMNS, dtype=torch.float64, device=device)
-    rates = tables.Rates(table, LANES)
+    rates = tables.Rates(table)
     rates.point_at([lr])
     del lr
     gc.collect()
@@ -290,7 +290,7 @@ def test_a_sync_refuses_what_no_replay_follows(
     optimizer.step()
     prepared = optimizer._stepper.prepared
     assert prepared is not None
-    (part,) = fused_step._devices
+    (part,) = prepared._devices
     before = part.table.clone()
     if change is None:
         optimizer.add_param_group({"params": params[2:]})

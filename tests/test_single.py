@@ -18,7 +18,7 @@ from bngd_triton.kernels.fused_step import FusedStep
 from bngd_triton.kernels.plan import Plan
 from bngd_triton.kernels.work import CHUNK_ITEM, SLICE_ITEM, TILE_ITEM
 from bngd_triton.options import Options
-from bngd_triton.records import Member, skipped_slices
+from bngd_triton.records import StepTensor, skipped_slices
 from bngd_triton.verify.oracle import oracle_step
 from bngd_triton.verify.tolerances import step_bounds
 
@@ -38,7 +38,7 @@ class Twins:
     ) -> None:  # fmt: skip
         self.options = options
         self.device = tensors[0][0].device
-        self.steps: list[tuple[list[Member], FusedStep]] = []
+        self.steps: list[tuple[list[StepTensor], FusedStep]] = []
         one = dataclasses.replace(tuning, programs_per_sm=programs, **SINGLE)
         for form in (dataclasses.replace(tuning, form="two-launch"), one):
             members = [
@@ -64,7 +64,7 @@ class Twins:
                 assert_same_bits(two.momentum, one.momentum)
             assert_same_bits(two.record, one.record)
         (part,) = self.steps[0][1]._devices
-        assert_same_bits(part.plan.folds, self.plan.folds)
+        assert_same_bits(part.plan.factors, self.plan.factors)
         assert_zero(self.plan)
 
     def new_gradients(self) -> None:

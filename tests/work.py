@@ -5,19 +5,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bngd_triton.kernels.launch import Inputs
+from bngd_triton.kernels.launch import LaunchInputs
 from bngd_triton.kernels.plan import Entry
 from bngd_triton.kernels.tables import encode
 from bngd_triton.options import Options
-from bngd_triton.records import Member, Pass, functional_pass, new_record, slices_of
+from bngd_triton.records import StepInputs, StepTensor, functional_inputs, new_record, slices_of
 
 
 def member(
     param: Tensor, grad: Tensor, momentum: Tensor | None, group: int = 0, granularity: str = "row"
-) -> Member:
+) -> StepTensor:
     """A member with a record of its own, large enough for any granularity."""
     record = new_record(slices_of(param.shape, granularity), param.device)
-    return Member(param, grad, momentum, group, record)
+    return StepTensor(param, grad, momentum, group, record)
 
 
 def entry(
@@ -34,13 +34,13 @@ def entry(
     return Entry(param, grad, momentum, record, 0, rows, centred, shared)
 
 
-def nothing_new(device: torch.device) -> Pass:
+def nothing_new(device: torch.device) -> StepInputs:
     """A step of one group that closes its window, unscaled."""
-    return functional_pass([torch.empty(0, device=device)], True, None, None, None)
+    return functional_inputs([torch.empty(0, device=device)], True, None, None, None)
 
 
-def inputs(device: torch.device, options: Options) -> Inputs:
+def inputs(device: torch.device, options: Options) -> LaunchInputs:
     """What the kernels read besides the plan."""
     table = torch.tensor([encode(options)], dtype=torch.float64, device=device)
     clocks = torch.zeros(1, dtype=torch.int64, device=device)
-    return Inputs(table, clocks, torch.ones(1, device=device), torch.zeros(1, device=device))
+    return LaunchInputs(table, clocks, torch.ones(1, device=device), torch.zeros(1, device=device))

@@ -1,7 +1,7 @@
 """From statistics to the factors that normalise slices, and which slices take part.
 
-The eager twin of ``kernels/moments.py`` and ``kernels/publish.py``: the same factors from the same
-statistics.
+The eager twin of ``kernels/device/moments.py`` and ``publish.py`` there: the same factors from the
+same statistics.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..options import Options
-from ..records import MEAN, SKIPPED, STD, Member, Pass
+from ..records import MEAN, SKIPPED, STD, StepInputs, StepTensor
 from .moments import Moments, global_moments, moments, of_block, power_of_two, slice_dims
 
 # sigma below this multiple of |mean| is rounding, not spread: float64 statistics of equal values
@@ -22,7 +22,7 @@ from .moments import Moments, global_moments, moments, of_block, power_of_two, s
 UNIFORM = 8 * 2.0**-53
 
 
-class Fold(NamedTuple):
+class Factors(NamedTuple):
     """What normalises a slice: ``ghat = ((g * up * more) - high - low) * inverse``.
 
     ``up * more`` is the power of two that brings ``rms(v) + eps`` into [1, 2), in two factors
@@ -41,18 +41,18 @@ class Fold(NamedTuple):
     beta: Tensor | float
     moves: Tensor
 
-    def of_block(self, block: slice | EllipsisType) -> Fold:
+    def of_block(self, block: slice | EllipsisType) -> Factors:
         """The factors of the slices in one of the gradient's `blocks`."""
-        return Fold(*(of_block(field, block) for field in self))
+        return Factors(*(of_block(field, block) for field in self))
 
 
-def folds(
-    members: Sequence[Member],
+def factors_of(
+    members: Sequence[StepTensor],
     options: Options,
-    this: Pass,
+    inputs: StepInputs,
     given: Sequence[Moments] | None = None,
-) -> Iterator[Fold | None]:
-    """The `Fold` of each gradient in turn; None for a tensor without entries.
+) -> Iterator[Factors | None]:
+    """The `Factors` of each gradient in turn; None for a tensor without entries.
 
     Records statistics and windows on the way.
     """
@@ -61,7 +61,7 @@ def folds(
         shared = global_moments([member.grad for member in members if member.grad is not None])
     # a global slice is admitted and recorded once, with the first of its tensors, which keeps the
     # window of all
-    leader: Fold | None = None
+    leader: Factors | None = None
     for index, member in enumerate(members):
         empty = member.param.numel() == 0
         if empty and given is None:
@@ -69,7 +69,7 @@ def folds(
             continue
         if member.grad is None:
             keeper = members[0] if options.granularity == "global" else member
-            yield closing_fold(member, keeper.window)
+            yield closing_factors(member, keeper.window)
             continue
         dim = member.grad.dim()
         if given is not None:
@@ -80,23 +80,23 @@ def folds(
             torch.promote_types(member.param.dtype, member.grad.dtype), torch.float32
         )
         centering = options.centering if options.centres(dim) else 0.0
-        fold = fold_moments(found, options, centering, wide, this.grad_scale)
+        fold = factors_from(found, options, centering, wide, inputs.grad_scale)
         if leader is None:
-            admitted = admit(fold, member, options, this)
-            record_moments(member.record, found, fold, options, this.grad_scale)
+            admitted = admit(fold, member, options, inputs)
+            record_moments(member.record, found, fold, options, inputs.grad_scale)
             leader = admitted if shared else None
         else:
             admitted = fold._replace(valid=leader.valid, beta=leader.beta, moves=leader.moves)
         yield None if empty else admitted
 
 
-def fold_moments(
+def factors_from(
     found: Moments,
     options: Options,
     centering: float,
     dtype: torch.dtype,
     grad_scale: Tensor | None = None,
-) -> Fold:
+) -> Factors:
     """Statistics to the factors that `reference.normalize` applies, rounded once to `dtype`."""
     mean, variance = found.mean, found.m2 / found.n
     uniform = variance.sqrt() <= UNIFORM * mean.abs()
@@ -122,7 +122,7 @@ def fold_moments(
     sign = -1.0 if options.maximize else 1.0
     inverse = torch.where(zero, 0.0, sign / (divisor * scale))
     finite = torch.isfinite(mean) & torch.isfinite(found.m2)
-    return Fold(
+    return Factors(
         up=power_of_two(up).to(dtype),
         more=power_of_two(more).to(dtype),
         high=high,
@@ -136,25 +136,25 @@ def fold_moments(
     )
 
 
-def admit(fold: Fold, member: Member, options: Options, this: Pass) -> Fold:
+def admit(fold: Factors, member: StepTensor, options: Options, inputs: StepInputs) -> Factors:
     """Which slices take part: the finite ones, and those that moved before in their window."""
     valid = fold.finite
     if options.nonfinite == "propagate":
         valid = torch.ones_like(valid)
-    if this.found_inf is not None:
+    if inputs.found_inf is not None:
         # a sum over devices, so anything but 0
-        valid = valid & (this.found_inf.to(valid.device).reshape(()) == 0)
+        valid = valid & (inputs.found_inf.to(valid.device).reshape(()) == 0)
     if member.window is None:
         return fold._replace(valid=valid, moves=valid)
     seen = member.window.view(valid.shape) != 0
     # the first valid micro-batch; where none was, nothing moves
     beta = torch.ones_like(fold.inverse).masked_fill(~seen, options.momentum)
     seen = seen | valid
-    member.window.copy_((seen & (not this.closing[member.group])).view(-1))
+    member.window.copy_((seen & (not inputs.closing[member.group])).view(-1))
     return fold._replace(valid=valid, beta=beta, moves=seen)
 
 
-def closing_fold(member: Member, window: Tensor | None) -> Fold:
+def closing_factors(member: StepTensor, window: Tensor | None) -> Factors:
     """For the end of a window without one more gradient: move by what momentum holds."""
     assert window is not None, "a member without gradient is there to close its window"
     wide = torch.promote_types(member.param.dtype, torch.float32)
@@ -162,11 +162,11 @@ def closing_fold(member: Member, window: Tensor | None) -> Fold:
     seen = window.view([rows] + [1] * (member.param.dim() - 1) if rows > 1 else []) != 0
     zero = torch.zeros((), dtype=wide, device=member.param.device)
     none = torch.zeros_like(seen)
-    return Fold(zero, zero, zero, zero, zero, none, none, none, 1.0, seen)
+    return Factors(zero, zero, zero, zero, zero, none, none, none, 1.0, seen)
 
 
 def record_moments(
-    record: Tensor, found: Moments, fold: Fold, options: Options, grad_scale: Tensor | None
+    record: Tensor, found: Moments, fold: Factors, options: Options, grad_scale: Tensor | None
 ) -> None:
     """Note the statistics of the unscaled gradient, and which slices an inf or a NaN left out."""
     mean, std = found.mean, (found.m2 / found.n).sqrt()

@@ -12,7 +12,7 @@ from ..checks import check_step, check_tensors, check_unpartitioned, is_served, 
 from ..kernels.plan import capturing
 from ..kernels.support import why_not, why_not_memory
 from ..options import Layout, Options
-from ..records import Pass
+from ..records import StepInputs
 from ..state import KEYS, MOMENTUM, WINDOW
 from ..state_dicts import parameter_names
 from ..tensors import Written, is_sharded, local
@@ -90,7 +90,7 @@ def check_replayable(layouts: Sequence[Layout], options: Sequence[Options]) -> N
 
 
 def gather(
-    optimizer: Any, index: int, options: Options, this: Pass, closed: Collection[Tensor]
+    optimizer: Any, index: int, options: Options, inputs: StepInputs, closed: Collection[Tensor]
 ) -> Work:
     """What a group asks of this step, checked in full before anything changes."""
     group, state = optimizer.param_groups[index], optimizer.state
@@ -104,7 +104,7 @@ def gather(
     shares = _shares(params, grads, names, options)
     # who looks for an inf alone would leave the others waiting: `Spread` looks with them, and
     # below are looked at the rows that nobody else has a part of, but others have rows beside
-    finite = this.found_inf is None
+    finite = inputs.found_inf is None
     fused = check_group(
         optimizer, params, parts, grads, names, options, finite=finite,
         apart=[share is not None or is_sharded(p) for share, p in zip(shares, params)],
@@ -118,7 +118,7 @@ def gather(
     if options.accumulation_steps > 1:
         waiting = [p for p in group["params"] if p.grad is None and p not in closed]
         waiting = [p for p in waiting if WINDOW in state.get(p, ()) and p.numel()]
-    ending = waiting if this.closing[index] else []
+    ending = waiting if inputs.closing[index] else []
     return Work(params, grads, names, fused, shares, waiting, ending)
 
 

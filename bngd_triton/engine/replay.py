@@ -19,7 +19,7 @@ from torch import Tensor
 from ..kernels.fused_step import FusedStep
 from ..kernels.plan import capturing
 from ..options import OptionsReader
-from ..records import Member, Pass
+from ..records import StepInputs, StepTensor
 from ..state import KEYS
 from ..tensors import Written, is_sharded, local, reach
 
@@ -41,7 +41,7 @@ class Lot(NamedTuple):
     """
 
     prepared: FusedStep | None
-    pairs: Sequence[tuple[Tensor, Member]]
+    pairs: Sequence[tuple[Tensor, StepTensor]]
     spread: Spread | None = None
 
 
@@ -52,11 +52,11 @@ class Replay:
         optimizer: its groups and state after that step, and its choice of implementation.
         lots: all that the step moved; kernels serve it, and walk every tensor where it is.
         reader: has read the options of each group.
-        this: what was new in the step.
+        inputs: what was new in the step.
     """
 
     def __init__(
-        self, optimizer: Any, lots: Sequence[Lot], reader: OptionsReader, this: Pass
+        self, optimizer: Any, lots: Sequence[Lot], reader: OptionsReader, inputs: StepInputs
     ) -> None:
         lists = list(map(_params, optimizer.param_groups))
         # held, so that no other object can take the place of one of them
@@ -74,7 +74,7 @@ class Replay:
         for spread in self.spreads:
             spread.keep()
         self.fused = optimizer.fused
-        self.reader, self.options, self.closing = reader, reader.options, this.closing
+        self.reader, self.options, self.closing = reader, reader.options, inputs.closing
         self.layouts = [one.layout for one in reader.options]
 
         stepped = [self.params[i] for i in self.moved]
@@ -82,7 +82,7 @@ class Replay:
         self.sharded = bool(self.spreads) or any(map(is_sharded, stepped))
         self.placed = _placed([*stepped, *grads]) if self.sharded else []
         # whether all ranks learn of what a GradScaler found was asked, or not, for this step
-        self.scaled = this.found_inf is not None
+        self.scaled = inputs.found_inf is not None
         self.devices = list(dict.fromkeys(param.device for param in stepped))
 
         self.keys, self.entries = list(optimizer.state), list(optimizer.state.values())
@@ -107,12 +107,12 @@ class Replay:
         return in_place and any(lot.pairs for lot in lots)
 
     @torch.no_grad()
-    def run(self, optimizer: Any, this: Pass) -> bool:
+    def run(self, optimizer: Any, inputs: StepInputs) -> bool:
         """Step if all is as it was but for options and gradients; else change nothing.
 
         Args:
             optimizer: the one this was made for.
-            this: what is new in this step.
+            inputs: what is new in this step.
 
         Returns:
             Whether the step was made.
@@ -128,7 +128,7 @@ class Replay:
             and list(map(len, lists)) == self.sizes
             and all(map(is_, params, self.params))
             and self._same_state(optimizer.state)
-            and self._replayable(this)
+            and self._replayable(inputs)
         )
         if not as_before:
             return False
@@ -150,11 +150,11 @@ class Replay:
         # a gradient or an entry that is gone, or a gradient without memory
         except (KeyError, TypeError, RuntimeError, AttributeError):
             return False
-        return self._follow(optimizer, found, this)
+        return self._follow(optimizer, found, inputs)
 
-    def _replayable(self, this: Pass) -> bool:
+    def _replayable(self, inputs: StepInputs) -> bool:
         """Whether a capture, if one is under way, can hold the step; a full check refuses it."""
-        if self.sharded and (this.found_inf is not None) != self.scaled:
+        if self.sharded and (inputs.found_inf is not None) != self.scaled:
             return False
         if not any(map(capturing, self.devices)):
             return True
@@ -178,7 +178,7 @@ class Replay:
         """What this process holds of them."""
         return list(map(local, tensors)) if self.sharded else tensors
 
-    def _follow(self, optimizer: Any, found: list[int], this: Pass) -> bool:
+    def _follow(self, optimizer: Any, found: list[int], inputs: StepInputs) -> bool:
         """Bring gradients' addresses and options up to date, and launch."""
         if found != self.found:
             # those that lie where the step writes are copied by the full check
@@ -197,19 +197,19 @@ class Replay:
             start += count
             if prepared is not None and not prepared.point_at(here):
                 return False
-        if changed or self.reader.by_value or this.closing != self.closing:
+        if changed or self.reader.by_value or inputs.closing != self.closing:
             for prepared, _, _ in self.runs:
                 if prepared is not None:
-                    prepared.write(options, this.closing)
-            self.options, self.closing = options, this.closing
+                    prepared.write(options, inputs.closing)
+            self.options, self.closing = options, inputs.closing
         # the other ranks wait for them
         for spread in self.spreads:
-            spread.measure_again(options, this)
+            spread.measure_again(options, inputs)
         for prepared, beside, _ in self.runs:
             if beside is None and prepared is not None:
-                prepared.run_again(this)
+                prepared.run_again(inputs)
         for spread in self.spreads:
-            spread.move(options, this)
+            spread.move(options, inputs)
         return True
 
     def memory(self) -> list[Tensor]:
@@ -219,7 +219,7 @@ class Replay:
         ]
 
 
-def lots_of(spreads: Iterable[Spread], hollow: Sequence[tuple[Tensor, Member]]) -> list[Lot]:
+def lots_of(spreads: Iterable[Spread], hollow: Sequence[tuple[Tensor, StepTensor]]) -> list[Lot]:
     """The lots of a step that was measured; what has no entries here comes last."""
     from ..sharding.sharded_step import by_kernels
 

@@ -13,7 +13,7 @@ from ..eager.rounding import GOLDEN
 from ..kernels.fused_step import FusedStep
 from ..kernels.plan import capturing
 from ..options import Options, OptionsReader
-from ..records import Member, Pass, rounds_stochastically
+from ..records import StepInputs, StepTensor, rounds_stochastically
 from ..state import MOMENTUM, WINDOW, make_state, master_of
 from ..tensors import is_sharded, local
 from .collect import check_replayable, check_scaled, copy_shared_gradients, gather, refuse_capture
@@ -49,12 +49,12 @@ class Stepper:
         replay = self.replay
         if replay is not None:
             closing = closing_of(optimizer.param_groups) if self.windowed else replay.closing
-            if replay.run(optimizer, optimizer._pass(closing)):
+            if replay.run(optimizer, optimizer._inputs_of(closing)):
                 if any(map(capturing, replay.devices)):
                     self._hold(replay)
                 return
         self.replay = None
-        self.lay_out_and_step(optimizer, optimizer._pass(closing_of(optimizer.param_groups)))
+        self.lay_out_and_step(optimizer, optimizer._inputs_of(closing_of(optimizer.param_groups)))
 
     def _hold(self, replay: Replay) -> None:
         """Keep all that a CUDA graph has captured: its replays read and write it."""
@@ -80,20 +80,22 @@ class Stepper:
                 step.write(options, closing)
 
     @torch.no_grad()
-    def lay_out_and_step(self, optimizer: Any, this: Pass, closed: Collection[Tensor] = ()) -> None:
+    def lay_out_and_step(
+        self, optimizer: Any, inputs: StepInputs, closed: Collection[Tensor] = ()
+    ) -> None:
         """As `step`, laid out anew and checked in full; nothing changes if anything is refused.
 
         Args:
             optimizer: its groups and state.
-            this: what is new in this step.
+            inputs: what is new in this step.
             closed: parameters whose windows have been closed.
         """
         refuse_capture(optimizer)
         groups = optimizer.param_groups
-        if this.found_inf is not None:
+        if inputs.found_inf is not None:
             check_scaled(groups)
         options = self.reader.read(groups)
-        work = [gather(optimizer, i, one, this, closed) for i, one in enumerate(options)]
+        work = [gather(optimizer, i, one, inputs, closed) for i, one in enumerate(options)]
         self.windowed = any(one.accumulation_steps > 1 for one in options)
         self.rounding = any(one.master_weights == "stochastic" for one in options)
         for group, part, choice in zip(groups, work, options):
@@ -107,10 +109,10 @@ class Stepper:
         every = [param for group in groups for param in group["params"]]
         optimizer._records.keep(every)
         keys = {id(param): i for i, param in enumerate(every)}
-        served: list[tuple[Tensor, Member]] = []
+        served: list[tuple[Tensor, StepTensor]] = []
         # of which other ranks hold all
-        hollow: list[tuple[Tensor, Member]] = []
-        rest: list[list[Member]] = []
+        hollow: list[tuple[Tensor, StepTensor]] = []
+        rest: list[list[StepTensor]] = []
         spread: list[Part] = []
         for index, (part, choice) in enumerate(zip(work, options)):
             grads: list[Tensor | None] = [*part.grads, *[None] * len(part.ending)]
@@ -133,17 +135,17 @@ class Stepper:
                     hollow.append((param, one))
         # the other ranks wait for what is here: first
         spreads = [
-            self._measured(device, spread, options, this)
+            self._measured(device, spread, options, inputs)
             for device in dict.fromkeys(part.member.param.device for part in spread)
         ]
         for members, part, choice in zip(rest, work, options):
             if members:
-                reference.apply_(members, choice, this)
+                reference.apply_(members, choice, inputs)
             for param in part.ending:
                 # the next gradient makes it anew; until then steps can be recognised
                 del optimizer.state[param][WINDOW]
         if served:
-            self.run([one for _, one in served], options, this)
+            self.run([one for _, one in served], options, inputs)
         else:
             self.prepared = None
         raising = any(one.nonfinite == "raise" for one in options)
@@ -152,12 +154,12 @@ class Stepper:
             if spreads or hollow:
                 lots += lots_of(spreads, hollow)
             if Replay.serves(lots):
-                self.replay = Replay(optimizer, lots, self.reader, this)
+                self.replay = Replay(optimizer, lots, self.reader, inputs)
         for found in spreads:
-            found.move(options, this)
+            found.move(options, inputs)
 
     def _measured(
-        self, device: torch.device, parts: list[Part], options: list[Options], this: Pass
+        self, device: torch.device, parts: list[Part], options: list[Options], inputs: StepInputs
     ) -> Spread:
         """The statistics of what other ranks have parts of, on one device."""
         if device not in self.spread:
@@ -166,14 +168,14 @@ class Stepper:
             self.spread[device] = Spread()
         found = self.spread[device]
         here = [part for part in parts if part.member.param.device == device]
-        found.measure(here, options, this)
+        found.measure(here, options, inputs)
         return found
 
-    def run(self, members: list[Member], options: list[Options], this: Pass) -> None:
+    def run(self, members: list[StepTensor], options: list[Options], inputs: StepInputs) -> None:
         """A step by the kernels, laid out anew where no earlier layout fits."""
         laid_out = [self.prepared, *(one.prepared for one in self.captured)]
         self.prepared = FusedStep.fitting(laid_out, members, options)
-        self.prepared.run(members, options, this)
+        self.prepared.run(members, options, inputs)
 
 
 def prepare_state(optimizer: Any, params: Sequence[Tensor], options: Options) -> None:
@@ -185,7 +187,7 @@ def prepare_state(optimizer: Any, params: Sequence[Tensor], options: Options) ->
 
 def member(
     optimizer: Any, param: Tensor, grad: Tensor | None, options: Options, group: int, key: int
-) -> Member:
+) -> StepTensor:
     """What this process holds of a parameter, its gradient and its state."""
     entry = optimizer.state.get(param, {})
     master, window = master_of(entry, param, options), entry.get(WINDOW)
@@ -194,7 +196,7 @@ def member(
         from ..sharding.placements import ordinal
 
         key += ordinal(param) * GOLDEN
-    return Member(
+    return StepTensor(
         param=local(param),
         grad=grad,
         momentum=local(entry[MOMENTUM]) if options.buffered else None,

@@ -15,7 +15,7 @@ from .. import reference
 from ..checks import nonfinite_somewhere
 from ..kernels.fused_step import FusedStep
 from ..options import Options
-from ..records import Member, Pass, new_record
+from ..records import StepInputs, StepTensor, new_record
 from .exchange import Exchange, Share, local_table
 
 
@@ -23,7 +23,7 @@ class Part(NamedTuple):
     """One rank's part of a tensor: local tensors, and what they are a part of."""
 
     param: Tensor
-    member: Member
+    member: StepTensor
     share: Share
     fused: bool
     name: str
@@ -41,13 +41,13 @@ class Spread:
         # of the last step, without gradients
         self._kept: list[Part] = []
 
-    def measure(self, parts: Sequence[Part], options: list[Options], this: Pass) -> None:
+    def measure(self, parts: Sequence[Part], options: list[Options], inputs: StepInputs) -> None:
         """Find the statistics of the whole slices.
 
         Args:
             parts: the same tensors in the same order on every rank; all on one device.
             options: of every group.
-            this: what is new in this step.
+            inputs: what is new in this step.
 
         Raises:
             FloatingPointError: a non-finite slice with ``nonfinite="raise"``, on every rank.
@@ -57,29 +57,29 @@ class Spread:
         measured: list[Tensor] = []
         if kernels:
             self.prepared = FusedStep.fitting([self.prepared], kernels, options, apart=True)
-            measured = self.prepared.measure(kernels, options, this)
+            measured = self.prepared.measure(kernels, options, inputs)
         else:
             self.prepared = None
         shares = tuple(part.share for part in self.parts)
         if self._exchange is None or self._exchange.shares != shares:
             self._exchange = Exchange(shares)
         self._merge(measured, options)
-        if this.found_inf is None:
+        if inputs.found_inf is None:
             self._refuse_nonfinite(options)
 
     def keep(self) -> None:
         """After `measure`: have `measure_again` repeat it; the kernels serve all with entries."""
         self._kept = [_stripped(part) for part in self.parts]
 
-    def measure_again(self, options: list[Options], this: Pass) -> None:
+    def measure_again(self, options: list[Options], inputs: StepInputs) -> None:
         """As the `measure` that was kept, of the gradients that `prepared` points at.
 
         Args:
             options: of every group; those last written to `prepared`.
-            this: what is new in this step.
+            inputs: what is new in this step.
         """
         self.parts = self._kept
-        measured = [] if self.prepared is None else self.prepared.measure_again(this)
+        measured = [] if self.prepared is None else self.prepared.measure_again(inputs)
         self._merge(measured, options)
 
     def _merge(self, measured: list[Tensor], options: list[Options]) -> None:
@@ -102,11 +102,11 @@ class Spread:
             if not bool(table[:, 1:3].isfinite().all()):
                 raise nonfinite_somewhere(part.name)
 
-    def move(self, options: list[Options], this: Pass) -> None:
+    def move(self, options: list[Options], inputs: StepInputs) -> None:
         """Move the parts by the statistics that were found."""
         kernels = [t for part, t in zip(self.parts, self._tables) if by_kernels(part)]
         if self.prepared is not None:
-            self.prepared.move(kernels, this)
+            self.prepared.move(kernels, inputs)
         assert self._exchange is not None
         for index, one in enumerate(options):
             rest = {
@@ -115,7 +115,7 @@ class Spread:
                 if part.member.group == index and not by_kernels(part)
             }
             found = [self._exchange.moments(i, self._tables[i]) for i in rest]
-            reference.apply_(list(rest.values()), one, this, found)
+            reference.apply_(list(rest.values()), one, inputs, found)
         self.parts, self._tables = [], []
 
 

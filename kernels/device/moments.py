@@ -15,7 +15,7 @@ Traffic: reads each value once.
 import triton
 import triton.language as tl
 
-# the same bound as UNIFORM in bngd_triton/folds.py: 8 * 2**-53
+# the same bound as UNIFORM in bngd_triton/factors.py: 8 * 2**-53
 UNIFORM = tl.constexpr(8 * 2.0**-53)
 
 
@@ -184,7 +184,7 @@ def stream_tile_moments(grad, n, ALIGNED: tl.constexpr, WIDTH: tl.constexpr):
 
 @triton.jit
 def fold(mean, m2, n, uniform, centering, eps, sign):
-    """Float64 statistics to float32 factors, elementwise; twin of bngd_triton.folds.fold_moments.
+    """Float64 statistics to float32 factors, elementwise; twin of bngd_triton.factors.factors_from.
 
     ``ghat = ((g * up * more) - high - low) * inverse``; ``up * more`` is the power of two that
     brings the divisor ``rms(v) + eps`` into [1, 2), so that nothing over- or underflows.

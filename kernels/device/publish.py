@@ -25,13 +25,13 @@ from .update import (
     THROUGH_CDF,
 )
 
-# columns of a record, as in bngd_triton/members.py
+# columns of a record, as in bngd_triton/records.py
 RECORD_COLUMNS = tl.constexpr(3)
 MEAN = tl.constexpr(0)
 STD = tl.constexpr(1)
 SKIPPED = tl.constexpr(2)
-# columns of a table of statistics, as in bngd_triton/exchange.py: entries, mean, sum of squared
-# deviations, least, greatest
+# columns of a table of statistics, as in bngd_triton/sharding/exchange.py: entries, mean, sum of
+# squared deviations, least, greatest
 TABLE_COLUMNS = tl.constexpr(5)
 
 

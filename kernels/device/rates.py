@@ -14,7 +14,7 @@ def _rates_kernel(
     rates_ptr,  # int64 [groups, 2]: address of a 0-dim tensor or 0, place in `RATE_DTYPES`
     options_ptr,  # float64 [groups, OPTION_COLUMNS], written
 ):
-    """One group: its rate, and its decay, rounded to float32 as `option_table.encode` does."""
+    """One group: its rate, and its decay, rounded to float32 as `tables.encode` does."""
     group = tl.program_id(0).to(tl.int64)
     address = tl.load(rates_ptr + group * 2)
     dtype = tl.load(rates_ptr + group * 2 + 1)
