@@ -88,8 +88,8 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> Any:
     def capability(device: torch.device) -> tuple[int, int]:
         return properties(device).major, properties(device).minor
 
-    def empty(*_: Any, device: torch.device) -> Any:
-        return SimpleNamespace(device=device, dtype=torch.float32)
+    def empty(*_: Any, device: torch.device, dtype: torch.dtype) -> Any:
+        return SimpleNamespace(device=device, dtype=dtype)
 
     clear()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
