@@ -27,6 +27,7 @@ from .hooks import QuietStep
 from .members import Pass
 from .memory import lasting
 from .options import Options, check_own
+from .standstill import Standstill
 from .state import GradStats, Records, grad_stats
 from .stepper import Stepper, closing_of, prepare_state
 
@@ -281,6 +282,7 @@ class BNGD(QuietStep):
         if self._stepper.rounding:
             for clock in self._clocks.values():
                 clock.add_(1)
+        self._standstill.look(self)
 
     def _pass(self, closing: list[bool]) -> Pass:
         """What this step brings, with what a GradScaler has left here."""
@@ -403,6 +405,7 @@ class BNGD(QuietStep):
     def _forget(self) -> None:
         """Drop what can be made again; it holds addresses and must not be copied or saved."""
         self._stepper = Stepper()
+        self._standstill = Standstill()
         self._clocks = {}
         self._seeds = []
 
