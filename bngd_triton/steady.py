@@ -163,7 +163,7 @@ class Steady:
             return False
         if not stayed:
             # by the full check, which copies them
-            if any(map(self.written.holds, grads)):
+            if self.written.hold_any(grads, found):
                 return False
             # the kernels were laid out for addresses that 16 divides
             if not self._point_at(found):
