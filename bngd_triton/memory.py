@@ -84,7 +84,7 @@ class Written:
 
 def _span(tensor: Tensor) -> tuple[int, int] | None:
     """From the first byte that a tensor's entries use to the one after the last."""
-    if dispatches(tensor) or tensor._is_zerotensor() or not tensor.numel():
+    if dispatches(tensor) or not tensor.numel():
         return None
     start = tensor.data_ptr()
     if not start:

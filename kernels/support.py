@@ -30,11 +30,12 @@ def why_not_memory(tensor: Tensor) -> str | None:
     """Why a tensor's entries are not what lies at its address; None if they are."""
     if dispatches(tensor):
         return f"it is a {type(tensor).__name__}, whose entries are not plain memory"
-    wrapped = torch._C._functorch.is_functorch_wrapped_tensor(tensor)
-    if wrapped or torch._is_functional_tensor(tensor):
-        return "it is wrapped by a transform of torch.func, and has no memory of its own"
-    if tensor._is_zerotensor():
-        return "it stands for zeros and has no memory"
+    try:
+        there = bool(tensor.data_ptr()) or not tensor.numel() or tensor.device.type == "meta"
+    except RuntimeError:
+        there = False
+    if not there:
+        return "it has no memory (inside a transform of torch.func, or zeros that none stores)"
     return None
 
 
