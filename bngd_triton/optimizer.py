@@ -17,6 +17,7 @@ from .engine.step import Stepper, closing_of, prepare_state
 from .flat_buffers import flatten_, why_not_flat
 from .options import Options, check_own
 from .records import StepInputs
+from .standstill import Standstill
 from .state import GradStats, Records, grad_stats
 from .state_dicts import (
     COUNTS,
@@ -281,6 +282,7 @@ class BNGD(Optimizer):
         if self._stepper.rounding:
             for clock in self._clocks.values():
                 clock.add_(1)
+        self._standstill.look(self)
 
     def _inputs_of(self, closing: list[bool]) -> StepInputs:
         """What this step brings, with what a GradScaler has left here."""
@@ -405,6 +407,7 @@ class BNGD(Optimizer):
     def _forget(self) -> None:
         """Drop what can be made again; it holds addresses and must not be copied or saved."""
         self._stepper = Stepper()
+        self._standstill = Standstill()
         self._clocks = {}
         self._seeds = []
 

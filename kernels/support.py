@@ -31,11 +31,12 @@ def why_not_memory(tensor: Tensor) -> str | None:
     if dispatches(tensor):
         return f"it is a {type(tensor).__name__}, whose entries are not plain memory"
     try:
-        there = tensor.is_meta or not tensor.numel() or tensor.data_ptr()
-    # what a transform of torch.func wraps, and what stands for zeros, has none to tell
+        there = bool(tensor.data_ptr()) or not tensor.numel() or tensor.is_meta
     except RuntimeError:
         there = False
-    return None if there else "it has no memory of its own (torch.func wraps it, or it is zeros)"
+    if not there:
+        return "it has no memory (inside a transform of torch.func, or zeros that none stores)"
+    return None
 
 
 def why_not(tensor: Tensor) -> str | None:

@@ -104,6 +104,8 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(info.torch, "empty", empty)
     monkeypatch.setattr(support, "interpreting", lambda: False)
+    # what `empty` gives is no tensor
+    monkeypatch.setattr(support, "why_not_memory", lambda _: None)
     monkeypatch.setattr(info, "interpreting", lambda: False)
     yield
     clear()

@@ -381,3 +381,33 @@ def test_golden_trajectory(path: StepPath) -> None:
         if step % 10 == 9:
             losses.append(float(loss.detach()))
     assert losses == pytest.approx([2.690047, 1.208418, 0.513557], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "still"),
+    [
+        ({}, "nothing"),
+        ({"granularity": "row"}, "rows"),
+        ({"centering": 0.0}, "all"),
+        ({"granularity": "global"}, "nothing"),
+        ({"granularity": "global", "centering": 0.0}, "all"),
+    ],
+    ids=str,
+)
+def test_entries_without_gradient_move_where_they_are_centred(
+    options: dict[str, Any], still: str, path: StepPath
+) -> None:
+    """Rows that a batch did not use, and entries that are masked, as the README says."""
+    param = torch.nn.Parameter(torch.randn(6, 5, device=path.device))
+    optimizer = BNGD([param], lr=0.1, eps=0.0, fused=path.fused, **options)
+    before = param.detach().clone()
+    grad = torch.rand(6, 5, device=path.device) + 0.5
+    grad[4] = 0.0
+    grad[:4, 2] = 0.0
+    for _ in range(2):
+        param.grad = grad.clone()
+        optimizer.step()
+    moved = param.detach() != before
+    assert moved[4].any() == (still == "nothing")
+    assert moved[:4, 2].any() == (still != "all")
+    assert moved[:4, :2].all()

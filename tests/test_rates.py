@@ -12,7 +12,7 @@ from torch import Tensor
 from work import member
 
 from bngd_triton import BNGD
-from bngd_triton.kernels import tables
+from bngd_triton.kernels import fused_step, tables
 from bngd_triton.kernels.fused_step import FusedStep
 from bngd_triton.options import Options
 

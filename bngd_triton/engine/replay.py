@@ -94,8 +94,6 @@ class Replay:
         fixed = [*self._parts(stepped), *self._parts(self._held())]
         self.addresses = list(map(Tensor.data_ptr, fixed))
         self.written = Written(fixed)
-        # of the gradients that were looked at last, and their bytes
-        self.found: list[int] = []
         sizes = [reach(grad) * grad.element_size() for grad in self._parts(grads)]
         self.bytes_of_grads = np.array(sizes, np.uint64)
         self.same_kinds = same_kinds([*self._parts(grads), *fixed])
@@ -180,11 +178,9 @@ class Replay:
 
     def _follow(self, optimizer: Any, found: list[int], inputs: StepInputs) -> bool:
         """Bring gradients' addresses and options up to date, and launch."""
-        if found != self.found:
-            # those that lie where the step writes are copied by the full check
-            if self.written.touched(np.array(found, np.uint64), self.bytes_of_grads).any():
-                return False
-            self.found = found
+        # the full check copies those that lie where the step writes
+        if self.written.hold_any(found, self.bytes_of_grads):
+            return False
         options = self.reader.read(optimizer.param_groups)
         changed = any(map(is_not, options, self.options)) or len(options) != len(self.options)
         if any(one.nonfinite == "raise" for one in options):

@@ -77,3 +77,25 @@ def test_saved_state(tmp_path: Path) -> None:
     assert not torch.equal(next(net.parameters()), want[0])
     train(accelerator, net, optimizer, data[3:])
     assert all(map(torch.equal, net.parameters(), want))
+
+
+@pytest.mark.parametrize("kind", ["BNGD", "fused SGD"])
+def test_accelerate_does_not_notice_an_overflow(kind: str) -> None:
+    """As docs/integrations.md says; the scale tells."""
+    from accelerate.optimizer import AcceleratedOptimizer
+
+    accelerate.Accelerator(cpu=True)
+    net = model()
+    plain: Any = BNGD(net.parameters(), **OPTIONS)
+    if kind == "fused SGD":
+        plain = torch.optim.SGD(net.parameters(), lr=0.1, fused=True)
+    scaler = torch.amp.GradScaler("cpu")
+    optimizer = AcceleratedOptimizer(plain, scaler=scaler)
+    before = [param.detach().clone() for param in net.parameters()]
+    (x, y), *_ = batches(1)
+    scaler.scale(nn.functional.mse_loss(net(x) * torch.inf, y)).backward()
+    scale = scaler.get_scale()
+    optimizer.step()
+    assert all(map(torch.equal, net.parameters(), before))
+    assert scaler.get_scale() < scale
+    assert not optimizer.step_was_skipped
