@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.amp import GradScaler
 
-from . import reference
+from .eager.eager_step import apply_
 from .engine.collect import check_group
 from .engine.step import Stepper, closing_of, member, prepare_state
 from .fp32_weights import check_pair
@@ -173,7 +173,7 @@ class GradientRelease:
             stepper = self._steppers.setdefault(param, Stepper())
             stepper.run([mine], [options], inputs)
         else:
-            reference.apply_([mine], options, inputs)
+            apply_([mine], options, inputs)
         self._moved.add(param)
 
     def _inputs_of(self, index: int, device: torch.device) -> StepInputs:

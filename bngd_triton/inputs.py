@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from .checks import check_float
 from .eager.factors import factors_from
 from .eager.moments import moments
+from .eager.update import normalize
 from .kernels.standardize import standardize_columns
 from .kernels.support import why_not
 from .options import Options
-from .reference import normalize
 
 
 def standardize(x: Tensor, dim: int = 0) -> Tensor:
@@ -53,9 +53,10 @@ def standardize(x: Tensor, dim: int = 0) -> Tensor:
         return columns.view(samples.shape).movedim(0, dim)
     wide = torch.promote_types(x.dtype, torch.float32)
     options = Options(eps=0.0)
-    fold = factors_from(moments(samples, (0,)), options, 1.0, wide)
-    ghat = torch.where(fold.uniform, 0.0, normalize(samples, fold, options))
-    return ghat.to(x.dtype).movedim(0, dim)
+    columns = samples.reshape(samples.shape[0], -1).t()
+    factors = factors_from(moments(columns), options, 1.0, wide)
+    ghat = torch.where(factors.uniform, 0.0, normalize(columns, factors, options))
+    return ghat.t().reshape(samples.shape).to(x.dtype).movedim(0, dim)
 
 
 class BatchStandardize(nn.BatchNorm1d):

@@ -22,23 +22,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from types import EllipsisType
 
 import torch
 from torch import Tensor
 
 from .checks import check_float, check_masters, check_step, check_tensors
-from .eager.factors import Factors, factors_of
-from .eager.moments import Moments, blocks
-from .eager.rounding import hash_positions, positions_of, store_, widen
+from .eager.eager_step import apply_
+from .eager.factors import factors_from
+from .eager.moments import moments
+from .eager.update import normalize
 from .options import Options
 from .records import (
-    StepInputs,
-    StepTensor,
     functional_inputs,
     functional_tensors,
-    rounds_stochastically,
     skipped_slices,
+    slices_of,
 )
 from .tensors import apart
 
@@ -126,94 +124,6 @@ def step_(
     return skipped_slices(members)
 
 
-def apply_(
-    members: Sequence[StepTensor],
-    options: Options,
-    inputs: StepInputs,
-    found: Sequence[Moments] | None = None,
-) -> None:
-    """`step_` on what was checked before, under `torch.no_grad`.
-
-    Args:
-        members: of one group.
-        options: the group's.
-        inputs: what is new in this step.
-        found: statistics of each member's slices, where other processes hold parts of them.
-    """
-    for member, fold in zip(members, factors_of(members, options, inputs, found)):
-        if fold is None:
-            continue
-        for block in blocks(member.param):
-            _update_(member, block, fold.of_block(block), options, inputs)
-
-
-def _update_(
-    member: StepTensor,
-    block: slice | EllipsisType,
-    fold: Factors,
-    options: Options,
-    inputs: StepInputs,
-) -> None:
-    """Normalise and move a block of a parameter: the last three lines of the definition."""
-    dtype = fold.inverse.dtype
-    lr = options.lr
-    param = member.param[block]
-    master = None if member.master is None else member.master[block]
-    if member.grad is None:
-        ghat = torch.zeros_like(param, dtype=dtype)
-    else:
-        ghat = normalize(member.grad[block], fold, options)
-        if member.window is not None:
-            ghat = torch.where(fold.valid, ghat, 0.0)
-    update = ghat
-    if member.momentum is not None:
-        buffer = member.momentum[block]
-        fresh = ghat * options.fresh
-        moved = buffer.to(dtype) * fold.beta
-        moved += fresh
-        update = moved * options.momentum + fresh if options.nesterov else moved
-        stored = fold.moves if inputs.closing[member.group] else fold.valid
-        buffer.copy_(_keep(stored, moved, buffer))
-    if not inputs.closing[member.group]:
-        return
-    old = widen(param, master)
-    target = old.to(dtype)
-    if isinstance(lr, Tensor):
-        # rounded to the arithmetic dtype here: two 0-dim tensors would be promoted to the wider
-        target = target * (1 - lr.double() * options.weight_decay).to(dtype)
-        lr = lr.to(dtype)
-    elif options.weight_decay:
-        target = target * (1 - lr * options.weight_decay)
-    target = target - update * lr
-    hashed = None
-    if rounds_stochastically(param, options):
-        clock = inputs.clocks[param.device][member.group]
-        positions = positions_of(member.param, block, by_row=options.granularity == "row")
-        hashed = hash_positions(clock, member.key, positions)
-    store_(param, master, _keep(fold.moves, target, old), hashed)
-
-
-def _keep(flags: Tensor, new: Tensor, old: Tensor) -> Tensor:
-    """`new` in the slices that are flagged, `old` elsewhere; no synchronisation on a GPU."""
-    if flags.device.type == "cpu" and bool(flags.all()):
-        return new
-    return torch.where(flags, new, old.to(new.dtype))
-
-
-def normalize(grad: Tensor, fold: Factors, options: Options) -> Tensor:
-    """``ghat`` of one gradient, in the arithmetic dtype, as a new tensor."""
-    ghat = grad.to(fold.inverse.dtype) * fold.up
-    ghat *= fold.more
-    ghat -= fold.high
-    ghat -= fold.low
-    ghat *= fold.inverse
-    if options.normalizer == "cdf":
-        # 2 * Phi(x) - 1 = erf(x / sqrt(2)); slices without spread keep their plain quotient
-        bounded = torch.erf(ghat * math.sqrt(0.5)) * math.sqrt(3.0)
-        ghat = torch.where(fold.uniform, ghat, bounded)
-    return ghat
-
-
 @torch.no_grad()
 def normalize_gradient(
     grad: Tensor,
@@ -256,11 +166,14 @@ def normalize_gradient(
     check_float("grad", grad)
     check_step([grad], [grad], options, names=["grad"])
     out = torch.empty_like(grad)
-    members = functional_tensors([grad], [grad], None, None, None, options)
-    (fold,) = factors_of(members, options, functional_inputs([grad], True, None, None, None))
-    if fold is not None:
-        ghat = normalize(grad, fold, options)
-        out.copy_(ghat if nonfinite != "skip" else torch.where(fold.valid, ghat, 0.0))
+    if grad.numel():
+        values = grad.reshape(slices_of(grad.shape, granularity), -1)
+        share = centering if options.centres(grad.dim()) else 0.0
+        wide = torch.promote_types(grad.dtype, torch.float32)
+        factors = factors_from(moments(values), options, share, wide)
+        ghat = normalize(values, factors, options)
+        kept = ghat if nonfinite != "skip" else torch.where(factors.valid, ghat, 0.0)
+        out.copy_(kept.view(grad.shape))
     return out
 
 

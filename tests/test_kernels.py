@@ -14,6 +14,7 @@ from torch import Tensor
 from work import member, nothing_new
 
 from bngd_triton import reference
+from bngd_triton.eager import eager_step
 from bngd_triton.eager.factors import Factors, factors_from
 from bngd_triton.eager.moments import Moments
 from bngd_triton.kernels import Tuning, fused_step_
@@ -103,14 +104,13 @@ def test_same_statistics_give_the_same_bits(
         param = twin.param
         first = 0 if granularity == "global" else end
         end += walk.rows
-        shape = [walk.rows] + [1] * (param.dim() - 1) if param.dim() else []
         rows = slice(first, first + walk.rows)
         # a global group's is that of its first tensor
         record = members[0].record if granularity == "global" else one.record
         n = int(done.segments[first, 2])
-        mean, std = (record[: walk.rows, k].view(shape) for k in (0, 1))
+        mean, std = (record[: walk.rows, k : k + 1] for k in (0, 1))
         m2 = std.square() * n
-        up, more, high, low, inverse, mode = (done.factors[rows, k].view(shape) for k in range(6))
+        up, more, high, low, inverse, mode = done.factors[rows, :6].split(1, 1)
         if tuning.wide:
             # float32 tiles find equal values by their least and greatest, not by sigma
             centering = options.centering if options.centres(param.dim()) else 0.0
@@ -118,13 +118,14 @@ def test_same_statistics_give_the_same_bits(
             for field, value in zip(Factors._fields, (up, more, high, low, inverse)):
                 # through std and back, M2 is right to a rounding of float64
                 torch.testing.assert_close(
-                    getattr(own, field).view(shape), value, rtol=2.0**-23, atol=1e-12, msg=field
+                    getattr(own, field), value, rtol=2.0**-23, atol=1e-12, msg=field
                 )
         moves = mode != 0
-        fold = Factors(
-            up, more, high, low, inverse, mode != 2, moves, moves, options.momentum, moves
-        )
-        reference._update_(twin, ..., fold, options, nothing_new(device))
+        beta = torch.full_like(inverse, options.momentum)
+        factors = Factors(up, more, high, low, inverse, mode != 2, moves, beta, moves)
+        (runs,) = eager_step.EagerStep([twin], options)._families.values()
+        new = nothing_new(device)
+        eager_step._update(runs, [[twin]], factors, options, new, eager_step.Scratch())
         assert torch.equal(param, one.param)
         assert torch.equal(twin.momentum, one.momentum)
 

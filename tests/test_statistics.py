@@ -39,8 +39,8 @@ Backend = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 def eager(values: Tensor) -> tuple[Tensor, Tensor]:
-    found = moments.moments(values, (0,))
-    return found.mean, (found.m2 / found.n).sqrt()
+    found = moments.moments(values.view(1, -1))
+    return found.mean.view(()), (found.m2 / found.n).sqrt().view(())
 
 
 def kernel(wide: bool, block: int) -> Backend:

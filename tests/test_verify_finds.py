@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 from verifying import run
 
-from bngd_triton import reference
-from bngd_triton.eager import factors
+from bngd_triton.eager import eager_step
+from bngd_triton.eager import update as eager_
 from bngd_triton.eager.moments import moments
 from bngd_triton.kernels import fused_step
 from bngd_triton.kernels.device import publish, rounding, tiles, update
@@ -142,7 +142,7 @@ def no_remainder(param: Any, master: Any, new: Any, hashed: Any) -> None:
         master.zero_()
 
 
-store = reference.store_
+store = eager_.store_
 MUTANTS = [
     # name, what is replaced, by what, in which case it shows, in what words
     ("eps in the root", [(publish, "fold")], _eps_in_the_root, "eps0.1", "kernels: step"),
@@ -205,8 +205,14 @@ MUTANTS = [
         "global",
         "kernels: step",
     ),
-    ("reference, ddof 1", [(factors, "moments")], sample_moments, "row", "reference: step"),
-    ("reference, no remainder", [(reference, "store_")], no_remainder, "bf16", "reference: step"),
+    ("reference, ddof 1", [(eager_step, "moments")], sample_moments, "row", "reference: step"),
+    (
+        "reference, no remainder",
+        [(eager_, "store_")],
+        no_remainder,
+        "bf16",
+        "reference: step",
+    ),
 ]
 
 

@@ -1,86 +1,81 @@
-"""Mean and spread of slices in float64."""
+"""Mean and spread of slices in float64.
+
+Values are matrices here: a row is a slice, whatever shape and order in memory they come from.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from types import EllipsisType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-# elements of a block on the CPU: its temporaries fit a core's L2, and torch starts threads from
-# 32768 elements on, whose barriers cost more than the work where other processes want the cores
-BLOCK = 2**15 - 1
+from .scratch import Scratch, cut, entries_of_a_block
 
 
 class Moments(NamedTuple):
-    """Statistics of slices: float64 tensors that broadcast against the gradient.
+    """Statistics of slices: float64 [slices, 1].
 
     `mean` and `m2` (the sum of squared deviations) belong to the gradient times
     ``2**exponent``, which keeps squares of float64 gradients in range; it is 0 for narrower ones.
+    `n` is the number of a slice's entries.
     """
 
-    n: int
+    n: int | Tensor
     mean: Tensor
     m2: Tensor
     exponent: Tensor | int
 
 
-def slice_dims(ndim: int, granularity: str) -> tuple[int, ...]:
-    """The dimensions that one slice spans: all of them, or all but the first for rows."""
-    return tuple(range(1 if granularity == "row" and ndim >= 2 else 0, ndim))
+def moments(
+    values: Tensor, exponent: Tensor | int | None = None, scratch: Scratch | None = None
+) -> Moments:
+    """Count, mean and sum of squared deviations of each row.
 
-
-def blocks(tensor: Tensor) -> list[slice | EllipsisType]:
-    """Index ranges of dimension 0 that are worked on one after the other.
-
-    On the CPU a block's temporaries stay in its caches, which is several times faster; a GPU takes
-    the whole tensor, since every block would cost launches.
+    Args:
+        values: [slices, entries] of any float dtype, not empty.
+        exponent: of each slice, int64 [slices, 1]; None finds it where the dtype needs one.
+        scratch: room for a block of temporaries.
     """
-    size = tensor.shape[0] if tensor.dim() else 1
-    step = max(1, BLOCK * size // max(1, tensor.numel()))
-    if tensor.device.type != "cpu" or step >= size:
-        return [...]
-    return [slice(start, start + step) for start in range(0, size, step)]
-
-
-def moments(grad: Tensor, dims: tuple[int, ...], exponent: Tensor | int | None = None) -> Moments:
-    """Count, mean and sum of squared deviations over `dims`, kept as dimensions of size 1."""
+    scratch = scratch or Scratch()
+    rows, columns = values.shape
     if exponent is None:
         # squares of narrower values stay in float64's range
-        wide = grad.dtype is torch.float64
-        exponent = exponent_of(grad.abs().amax(dims, keepdim=True)) if wide else 0
-    parts = [_block_moments(grad[block], dims, of_block(exponent, block)) for block in blocks(grad)]
+        exponent = exponent_of(largest(values)) if values.dtype is torch.float64 else 0
+    scale = power_of_two(exponent) if isinstance(exponent, Tensor) else None
+    limit = entries_of_a_block(values)
+    blocks = cut(values, limit)
+    scales = [None] * len(blocks) if scale is None else cut(scale.expand_as(values), limit)
+    parts = [_block_moments(*pair, scratch) for pair in zip(blocks, scales)]
     if len(parts) == 1:
-        return parts[0]
-    means, m2 = [part.mean for part in parts], [part.m2 for part in parts]
-    if 0 in dims:
-        return _merge([part.n for part in parts], torch.stack(means), torch.stack(m2), exponent)
-    return Moments(parts[0].n, torch.cat(means), torch.cat(m2), exponent)
+        return Moments(columns, *parts[0], exponent)
+    mean, m2 = (torch.cat(column) for column in zip(*parts))
+    if columns > limit:
+        # [parts, slices]: the parts of a slice follow one another
+        mean, m2 = (column.view(rows, -1).t() for column in (mean, m2))
+        sizes = torch.full_like(mean, limit)
+        sizes[-1] = (columns - 1) % limit + 1
+        mean, m2 = (column.unsqueeze(1) for column in pooled(sizes, mean, m2, mean[0]))
+    return Moments(columns, mean, m2, exponent)
 
 
-def _block_moments(grad: Tensor, dims: tuple[int, ...], exponent: Tensor | int) -> Moments:
-    """Deviations are taken from the slice's first entry, then from their own mean.
+def _block_moments(block: Tensor, scale: Tensor | None, scratch: Scratch) -> tuple[Tensor, Tensor]:
+    """Mean and sum of squared deviations of each row, by sums of deviations from its first entry.
 
-    So equal values have none, and a mean far above the spread costs no digits.
+    So equal values have none, and a mean far above the spread costs no digits: the first entry is
+    at most ``sqrt(n - 1)`` spreads from the mean, so that the correction takes 15 bits of 53.
     """
-    values = grad.double()
-    if isinstance(exponent, Tensor):
-        values = values * power_of_two(exponent)
-    first = values[tuple(slice(0, 1) if d in dims else slice(None) for d in range(grad.dim()))]
-    deviation = values - first
-    shift = deviation.mean(dims, keepdim=True)
-    deviation -= shift
-    m2 = deviation.square_().sum(dims, keepdim=True)
-    return Moments(grad.numel() // m2.numel(), first + shift, m2, exponent)
-
-
-def _merge(sizes: list[int], means: Tensor, m2: Tensor, exponent: Tensor | int) -> Moments:
-    """Moments of the union of the runs stacked along dimension 0."""
-    n = torch.tensor(sizes, dtype=torch.float64, device=m2.device)
-    n = n.view(-1, *[1] * (m2.dim() - 1))
-    return Moments(sum(sizes), *pooled(n, means, m2, means[0]), exponent)
+    deviation = scratch.copy("deviation", block, torch.float64)
+    if scale is not None:
+        deviation = deviation.mul_(scale)
+    n = block.shape[1]
+    first = deviation[:, :1].clone()
+    deviation = deviation.sub_(first)
+    shift = deviation.sum(1, keepdim=True).div_(n)
+    squares = deviation.mul_(deviation).sum(1, keepdim=True)
+    # rounding may leave less than nothing
+    return first.add_(shift), squares.sub_(shift.mul_(shift).mul_(n)).clamp_min_(0.0)
 
 
 def pooled(n: Tensor, means: Tensor, m2: Tensor, base: Tensor) -> tuple[Tensor, Tensor]:
@@ -94,29 +89,36 @@ def pooled(n: Tensor, means: Tensor, m2: Tensor, base: Tensor) -> tuple[Tensor, 
     return base + shift, (m2 + n * (away - shift).square()).sum(0)
 
 
-def global_moments(grads: Sequence[Tensor]) -> Moments | None:
-    """The moments of the concatenation of `grads`, as 0-dim tensors; None without entries."""
-    filled = [grad for grad in grads if grad.numel()]
-    if not filled:
-        return None
-    exponent: Tensor | int = 0
-    if any(grad.dtype is torch.float64 for grad in filled):
-        exponent = exponent_of(torch.stack([grad.double().abs().amax() for grad in filled]).amax())
-    parts = [moments(grad, slice_dims(grad.dim(), "global"), exponent) for grad in filled]
-    means = torch.stack([part.mean.reshape(()) for part in parts])
-    m2 = torch.stack([part.m2.reshape(()) for part in parts])
-    return _merge([part.n for part in parts], means, m2, exponent)
+def joined(parts: Sequence[Moments]) -> Moments:
+    """The moments of all the slices of several, one after the other."""
+    if len(parts) == 1:
+        return parts[0]
+    n = torch.cat([torch.full_like(part.mean, 1.0) * part.n for part in parts])
+    mean, m2 = torch.cat([part.mean for part in parts]), torch.cat([part.m2 for part in parts])
+    if not any(isinstance(part.exponent, Tensor) for part in parts):
+        return Moments(n, mean, m2, 0)
+    zero = torch.zeros_like(mean, dtype=torch.int64).split([len(part.mean) for part in parts])
+    return Moments(n, mean, m2, torch.cat([z + part.exponent for z, part in zip(zero, parts)]))
+
+
+def united(parts: Sequence[Moments]) -> Moments:
+    """The moments of one slice that is made of all; with one exponent, if any."""
+    whole = joined(parts)
+    n = torch.full_like(whole.mean, 1.0) * whole.n
+    mean, m2 = pooled(n, whole.mean, whole.m2, whole.mean[:1])
+    exponent = whole.exponent[:1] if isinstance(whole.exponent, Tensor) else 0
+    return Moments(n.sum(0, keepdim=True), mean.view(1, 1), m2.view(1, 1), exponent)
+
+
+def largest(values: Tensor) -> Tensor:
+    """The largest magnitude of each row: float64 [slices, 1]; NaN where one is."""
+    high, low = values.amax(1, keepdim=True), values.amin(1, keepdim=True)
+    return torch.maximum(high.double(), -low.double())
 
 
 def power_of_two(exponent: Tensor) -> Tensor:
     """``2.0**exponent`` in float64, exact; `exponent` is int64 in [-1022, 1023]."""
     return ((exponent + 1023) << 52).view(torch.float64)
-
-
-def of_block(field: Any, block: slice | EllipsisType) -> Any:
-    """The part of a per-slice tensor that belongs to a block; one slice belongs to all."""
-    per_slice = isinstance(field, Tensor) and field.dim() > 0 and field.shape[0] > 1
-    return field[block] if per_slice else field
 
 
 def exponent_of(largest: Tensor) -> Tensor:

@@ -14,7 +14,6 @@ would lose of a small step:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from types import EllipsisType
 
 import torch
 from torch import Tensor
@@ -129,16 +128,13 @@ def _mix(x: Tensor) -> Tensor:
     return x ^ (x >> 16)
 
 
-def positions_of(param: Tensor, block: slice | EllipsisType, *, by_row: bool) -> Tensor:
-    """The places of a block of a parameter in the memory that the kernels walk, int64."""
-    rows = param.shape[0] if by_row and param.dim() >= 2 else 1
+def positions_of(param: Tensor, slices: int) -> Tensor:
+    """The places of a parameter's entries in the memory that the kernels walk: int64, its shape."""
     strides: Sequence[int] = param.stride()
-    if not walked_in_place(param, rows):
+    if not walked_in_place(param, slices):
         strides = torch.empty(param.shape, dtype=param.dtype, device="meta").stride()
     places = torch.zeros((), dtype=torch.int64, device=param.device)
-    for d, (size, stride) in enumerate(zip(param.shape, strides)):
+    for size, stride in zip(param.shape, strides):
         index = torch.arange(size, dtype=torch.int64, device=param.device)
-        if d == 0 and isinstance(block, slice):
-            index = index[block]
         places = places.unsqueeze(-1) + index * stride
     return places

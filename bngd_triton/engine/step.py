@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import reference
+from ..eager.eager_step import apply_
 from ..eager.rounding import GOLDEN
 from ..kernels.fused_step import FusedStep
 from ..kernels.plan import capturing
@@ -140,7 +140,7 @@ class Stepper:
         ]
         for members, part, choice in zip(rest, work, options):
             if members:
-                reference.apply_(members, choice, inputs)
+                apply_(members, choice, inputs)
             for param in part.ending:
                 # the next gradient makes it anew; until then steps can be recognised
                 del optimizer.state[param][WINDOW]

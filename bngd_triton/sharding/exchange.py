@@ -20,7 +20,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from ..eager.moments import Moments, exponent_of, moments, pooled, power_of_two, slice_dims
+from ..eager.moments import Moments, exponent_of, moments, pooled, power_of_two
+from ..records import slices_of
 
 COLUMNS = 5
 # bytes of gathered tables that a rank holds before slices are dealt out to ranks instead: the 291
@@ -37,7 +38,6 @@ class Share(NamedTuple):
     Attributes:
         slices: rows of this rank's table: the slices of which it may hold a part.
         entries: entries of one whole slice, over all ranks.
-        ndim: dimensions of the tensor.
         groups: the process groups over which each slice is spread, innermost first. Their ranks
             hold parts of the same slices, in the same order.
         wide: whether the gradient is float64, see the module.
@@ -48,7 +48,6 @@ class Share(NamedTuple):
 
     slices: int
     entries: int
-    ndim: int
     groups: tuple[ProcessGroup, ...]
     wide: bool
     device: torch.device
@@ -66,18 +65,17 @@ def local_table(grad: Tensor, granularity: str) -> Tensor:
     Returns:
         float64 [slices, 5] on the device of `grad`.
     """
-    dims = slice_dims(grad.dim(), granularity)
-    slices = 1 if len(dims) == grad.dim() else grad.shape[0]
+    slices = slices_of(grad.shape, granularity)
     if grad.numel() == 0:
         table = grad.new_zeros((slices, COLUMNS), dtype=torch.float64)
         table[:, 3], table[:, 4] = float("inf"), float("-inf")
         return table
-    least, greatest = grad.amin(dims, keepdim=True).double(), grad.amax(dims, keepdim=True).double()
+    values = grad.reshape(slices, -1)
+    least, greatest = (one(1, keepdim=True).double() for one in (values.amin, values.amax))
     wide = grad.dtype is torch.float64
-    found = moments(grad, dims, _exponent_within(least, greatest) if wide else 0)
-    entries = torch.full_like(found.mean, found.n)
-    columns = (entries, found.mean, found.m2, least, greatest)
-    return torch.stack([column.reshape(slices) for column in columns], 1)
+    found = moments(values, _exponent_within(least, greatest) if wide else 0)
+    entries = torch.full_like(found.mean, values.shape[1])
+    return torch.cat([entries, found.mean, found.m2, least, greatest], 1)
 
 
 def merge(parts: Tensor, wide: Tensor | None = None) -> Tensor:
@@ -223,11 +221,10 @@ class Exchange:
         return merged
 
     def moments(self, i: int, table: Tensor) -> Moments:
-        """What `run` found for share `i`, shaped to broadcast against the local gradient."""
+        """What `run` found for share `i`: [slices, 1]."""
         share = self.shares[i]
         here = [i] if share.union is None else self._unions[share.union]
-        shape = (len(table), *[1] * (share.ndim - 1))[: share.ndim]
-        _, mean, m2, least, greatest = (column.reshape(shape) for column in table.unbind(1))
+        _, mean, m2, least, greatest = table.split(1, 1)
         wide = any(self.shares[j].wide for j in here)
         exponent = _exponent_within(least, greatest) if wide else 0
         return Moments(sum(self.shares[j].entries for j in here), mean, m2, exponent)

@@ -20,7 +20,6 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 
-from ..eager.moments import slice_dims
 from ..tensors import local
 from .exchange import Share
 
@@ -79,7 +78,7 @@ def share_of(name: str, param: Tensor, grad: Tensor, granularity: str) -> Share:
         ValueError: this process has no place in the mesh.
         NotImplementedError: placements that are neither Shard nor Replicate.
     """
-    by_row = len(slice_dims(param.dim(), granularity)) < param.dim()
+    by_row = granularity == "row" and param.dim() >= 2
     entries = param.numel() // max(1, param.shape[0]) if by_row else param.numel()
     groups: list[ProcessGroup] = []
     if isinstance(param, DTensor):
@@ -91,7 +90,6 @@ def share_of(name: str, param: Tensor, grad: Tensor, granularity: str) -> Share:
     return Share(
         slices=part.shape[0] if by_row else 1,
         entries=entries,
-        ndim=param.dim(),
         groups=tuple(groups),
         wide=grad.dtype is torch.float64,
         device=part.device,

@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from .. import reference
 from ..checks import nonfinite_somewhere
+from ..eager.eager_step import apply_
 from ..kernels.fused_step import FusedStep
 from ..options import Options
 from ..records import StepInputs, StepTensor, new_record
@@ -115,7 +115,7 @@ class Spread:
                 if part.member.group == index and not by_kernels(part)
             }
             found = [self._exchange.moments(i, self._tables[i]) for i in rest]
-            reference.apply_(list(rest.values()), one, inputs, found)
+            apply_(list(rest.values()), one, inputs, found)
         self.parts, self._tables = [], []
 
 

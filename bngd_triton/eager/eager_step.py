@@ -1,0 +1,362 @@
+"""A step by the reference, laid out once: which tensors are worked on together, as matrices.
+
+The eager twin of ``kernels/fused_step.py``. A large tensor is walked where it lies, block by block;
+small ones of one shape are stacked, since twenty operations of torch on each would take as long as
+on a block of 4000 entries. What cannot be seen as a matrix without a copy is stacked alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..options import Options
+from ..records import RECORD, SKIPPED, StepInputs, StepTensor, rounds_stochastically, slices_of
+from ..tensors import dispatches, same_order, walked_in_place
+from .factors import (
+    Factors,
+    admit,
+    closing_factors,
+    factors_from,
+    rows_of_records,
+)
+from .moments import Moments, exponent_of, joined, largest, moments, united
+from .rounding import hash_positions, positions_of
+from .scratch import Scratch, cut, entries_of_a_block
+from .update import Block, Constants, update_
+
+# entries up to which tensors of one shape are stacked: three copies in and two out, of 1 us each
+# for 4096, in the place of twenty operations of 1 us
+SMALL = 2**13
+
+
+class Run(NamedTuple):
+    """Tensors of one kind that are worked on together.
+
+    Attributes:
+        places: of the tensors in the step's list, in order.
+        slices: of each of them.
+        columns: entries of a slice.
+        in_place: whether its one tensor is walked where it lies; else copies are worked on.
+        each: of how many tensors at a time.
+    """
+
+    places: list[int]
+    slices: int
+    columns: int
+    in_place: bool
+    each: int
+
+    def stacks(self, tensors: Sequence[StepTensor]) -> Iterator[Sequence[StepTensor]]:
+        """The tensors that are worked on at a time."""
+        return (tensors[i : i + self.each] for i in range(0, len(tensors), self.each))
+
+    def matrix(self, name: str, stack: Sequence[StepTensor], scratch: Scratch) -> Any:
+        """The tensors of a name in a stack, a row to a slice; None where there are none."""
+        several: list[Any] = [getattr(tensor, name) for tensor in stack]
+        first = several[0]
+        if first is None:
+            return None
+        if self.in_place:
+            return in_memory_order(first, self.slices)
+        if len(several) == 1:
+            return first.reshape(self.slices, self.columns)
+        shape = (len(several), *first.shape)
+        room = scratch.room(name, shape, first.dtype, first.device)
+        return torch.stack(several, out=room).view(-1, self.columns)
+
+
+class EagerStep:
+    """A step of one group's tensors, of which some may lack a gradient.
+
+    Args:
+        tensors: what is stepped.
+        options: the group's.
+        hollow: whether tensors without entries are recorded: others hold parts of their slices.
+    """
+
+    def __init__(
+        self, tensors: Sequence[StepTensor], options: Options, *, hollow: bool = False
+    ) -> None:
+        kinds: dict[Any, list[int]] = {}
+        for i, tensor in enumerate(tensors):
+            if tensor.param.numel() or hollow:
+                kinds.setdefault(_kind(i, tensor), []).append(i)
+        # families share an arithmetic: where it is done, in which dtype, and of gradients or none
+        self._families: dict[tuple[torch.device, torch.dtype, bool], list[Run]] = {}
+        for places in kinds.values():
+            tensor = tensors[places[0]]
+            family = (tensor.param.device, _wide(tensor), tensor.grad is not None)
+            self._families.setdefault(family, []).append(_run(places, tensor, options))
+        # where each family's statistics are noted
+        self._notes: dict[int, list[tuple[Tensor, Tensor]]] = {}
+
+    def run(
+        self,
+        tensors: Sequence[StepTensor],
+        options: Options,
+        inputs: StepInputs,
+        given: Sequence[Moments] | None = None,
+    ) -> None:
+        """Move the parameters.
+
+        Args:
+            tensors: of the kinds that this was laid out for.
+            options: the group's now.
+            inputs: what else is new in this step.
+            given: statistics of each tensor's slices, where other processes hold parts of them.
+        """
+        scratch = Scratch()
+        together = options.granularity == "global" and given is None
+        shared = _shared(tensors, scratch) if together else None
+        # a global slice is admitted and recorded once, with the first of its tensors, which keeps
+        # the window of all
+        first: Factors | None = None
+        for number, ((_, dtype, stepped), runs) in enumerate(self._families.items()):
+            lists = [[tensors[i] for i in run.places] for run in runs]
+            owners = list(tensors[:1]) if together else [t for several in lists for t in several]
+            closing = inputs.closing[owners[0].group]
+            seen = _seen(owners)
+            if not stepped:
+                assert seen is not None, "a tensor without gradient is there to close its window"
+                factors = closing_factors(seen, dtype)
+            else:
+                found = shared or _found(runs, lists, given, scratch)
+                centering = options.centering if together else _centering(runs, lists, options)
+                factors = factors_from(found, options, centering, dtype, inputs.grad_scale)
+                if first is None:
+                    noted = rows_of_records(found, factors, options, inputs.grad_scale)
+                    self._note(number, owners, noted)
+                    factors, seen = admit(factors, options, closing, inputs.found_inf, seen)
+                    _keep(owners, seen)
+                    first = factors if together else None
+                else:
+                    factors = factors._replace(
+                        valid=first.valid, beta=first.beta.to(dtype), moves=first.moves
+                    )
+            _update(runs, lists, factors, options, inputs, scratch)
+
+    def _note(self, family: int, owners: Sequence[StepTensor], rows: Tensor) -> None:
+        """Fill in records, of which many share a storage: in one call for each."""
+        if family not in self._notes:
+            self._notes[family] = _homes([owner.record for owner in owners])
+        parts = rows.split([len(places) for _, places in self._notes[family]])
+        for (home, places), part in zip(self._notes[family], parts):
+            part[:, SKIPPED] += home[places, SKIPPED]
+            home.index_copy_(0, places, part)
+
+
+def apply_(
+    tensors: Sequence[StepTensor],
+    options: Options,
+    inputs: StepInputs,
+    given: Sequence[Moments] | None = None,
+) -> None:
+    """`EagerStep.run` on what was checked before, under `torch.no_grad`, laid out for once."""
+    EagerStep(tensors, options, hollow=given is not None).run(tensors, options, inputs, given)
+
+
+def in_memory_order(tensor: Tensor, slices: int) -> Tensor:
+    """A matrix of a tensor that `walked_in_place`: a row to a slice, as a view."""
+    columns = tensor.numel() // slices
+    if tensor.is_contiguous():
+        return tensor.view(slices, columns)
+    return tensor.as_strided((slices, columns), (columns, 1))
+
+
+def _kind(place: int, tensor: StepTensor) -> object:
+    """What tensors must share to be stacked; a number for one that is worked on alone."""
+    param = tensor.param
+    others = (tensor.grad, tensor.momentum, tensor.master)
+    if not 0 < param.numel() <= SMALL or dispatches(param):
+        return place
+    if any(other is not None and dispatches(other) for other in others):
+        return place
+    dtypes = tuple(None if other is None else other.dtype for other in others)
+    return (param.shape, param.dtype, param.device, dtypes)
+
+
+def _run(places: list[int], tensor: StepTensor, options: Options) -> Run:
+    param = tensor.param
+    slices = slices_of(param.shape, options.granularity)
+    columns = param.numel() // slices if slices else 0
+    others = [t for t in (tensor.grad, tensor.momentum, tensor.master) if t is not None]
+    in_place = (
+        len(places) == 1
+        and param.numel() > 0
+        and not any(map(dispatches, (param, *others)))
+        and walked_in_place(param, slices)
+        and all(same_order(other, param) and not other.is_neg() for other in others)
+    )
+    each = max(1, entries_of_a_block(param) // max(1, param.numel()))
+    return Run(places, slices, columns, in_place, each)
+
+
+def _wide(tensor: StepTensor) -> torch.dtype:
+    """The dtype of the arithmetic: at least float32."""
+    wide = torch.promote_types(tensor.param.dtype, torch.float32)
+    return wide if tensor.grad is None else torch.promote_types(wide, tensor.grad.dtype)
+
+
+def _shared(tensors: Sequence[StepTensor], scratch: Scratch) -> Moments | None:
+    """The statistics of the one slice that all gradients are together."""
+    rows = [t.grad.reshape(1, -1) for t in tensors if t.grad is not None and t.grad.numel()]
+    if not rows:
+        return None
+    exponent: Tensor | int = 0
+    if any(row.dtype is torch.float64 for row in rows):
+        exponent = exponent_of(torch.cat([largest(row) for row in rows]).amax(0, keepdim=True))
+    return united([moments(row, exponent, scratch) for row in rows])
+
+
+def _found(
+    runs: Sequence[Run],
+    lists: Sequence[Sequence[StepTensor]],
+    given: Sequence[Moments] | None,
+    scratch: Scratch,
+) -> Moments:
+    """The statistics of all slices, in the order of the runs."""
+    if given is not None:
+        return joined([given[i] for run in runs for i in run.places])
+    return joined(
+        [
+            moments(run.matrix("grad", stack, scratch), None, scratch)
+            for run, tensors in zip(runs, lists)
+            for stack in run.stacks(tensors)
+        ]
+    )
+
+
+def _centering(
+    runs: Sequence[Run], lists: Sequence[Sequence[StepTensor]], options: Options
+) -> float | Tensor:
+    """Of each slice: vectors keep their mean unless asked; a number where all are alike."""
+    shares = [
+        options.centering if options.centres(tensors[0].param.dim()) else 0.0 for tensors in lists
+    ]
+    if len(set(shares)) == 1:
+        return shares[0]
+    device = lists[0][0].param.device
+    return torch.cat(
+        [
+            torch.full((run.slices * len(run.places), 1), share, dtype=torch.float64, device=device)
+            for run, share in zip(runs, shares)
+        ]
+    )
+
+
+def _seen(owners: Sequence[StepTensor]) -> Tensor | None:
+    """Which slices have had a valid micro-batch in this window: bool [slices, 1]."""
+    windows = [owner.window for owner in owners if owner.window is not None]
+    return torch.cat(windows).view(-1, 1) != 0 if windows else None
+
+
+def _keep(owners: Sequence[StepTensor], seen: Tensor | None) -> None:
+    windows = [owner.window for owner in owners if owner.window is not None]
+    if seen is not None:
+        for window, part in zip(windows, seen.view(-1).split(list(map(len, windows)))):
+            window.copy_(part)
+
+
+def _homes(records: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """Runs of records that lie in one storage: all of it as a table, and their rows in it."""
+    homes: list[tuple[Tensor, list[Tensor]]] = []
+    last = None
+    for record in records:
+        storage = record.untyped_storage()
+        first = record.storage_offset() // len(RECORD)
+        if storage.data_ptr() != last:
+            last = storage.data_ptr()
+            rows = storage.nbytes() // (len(RECORD) * record.element_size())
+            homes.append((record.as_strided((rows, len(RECORD)), (len(RECORD), 1), 0), []))
+        homes[-1][1].append(
+            torch.arange(first, first + len(record), dtype=torch.int64, device=record.device)
+        )
+    return [(home, torch.cat(places)) for home, places in homes]
+
+
+def _update(
+    runs: Sequence[Run],
+    lists: Sequence[Sequence[StepTensor]],
+    factors: Factors,
+    options: Options,
+    inputs: StepInputs,
+    scratch: Scratch,
+) -> None:
+    """Normalise and update all blocks."""
+    constants = Constants.of(options, factors.inverse.dtype)
+    group, device = lists[0][0].group, factors.inverse.device
+    closing = inputs.closing[group]
+    # known on the CPU alone: a GPU is not waited for
+    all_move = device.type == "cpu" and bool((factors.valid & factors.moves).all())
+    one_slice = len(factors.inverse) == 1
+    sizes = [run.slices * len(run.places) for run in runs]
+    parts = [factors] * len(runs) if one_slice else factors.split(sizes)
+    for run, tensors, of_run in zip(runs, lists, parts):
+        if not run.columns:
+            continue
+        stochastic = closing and rounds_stochastically(tensors[0].param, options)
+        clock = inputs.clocks[device][group] if stochastic else None
+        stacked = [of_run] * len(tensors) if one_slice else of_run.split(run.slices * run.each)
+        for stack, of_stack in zip(run.stacks(tensors), stacked):
+            for block, rows, hashed in _blocks(run, stack, of_stack, clock, scratch):
+                update_(
+                    block, rows, constants, options, closing=closing, all_move=all_move,
+                    hashed=hashed, scratch=scratch,
+                )  # fmt: skip
+
+
+def _blocks(
+    run: Run, stack: Sequence[StepTensor], factors: Factors, clock: Tensor | None, scratch: Scratch
+) -> Iterator[tuple[Block, Factors, Tensor | None]]:
+    """The blocks of a stack, with the factors of their rows, and bits for stochastic rounding.
+
+    Copies are put back when all blocks are done.
+    """
+    matrices = [run.matrix(name, stack, scratch) for name in Block._fields]
+    limit = entries_of_a_block(matrices[1])
+    cuts = [None if matrix is None else cut(matrix, limit) for matrix in matrices]
+    count = len(cuts[1] or ())
+    bits = [None] * count if clock is None else _bits(run, stack, clock, cuts[1] or [])
+    if len(factors.inverse) == 1:
+        of_block = [factors] * count
+    elif run.columns <= limit:
+        of_block = list(factors.split(max(1, limit // run.columns)))
+    else:
+        parts = -(-run.columns // limit)
+        of_block = [one for one in factors.split(1) for _ in range(parts)]
+    blocks = zip(*([None] * count if several is None else several for several in cuts))
+    yield from zip(map(Block._make, blocks), of_block, bits)
+    if run.in_place:
+        return
+    for name, matrix in zip(Block._fields[1:], matrices[1:]):
+        if matrix is not None:
+            several = [getattr(tensor, name) for tensor in stack]
+            if len(several) == 1:
+                several[0].copy_(matrix.view(several[0].shape))
+            else:
+                torch.unbind_copy(matrix.view(-1, *several[0].shape), 0, out=several)
+
+
+def _bits(
+    run: Run, stack: Sequence[StepTensor], clock: Tensor, blocks: Sequence[Tensor]
+) -> Iterator[Tensor]:
+    """Random bits of each entry, by its place in the memory that the kernels walk."""
+    if not run.in_place:
+        limit = entries_of_a_block(stack[0].param)
+        hashed = [
+            hash_positions(clock, t.key, positions_of(t.param, run.slices)).view(-1, run.columns)
+            for t in stack
+        ]
+        yield from cut(torch.cat(hashed), limit)
+        return
+    start = 0
+    for block in blocks:
+        # blocks follow one another in memory
+        end = start + block.numel()
+        places = torch.arange(start, end, dtype=torch.int64, device=block.device)
+        yield hash_positions(clock, stack[0].key, places).view(block.shape)
+        start = end
