@@ -187,7 +187,7 @@ def visit(world: int) -> Result:
             m = plan.moments(i, table)
             down = -torch.as_tensor(m.exponent)
             std = (m.m2 / max(1, m.n)).sqrt()
-            assert m.mean.dim() == share.ndim
+            assert m.mean.shape == (share.slices, 1)
             found[run, desc] = Found(
                 m.n,
                 torch.ldexp(m.mean, down).flatten().tolist(),

@@ -70,7 +70,7 @@ def _block_moments(block: Tensor, scale: Tensor | None, scratch: Scratch) -> tup
     if scale is not None:
         deviation = deviation.mul_(scale)
     n = block.shape[1]
-    first = deviation[:, :1].clone()
+    first = torch.clone(deviation[:, :1])
     deviation = deviation.sub_(first)
     shift = deviation.sum(1, keepdim=True).div_(n)
     squares = deviation.mul_(deviation).sum(1, keepdim=True)
