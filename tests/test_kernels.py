@@ -125,7 +125,9 @@ def test_same_statistics_give_the_same_bits(
         factors = Factors(up, more, high, low, inverse, mode != 2, moves, beta, moves)
         (runs,) = eager_step.EagerStep([twin], options)._families.values()
         new = nothing_new(device)
-        eager_step._update(runs, [[twin]], factors, options, new, eager_step.Scratch())
+        eager_step._update(
+            runs, [[twin]], [[twin.grad]], factors, options, new, eager_step.Scratch()
+        )
         assert torch.equal(param, one.param)
         assert torch.equal(twin.momentum, one.momentum)
 

@@ -7,7 +7,9 @@ on a block of 4000 entries. What cannot be seen as a matrix without a copy is st
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Sequence
+from itertools import islice, repeat
 from typing import Any, NamedTuple
 
 import torch
@@ -42,6 +44,7 @@ class Run(NamedTuple):
         columns: entries of a slice.
         in_place: whether its one tensor is walked where it lies; else copies are worked on.
         each: of how many tensors at a time.
+        limit: entries of a block.
     """
 
     places: list[int]
@@ -49,14 +52,28 @@ class Run(NamedTuple):
     columns: int
     in_place: bool
     each: int
+    limit: int
 
-    def stacks(self, tensors: Sequence[StepTensor]) -> Iterator[Sequence[StepTensor]]:
-        """The tensors that are worked on at a time."""
+    @property
+    def parts(self) -> int:
+        """How many blocks a slice is cut in."""
+        return -(-self.columns // self.limit)
+
+    def rows_of_blocks(self) -> list[int]:
+        """How many slices each block has, or each run of blocks that one slice is cut in."""
+        sizes = []
+        for stack in self.stacks(self.places):
+            rows = self.slices * len(stack)
+            step = max(1, self.limit // max(1, self.columns))
+            sizes += [step] * (rows // step) + [rows % step] * (rows % step > 0)
+        return sizes
+
+    def stacks(self, tensors: list[Any]) -> Iterator[list[Any]]:
+        """The tensors, or something of each, that are worked on at a time."""
         return (tensors[i : i + self.each] for i in range(0, len(tensors), self.each))
 
-    def matrix(self, name: str, stack: Sequence[StepTensor], scratch: Scratch) -> Any:
-        """The tensors of a name in a stack, a row to a slice; None where there are none."""
-        several: list[Any] = [getattr(tensor, name) for tensor in stack]
+    def matrix(self, name: str, several: list[Any], scratch: Scratch) -> Any:
+        """Tensors of one kind in a stack, a row to a slice; None where there are none."""
         first = several[0]
         if first is None:
             return None
@@ -97,6 +114,7 @@ class EagerStep:
     def run(
         self,
         tensors: Sequence[StepTensor],
+        grads: Sequence[Tensor | None],
         options: Options,
         inputs: StepInputs,
         given: Sequence[Moments] | None = None,
@@ -104,19 +122,21 @@ class EagerStep:
         """Move the parameters.
 
         Args:
-            tensors: of the kinds that this was laid out for.
+            tensors: those that this was laid out for, but for their gradients.
+            grads: of each, of the kind that it was laid out for.
             options: the group's now.
             inputs: what else is new in this step.
             given: statistics of each tensor's slices, where other processes hold parts of them.
         """
         scratch = Scratch()
         together = options.granularity == "global" and given is None
-        shared = _shared(tensors, scratch) if together else None
+        shared = _shared(grads, scratch) if together else None
         # a global slice is admitted and recorded once, with the first of its tensors, which keeps
         # the window of all
         first: Factors | None = None
         for number, ((_, dtype, stepped), runs) in enumerate(self._families.items()):
             lists = [[tensors[i] for i in run.places] for run in runs]
+            new = [[grads[i] for i in run.places] for run in runs]
             owners = list(tensors[:1]) if together else [t for several in lists for t in several]
             closing = inputs.closing[owners[0].group]
             seen = _seen(owners)
@@ -124,7 +144,7 @@ class EagerStep:
                 assert seen is not None, "a tensor without gradient is there to close its window"
                 factors = closing_factors(seen, dtype)
             else:
-                found = shared or _found(runs, lists, given, scratch)
+                found = shared or _found(runs, new, given, scratch)
                 centering = options.centering if together else _centering(runs, lists, options)
                 factors = factors_from(found, options, centering, dtype, inputs.grad_scale)
                 if first is None:
@@ -137,7 +157,7 @@ class EagerStep:
                     factors = factors._replace(
                         valid=first.valid, beta=first.beta.to(dtype), moves=first.moves
                     )
-            _update(runs, lists, factors, options, inputs, scratch)
+            _update(runs, lists, new, factors, options, inputs, scratch)
 
     def _note(self, family: int, owners: Sequence[StepTensor], rows: Tensor) -> None:
         """Fill in records, of which many share a storage: in one call for each."""
@@ -145,7 +165,7 @@ class EagerStep:
             self._notes[family] = _homes([owner.record for owner in owners])
         parts = rows.split([len(places) for _, places in self._notes[family]])
         for (home, places), part in zip(self._notes[family], parts):
-            part[:, SKIPPED] += home[places, SKIPPED]
+            part[:, SKIPPED] += home.index_select(0, places)[:, SKIPPED]
             home.index_copy_(0, places, part)
 
 
@@ -156,7 +176,8 @@ def apply_(
     given: Sequence[Moments] | None = None,
 ) -> None:
     """`EagerStep.run` on what was checked before, under `torch.no_grad`, laid out for once."""
-    EagerStep(tensors, options, hollow=given is not None).run(tensors, options, inputs, given)
+    step = EagerStep(tensors, options, hollow=given is not None)
+    step.run(tensors, [tensor.grad for tensor in tensors], options, inputs, given)
 
 
 def in_memory_order(tensor: Tensor, slices: int) -> Tensor:
@@ -191,8 +212,8 @@ def _run(places: list[int], tensor: StepTensor, options: Options) -> Run:
         and walked_in_place(param, slices)
         and all(same_order(other, param) and not other.is_neg() for other in others)
     )
-    each = max(1, entries_of_a_block(param) // max(1, param.numel()))
-    return Run(places, slices, columns, in_place, each)
+    limit = entries_of_a_block(param)
+    return Run(places, slices, columns, in_place, max(1, limit // max(1, param.numel())), limit)
 
 
 def _wide(tensor: StepTensor) -> torch.dtype:
@@ -201,9 +222,9 @@ def _wide(tensor: StepTensor) -> torch.dtype:
     return wide if tensor.grad is None else torch.promote_types(wide, tensor.grad.dtype)
 
 
-def _shared(tensors: Sequence[StepTensor], scratch: Scratch) -> Moments | None:
+def _shared(grads: Sequence[Tensor | None], scratch: Scratch) -> Moments | None:
     """The statistics of the one slice that all gradients are together."""
-    rows = [t.grad.reshape(1, -1) for t in tensors if t.grad is not None and t.grad.numel()]
+    rows = [grad.reshape(1, -1) for grad in grads if grad is not None and grad.numel()]
     if not rows:
         return None
     exponent: Tensor | int = 0
@@ -214,7 +235,7 @@ def _shared(tensors: Sequence[StepTensor], scratch: Scratch) -> Moments | None:
 
 def _found(
     runs: Sequence[Run],
-    lists: Sequence[Sequence[StepTensor]],
+    grads: Sequence[list[Tensor | None]],
     given: Sequence[Moments] | None,
     scratch: Scratch,
 ) -> Moments:
@@ -224,8 +245,8 @@ def _found(
     return joined(
         [
             moments(run.matrix("grad", stack, scratch), None, scratch)
-            for run, tensors in zip(runs, lists)
-            for stack in run.stacks(tensors)
+            for run, several in zip(runs, grads)
+            for stack in run.stacks(several)
         ]
     )
 
@@ -280,7 +301,8 @@ def _homes(records: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
 
 def _update(
     runs: Sequence[Run],
-    lists: Sequence[Sequence[StepTensor]],
+    lists: Sequence[list[StepTensor]],
+    grads: Sequence[list[Tensor | None]],
     factors: Factors,
     options: Options,
     inputs: StepInputs,
@@ -291,18 +313,27 @@ def _update(
     group, device = lists[0][0].group, factors.inverse.device
     closing = inputs.closing[group]
     # known on the CPU alone: a GPU is not waited for
-    all_move = device.type == "cpu" and bool((factors.valid & factors.moves).all())
-    one_slice = len(factors.inverse) == 1
-    sizes = [run.slices * len(run.places) for run in runs]
-    parts = [factors] * len(runs) if one_slice else factors.split(sizes)
-    for run, tensors, of_run in zip(runs, lists, parts):
+    on_cpu = device.type == "cpu"
+    all_move = on_cpu and bool((factors.valid & factors.moves).all())
+    if on_cpu and factors.more is not None and bool((factors.more == 1.0).all()):
+        factors = factors._replace(more=None)
+    if len(factors.inverse) == 1:
+        of_block: Iterator[Factors] = repeat(factors)
+    else:
+        of_block = factors.split([rows for run in runs for rows in run.rows_of_blocks()])
+    for run, tensors, new in zip(runs, lists, grads):
+        of_run = islice(of_block, len(run.rows_of_blocks()))
         if not run.columns:
+            deque(of_run, 0)
             continue
+        of_part = (rows for rows in of_run for _ in range(run.parts))
         stochastic = closing and rounds_stochastically(tensors[0].param, options)
         clock = inputs.clocks[device][group] if stochastic else None
-        stacked = [of_run] * len(tensors) if one_slice else of_run.split(run.slices * run.each)
-        for stack, of_stack in zip(run.stacks(tensors), stacked):
-            for block, rows, hashed in _blocks(run, stack, of_stack, clock, scratch):
+        for stack, of_stack in zip(run.stacks(tensors), run.stacks(new)):
+            # what is first in `zip` ends it, and leaves the others where they are
+            for (block, hashed), rows in zip(
+                _blocks(run, stack, of_stack, clock, scratch), of_part
+            ):
                 update_(
                     block, rows, constants, options, closing=closing, all_move=all_move,
                     hashed=hashed, scratch=scratch,
@@ -310,31 +341,25 @@ def _update(
 
 
 def _blocks(
-    run: Run, stack: Sequence[StepTensor], factors: Factors, clock: Tensor | None, scratch: Scratch
-) -> Iterator[tuple[Block, Factors, Tensor | None]]:
-    """The blocks of a stack, with the factors of their rows, and bits for stochastic rounding.
-
-    Copies are put back when all blocks are done.
-    """
-    matrices = [run.matrix(name, stack, scratch) for name in Block._fields]
-    limit = entries_of_a_block(matrices[1])
-    cuts = [None if matrix is None else cut(matrix, limit) for matrix in matrices]
-    count = len(cuts[1] or ())
-    bits = [None] * count if clock is None else _bits(run, stack, clock, cuts[1] or [])
-    if len(factors.inverse) == 1:
-        of_block = [factors] * count
-    elif run.columns <= limit:
-        of_block = list(factors.split(max(1, limit // run.columns)))
-    else:
-        parts = -(-run.columns // limit)
-        of_block = [one for one in factors.split(1) for _ in range(parts)]
-    blocks = zip(*([None] * count if several is None else several for several in cuts))
-    yield from zip(map(Block._make, blocks), of_block, bits)
+    run: Run,
+    stack: list[StepTensor],
+    grads: list[Tensor | None],
+    clock: Tensor | None,
+    scratch: Scratch,
+) -> Iterator[tuple[Block, Tensor | None]]:
+    """The blocks of a stack, each with bits for stochastic rounding; copies are put back after."""
+    written: list[list[Any]] = [[getattr(t, name) for t in stack] for name in Block._fields[1:]]
+    kinds = zip(Block._fields, [grads, *written])
+    matrices = [run.matrix(name, several, scratch) for name, several in kinds]
+    cuts = [repeat(None) if matrix is None else cut(matrix, run.limit) for matrix in matrices]
+    bits: Iterator[Tensor | None] = repeat(None)
+    if clock is not None:
+        bits = _bits(run, stack, clock, cut(matrices[1], run.limit))
+    yield from zip(map(Block._make, zip(*cuts)), bits)
     if run.in_place:
         return
-    for name, matrix in zip(Block._fields[1:], matrices[1:]):
+    for several, matrix in zip(written, matrices[1:]):
         if matrix is not None:
-            several = [getattr(tensor, name) for tensor in stack]
             if len(several) == 1:
                 several[0].copy_(matrix.view(several[0].shape))
             else:
@@ -342,16 +367,15 @@ def _blocks(
 
 
 def _bits(
-    run: Run, stack: Sequence[StepTensor], clock: Tensor, blocks: Sequence[Tensor]
+    run: Run, stack: list[StepTensor], clock: Tensor, blocks: Sequence[Tensor]
 ) -> Iterator[Tensor]:
     """Random bits of each entry, by its place in the memory that the kernels walk."""
     if not run.in_place:
-        limit = entries_of_a_block(stack[0].param)
         hashed = [
             hash_positions(clock, t.key, positions_of(t.param, run.slices)).view(-1, run.columns)
             for t in stack
         ]
-        yield from cut(torch.cat(hashed), limit)
+        yield from cut(torch.cat(hashed), run.limit)
         return
     start = 0
     for block in blocks:

@@ -6,6 +6,7 @@ The eager twin of ``kernels/device/factors.py``: the same factors from the same 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import repeat
 from typing import NamedTuple
 
 import torch
@@ -28,7 +29,7 @@ class Factors(NamedTuple):
 
     Attributes:
         up: see above, like the next four.
-        more: see above.
+        more: see above; None where it is known to be 1.
         high: see above.
         low: see above.
         inverse: see above.
@@ -39,7 +40,7 @@ class Factors(NamedTuple):
     """
 
     up: Tensor
-    more: Tensor
+    more: Tensor | None
     high: Tensor
     low: Tensor
     inverse: Tensor
@@ -48,9 +49,11 @@ class Factors(NamedTuple):
     beta: Tensor
     moves: Tensor
 
-    def split(self, rows: int | list[int]) -> Iterator[Factors]:
-        """The factors of some slices after the other."""
-        return map(Factors._make, zip(*(column.split(rows) for column in self)))
+    def split(self, rows: list[int]) -> Iterator[Factors]:
+        """The factors of so many slices, one after the other."""
+        # `split` is a function of Python that asks for more than it needs here
+        columns = (repeat(None) if c is None else c.split_with_sizes(rows) for c in self)
+        return map(Factors._make, zip(*columns))
 
 
 def factors_from(

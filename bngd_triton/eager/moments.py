@@ -13,6 +13,10 @@ from torch import Tensor
 
 from .scratch import Scratch, cut, entries_of_a_block
 
+# entries of a slice whose deviations are summed at once: fewer than those from which on torch sums
+# one row by several threads, whose number would show in the bits
+PIECE = 2**15 - 1
+
 
 class Moments(NamedTuple):
     """Statistics of slices: float64 [slices, 1].
@@ -43,21 +47,31 @@ def moments(
     if exponent is None:
         # squares of narrower values stay in float64's range
         exponent = exponent_of(largest(values)) if values.dtype is torch.float64 else 0
-    scale = power_of_two(exponent) if isinstance(exponent, Tensor) else None
-    limit = entries_of_a_block(values)
-    blocks = cut(values, limit)
-    scales = [None] * len(blocks) if scale is None else cut(scale.expand_as(values), limit)
+    on_cpu = values.device.type == "cpu"
+    if columns > PIECE and on_cpu:
+        exponents: list[Tensor | int] = [exponent] * rows
+        if isinstance(exponent, Tensor):
+            exponents = list(exponent.expand(rows, 1).split_with_sizes([1] * rows))
+        found = [_long_row(*pair, scratch) for pair in zip(values, exponents)]
+        mean, m2 = (torch.cat(column) for column in zip(*found))
+        return Moments(columns, mean, m2, exponent)
+    blocks = cut(values, entries_of_a_block(values))
+    scales: list[Tensor | None] = [None] * len(blocks)
+    if isinstance(exponent, Tensor):
+        of_rows = power_of_two(exponent).expand(rows, 1)
+        scales = list(of_rows.split_with_sizes(list(map(len, blocks))))
     parts = [_block_moments(*pair, scratch) for pair in zip(blocks, scales)]
-    if len(parts) == 1:
-        return Moments(columns, *parts[0], exponent)
-    mean, m2 = (torch.cat(column) for column in zip(*parts))
-    if columns > limit:
-        # [parts, slices]: the parts of a slice follow one another
-        mean, m2 = (column.view(rows, -1).t() for column in (mean, m2))
-        sizes = torch.full_like(mean, limit)
-        sizes[-1] = (columns - 1) % limit + 1
-        mean, m2 = (column.unsqueeze(1) for column in pooled(sizes, mean, m2, mean[0]))
+    mean, m2 = parts[0] if len(parts) == 1 else (torch.cat(column) for column in zip(*parts))
     return Moments(columns, mean, m2, exponent)
+
+
+def _long_row(row: Tensor, exponent: Tensor | int, scratch: Scratch) -> tuple[Tensor, Tensor]:
+    """Mean and sum of squared deviations of a long slice, by those of its pieces."""
+    whole = row.numel() // PIECE * PIECE
+    pieces = [row[:whole].view(-1, PIECE), row[whole:].view(1, -1)]
+    parts = [moments(piece, exponent, scratch) for piece in pieces if piece.numel()]
+    whole_row = united(parts)
+    return whole_row.mean, whole_row.m2
 
 
 def _block_moments(block: Tensor, scale: Tensor | None, scratch: Scratch) -> tuple[Tensor, Tensor]:

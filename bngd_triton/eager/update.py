@@ -112,7 +112,9 @@ def update_(
     room = scratch.like("step", param, dtype)
     step = torch.mul(update, constants.lr, out=room)
     if all_move and block.master is None and hashed is None and param.dtype is dtype:
-        param.mul_(constants.decay).sub_(step)
+        if options.weight_decay:
+            param.mul_(constants.decay)
+        param.sub_(step)
         return
     old = widen(param, block.master)
     target = (old.to(dtype) * constants.decay).sub_(step)
@@ -139,7 +141,9 @@ def normalize(
     else:
         wide = grad.to(dtype) if room is None else room.copy_(grad)
         ghat = wide.mul_(factors.up)
-    ghat = ghat.mul_(factors.more).sub_(factors.high).sub_(factors.low).mul_(factors.inverse)
+    if factors.more is not None:
+        ghat = ghat.mul_(factors.more)
+    ghat = ghat.sub_(factors.high).sub_(factors.low).mul_(factors.inverse)
     if options.normalizer == "cdf":
         # 2 * Phi(x) - 1 = erf(x / sqrt(2)); slices without spread keep their plain quotient
         bounded = torch.erf(ghat * math.sqrt(0.5)) * math.sqrt(3.0)

@@ -8,7 +8,7 @@ exactly that, of all tensors, in every step; gradients alone may move.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from itertools import chain
+from itertools import accumulate, chain
 from operator import attrgetter, is_, is_not, itemgetter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -16,12 +16,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..eager.eager_step import EagerStep
 from ..kernels.fused_step import FusedStep
 from ..kernels.plan import capturing
 from ..options import OptionsReader
 from ..records import StepInputs, StepTensor
 from ..state import KEYS
-from ..tensors import Written, is_sharded, local, reach
+from ..tensors import Written, dispatches, is_sharded, local, reach
 
 if TYPE_CHECKING:
     # torch may be built without torch.distributed
@@ -35,12 +36,13 @@ class Lot(NamedTuple):
     """What one prepared step serves.
 
     Attributes:
-        prepared: the step; None for parameters of which this process holds nothing.
+        prepared: the step, by the kernels or by the reference; None for parameters of which this
+            process holds nothing.
         pairs: each parameter, and what of it the step was last run with, in the step's order.
         spread: keeps the statistics of slices of which other processes hold parts.
     """
 
-    prepared: FusedStep | None
+    prepared: FusedStep | EagerStep | None
     pairs: Sequence[tuple[Tensor, StepTensor]]
     spread: Spread | None = None
 
@@ -50,7 +52,7 @@ class Replay:
 
     Args:
         optimizer: its groups and state after that step, and its choice of implementation.
-        lots: all that the step moved; kernels serve it, and walk every tensor where it is.
+        lots: all that the step moved; kernels walk every tensor of theirs where it is.
         reader: has read the options of each group.
         inputs: what was new in the step.
     """
@@ -68,8 +70,15 @@ class Replay:
         # without a gradient, and not looked at any further; without entries, and they may grow
         self.idle = [i for i in rest if self.params[i].grad is None]
         self.empty = [self.params[i] for i in rest if self.params[i].grad is not None]
-        # the pairs hold gradients, which are not to be held
-        self.runs = [(lot.prepared, lot.spread, len(lot.pairs)) for lot in lots]
+        # gradients are not to be held
+        self.lots = [
+            Lot(
+                lot.prepared,
+                [(param, tensor._replace(grad=None)) for param, tensor in lot.pairs],
+                lot.spread,
+            )
+            for lot in lots
+        ]
         self.spreads = [lot.spread for lot in lots if lot.spread is not None]
         for spread in self.spreads:
             spread.keep()
@@ -100,9 +109,14 @@ class Replay:
 
     @staticmethod
     def serves(lots: Sequence[Lot]) -> bool:
-        """Whether a step by kernels alone is of the sort that can be replayed."""
-        in_place = all(lot.prepared is None or lot.prepared.in_place for lot in lots)
-        return in_place and any(lot.pairs for lot in lots)
+        """Whether a step is of the sort that can be replayed."""
+        for prepared, pairs, _ in lots:
+            if isinstance(prepared, FusedStep) and not prepared.in_place:
+                return False
+            # the reference serves whatever tells nothing by its memory, and parts of a tensor
+            if isinstance(prepared, EagerStep) and any(dispatches(param) for param, _ in pairs):
+                return False
+        return any(lot.pairs for lot in lots)
 
     @torch.no_grad()
     def run(self, optimizer: Any, inputs: StepInputs) -> bool:
@@ -133,7 +147,7 @@ class Replay:
         grads = list(map(_grad, params))
         if any(grads[i] is not None for i in self.idle):
             return False
-        if len(self.moved) < len(params) or len(self.runs) > 1:
+        if len(self.moved) < len(params) or len(self.lots) > 1:
             grads, params = [grads[i] for i in self.moved], [params[i] for i in self.moved]
         if self.sharded and (None in grads or _placed([*params, *grads]) != self.placed):
             return False
@@ -148,7 +162,7 @@ class Replay:
         # a gradient or an entry that is gone, or a gradient without memory
         except (KeyError, TypeError, RuntimeError, AttributeError):
             return False
-        return self._follow(optimizer, found, inputs)
+        return self._follow(optimizer, grads, found, inputs)
 
     def _replayable(self, inputs: StepInputs) -> bool:
         """Whether a capture, if one is under way, can hold the step; a full check refuses it."""
@@ -176,7 +190,9 @@ class Replay:
         """What this process holds of them."""
         return list(map(local, tensors)) if self.sharded else tensors
 
-    def _follow(self, optimizer: Any, found: list[int], inputs: StepInputs) -> bool:
+    def _follow(
+        self, optimizer: Any, grads: list[Tensor], found: list[int], inputs: StepInputs
+    ) -> bool:
         """Bring gradients' addresses and options up to date, and launch."""
         # the full check copies those that lie where the step writes
         if self.written.hold_any(found, self.bytes_of_grads):
@@ -187,23 +203,26 @@ class Replay:
             return False
         if changed and [one.layout for one in options] != self.layouts:
             return False
-        start = 0
-        for prepared, _, count in self.runs:
-            here = found if len(self.runs) == 1 else found[start : start + count]
-            start += count
-            if prepared is not None and not prepared.point_at(here):
+        ends = list(accumulate(len(lot.pairs) for lot in self.lots))
+        for lot, end in zip(self.lots, ends):
+            here = found if len(self.lots) == 1 else found[end - len(lot.pairs) : end]
+            if isinstance(lot.prepared, FusedStep) and not lot.prepared.point_at(here):
                 return False
         if changed or self.reader.by_value or inputs.closing != self.closing:
-            for prepared, _, _ in self.runs:
-                if prepared is not None:
-                    prepared.write(options, inputs.closing)
+            for lot in self.lots:
+                if isinstance(lot.prepared, FusedStep):
+                    lot.prepared.write(options, inputs.closing)
             self.options, self.closing = options, inputs.closing
         # the other ranks wait for them
         for spread in self.spreads:
             spread.measure_again(options, inputs)
-        for prepared, beside, _ in self.runs:
-            if beside is None and prepared is not None:
-                prepared.run_again(inputs)
+        for lot, end in zip(self.lots, ends):
+            if isinstance(lot.prepared, EagerStep):
+                tensors = [tensor for _, tensor in lot.pairs]
+                of_lot = grads[end - len(tensors) : end]
+                lot.prepared.run(tensors, of_lot, options[tensors[0].group], inputs)
+            elif lot.spread is None and lot.prepared is not None:
+                lot.prepared.run_again(inputs)
         for spread in self.spreads:
             spread.move(options, inputs)
         return True

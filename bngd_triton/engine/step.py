@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..eager.eager_step import apply_
+from ..eager.eager_step import EagerStep
 from ..eager.rounding import GOLDEN
 from ..kernels.fused_step import FusedStep
 from ..kernels.plan import capturing
@@ -58,8 +58,8 @@ class Stepper:
 
     def _hold(self, replay: Replay) -> None:
         """Keep all that a CUDA graph has captured: its replays read and write it."""
-        for prepared, _, _ in replay.runs:
-            if prepared is not None:
+        for prepared, _, _ in replay.lots:
+            if isinstance(prepared, FusedStep):
                 prepared.fix()
                 if all(one.prepared is not prepared for one in self.captured):
                     self.captured.append(Captured(prepared, replay.memory()))
@@ -112,7 +112,8 @@ class Stepper:
         served: list[tuple[Tensor, StepTensor]] = []
         # of which other ranks hold all
         hollow: list[tuple[Tensor, StepTensor]] = []
-        rest: list[list[StepTensor]] = []
+        # of each group, what the reference serves
+        rest: list[list[tuple[Tensor, StepTensor]]] = []
         spread: list[Part] = []
         for index, (part, choice) in enumerate(zip(work, options)):
             grads: list[Tensor | None] = [*part.grads, *[None] * len(part.ending)]
@@ -120,7 +121,7 @@ class Stepper:
                 member(optimizer, param, grad, choice, index, keys[id(param)])
                 for param, grad in zip([*part.params, *part.ending], grads)
             ]
-            rest.append(of_group[len(part.params) :])
+            rest.append(list(zip(part.ending, of_group[len(part.params) :])))
             here = zip(part.params, of_group, part.names, part.fused, part.shares)
             for param, one, name, fused, share in here:
                 if share is not None:
@@ -128,7 +129,7 @@ class Stepper:
 
                     spread.append(Part(param, one, share, fused, name))
                 elif not fused:
-                    rest[-1].append(one)
+                    rest[-1].append((param, one))
                 elif one.param.numel():
                     served.append((param, one))
                 elif is_sharded(param):
@@ -138,23 +139,27 @@ class Stepper:
             self._measured(device, spread, options, inputs)
             for device in dict.fromkeys(part.member.param.device for part in spread)
         ]
-        for members, part, choice in zip(rest, work, options):
-            if members:
-                apply_(members, choice, inputs)
+        lots: list[Lot] = []
+        for pairs, part, choice in zip(rest, work, options):
+            if pairs:
+                tensors = [tensor for _, tensor in pairs]
+                step = EagerStep(tensors, choice)
+                step.run(tensors, [tensor.grad for tensor in tensors], choice, inputs)
+                lots.append(Lot(step, pairs))
             for param in part.ending:
                 # the next gradient makes it anew; until then steps can be recognised
                 del optimizer.state[param][WINDOW]
         if served:
             self.run([one for _, one in served], options, inputs)
+            assert self.prepared is not None
+            lots.insert(0, Lot(self.prepared, served))
         else:
             self.prepared = None
-        raising = any(one.nonfinite == "raise" for one in options)
-        if not raising and all(all(part.fused) and not part.waiting for part in work):
-            lots = [Lot(self.prepared, served)] if served else []
-            if spreads or hollow:
-                lots += lots_of(spreads, hollow)
-            if Replay.serves(lots):
-                self.replay = Replay(optimizer, lots, self.reader, inputs)
+        if spreads or hollow:
+            lots += lots_of(spreads, hollow)
+        waits = any(one.nonfinite == "raise" for one in options) or any(p.waiting for p in work)
+        if not waits and Replay.serves(lots):
+            self.replay = Replay(optimizer, lots, self.reader, inputs)
         for found in spreads:
             found.move(options, inputs)
 
