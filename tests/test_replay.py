@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from changes import CHANGES, IN_PLACE, assert_same, give_gradients, pair
+from changes import CHANGES, IN_PLACE, assert_same, give_gradients, pair, unaligned
 from torch.nn import Parameter
 
 from bngd_triton import BNGD
@@ -55,7 +55,8 @@ def test_a_change_is_noticed(
                 change(params, optimizer)
             optimizer.step()
             if step == 2:
-                assert layouts() == 1
+                # the reference reads gradients wherever they lie
+                assert layouts() == (optimizer.fused or change is not unaligned)
         done.append(params)
     assert_same(*done)
 
@@ -74,7 +75,7 @@ def test_another_layout_of_the_same_object_at_the_same_address_is_noticed(
         give_gradients([square, rest], 0)
         for step in range(3):
             optimizer.step()
-            assert layouts() == (step == 0 or not fused)
+            assert layouts() == (step == 0)
         addresses = square.data_ptr(), square.grad.data_ptr()
         change(square)
         assert (square.data_ptr(), square.grad.data_ptr()) == addresses
@@ -224,7 +225,7 @@ def test_an_option_changed_alone_or_with_the_rate(
                 second["lr"].fill_(4e-3)
             layouts()
             optimizer.step()
-            assert layouts() == (step == 0 or optimizer.fused is False)
+            assert layouts() == (step == 0)
         done.append(params)
     assert_same(*done)
 
@@ -287,11 +288,11 @@ def test_unaligned_gradients_that_move_are_replayed(
                 held.append(memory)
                 param.grad = memory[shift:].view_as(param).copy_(param.grad)
             optimizer.step()
-            assert layouts() == (step == 0 or not optimizer.fused)
+            assert layouts() == (step == 0)
         # 16 divides again what it did not: other kernels, which sum in another order
         give_gradients(params, 5)
         optimizer.step()
-        assert layouts() == 1
+        assert layouts() == bool(optimizer.fused)
         done.append(params)
     assert_same(*done)
 
