@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from operator import is_, itemgetter
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor
@@ -188,6 +188,11 @@ class OptionsReader:
         self.options, self._rates, self._rest = options, rates, rest
         self.by_value = any(map(_is_array, rates))
         return options
+
+
+def on_a_device(lr: float | Tensor) -> TypeGuard[Tensor]:
+    """Whether reading a learning rate would wait for a device."""
+    return isinstance(lr, Tensor) and lr.device.type != "cpu"
 
 
 def _is_array(rate: Any) -> bool:

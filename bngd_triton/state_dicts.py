@@ -20,8 +20,7 @@ from torch.optim import Optimizer
 
 from .checks import FLOAT_DTYPES
 from .flat_buffers import zeros_like
-from .kernels.tables import on_a_device
-from .options import Options
+from .options import Options, on_a_device
 from .records import NARROW, slices_of
 from .state import KEYS, MASTER, MOMENTUM, REMAINDER, WINDOW, as_state, as_window
 from .tensors import is_sharded, local

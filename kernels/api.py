@@ -21,14 +21,13 @@ from ..records import (
 )
 from ..tensors import apart
 from .build_plan import build
-from .devices import tuning_for
+from .devices import Tuning, tuning_for
 from .fused_step import FusedStep
 from .launch import LaunchInputs, statistics
 from .layout import walk
 from .plan import Entry
 from .support import why_not
-from .tables import encode
-from .tuning import Tuning
+from .tables import SLICE_LENGTH, encode
 
 
 @torch.no_grad()
@@ -109,7 +108,7 @@ def fused_step_(
     inputs = functional_inputs(params, closing, rounding_key, grad_scale, found_inf)
     filled = [member for member in members if member.param.numel()]
     if filled:
-        FusedStep(filled, [options], tuning).run(filled, [options], inputs)
+        FusedStep(filled, [options], tuning).update(filled, [options], inputs)
     return skipped_slices(members)
 
 
@@ -221,5 +220,5 @@ def segment_statistics(
     inputs = LaunchInputs(table, none, unscaled, torch.zeros_like(unscaled))
     statistics(plan, inputs)
     records = [entry.record for entry in entries]
-    found = torch.cat(records[:1] if granularity == "global" else records)
-    return SegmentStatistics(plan.segments[:, 2].double(), found[:, MEAN], found[:, STD])
+    record = torch.cat(records[:1] if granularity == "global" else records)
+    return SegmentStatistics(plan.slices[:, SLICE_LENGTH].double(), record[:, MEAN], record[:, STD])

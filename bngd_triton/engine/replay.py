@@ -203,7 +203,7 @@ class Replay:
             spread.measure_again(options, inputs)
         for prepared, beside, _ in self.runs:
             if beside is None and prepared is not None:
-                prepared.run_again(inputs)
+                prepared.update_again(inputs)
         for spread in self.spreads:
             spread.move(options, inputs)
         return True

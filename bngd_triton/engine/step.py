@@ -175,7 +175,7 @@ class Stepper:
         """A step by the kernels, laid out anew where no earlier layout fits."""
         laid_out = [self.prepared, *(one.prepared for one in self.captured)]
         self.prepared = FusedStep.fitting(laid_out, members, options)
-        self.prepared.run(members, options, inputs)
+        self.prepared.update(members, options, inputs)
 
 
 def prepare_state(optimizer: Any, params: Sequence[Tensor], options: Options) -> None:

@@ -106,7 +106,7 @@ class Spread:
         """Move the parts by the statistics that were found."""
         kernels = [t for part, t in zip(self.parts, self._tables) if by_kernels(part)]
         if self.prepared is not None:
-            self.prepared.move(kernels, inputs)
+            self.prepared.update_by(kernels, inputs)
         assert self._exchange is not None
         for index, one in enumerate(options):
             rest = {
