@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from operator import is_, itemgetter
-from typing import Any, NamedTuple, TypeGuard
+from typing import Any, NamedTuple, TypedDict, TypeGuard
 
 import torch
 from torch import Tensor
@@ -127,6 +127,38 @@ class Options:
     def fresh(self) -> float:
         """Weight of a new ``ghat`` in the momentum buffer."""
         return (1 - self.momentum) / self.accumulation_steps
+
+
+class StepOptions(TypedDict, total=False):
+    """What the functional steps take of the options besides `lr`; see `bngd_triton.BNGD`."""
+
+    momentum: float
+    nesterov: bool
+    weight_decay: float
+    eps: float
+    granularity: str
+    normalizer: str
+    centering: float
+    center_1d: bool
+    nonfinite: str
+    maximize: bool
+    accumulation_steps: int
+
+
+def functional_options(lr: float | Tensor, rounding_key: int | None, given: StepOptions) -> Options:
+    """The options of a functional step, which rounds stochastically if it has a key.
+
+    Raises:
+        TypeError: an option is unknown, or not one of a functional step.
+    """
+    unknown = sorted(given.keys() - StepOptions.__annotations__.keys())
+    if unknown:
+        raise TypeError(
+            f"a functional step has no option {', '.join(unknown)}; it takes "
+            f"{', '.join(StepOptions.__annotations__)}"
+        )
+    master_weights = None if rounding_key is None else "stochastic"
+    return Options(lr=lr, master_weights=master_weights, **given)
 
 
 _RATE = itemgetter("lr")

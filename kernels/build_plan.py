@@ -11,40 +11,14 @@ from torch import Tensor
 
 from .devices import Tuning
 from .plan import Batch, Entry, Kind, Plan
-from .tables import (
-    CHUNK_COLUMNS,
-    CHUNK_LENGTH,
-    CHUNK_SLICE,
-    CHUNK_START,
-    CHUNK_TENSOR,
-    FACTORS_COLUMNS,
-    MOMENTS_COLUMNS,
-    RECORD_BYTES,
-    ROW_CODED,
-    ROW_COLUMNS,
-    ROW_LENGTH,
-    ROW_RECORD,
-    ROW_WINDOW,
-    SLICE_CODED,
-    SLICE_COLUMNS,
-    SLICE_FIRST,
-    SLICE_LENGTH,
-    SLICE_RECORD,
-    SLICE_SPANS,
-    SLICE_WINDOW,
-    SPAN_COLUMNS,
-    SPAN_LENGTH,
-    SPAN_PARTIAL,
-    SPAN_SLICE,
-    SPAN_START,
-    SPAN_TENSOR,
-    TILE_COLUMNS,
-    TILE_FIRST_ROW,
-    TILE_LISTED,
-    TILE_ROWS,
-    TILE_TENSOR,
-    TILE_WIDTH,
-)
+
+from .tables import (  # isort: skip
+    CHUNK_COLUMNS, CHUNK_LENGTH, CHUNK_SLICE, CHUNK_START, CHUNK_TENSOR, FACTORS_COLUMNS,
+    MOMENTS_COLUMNS, RECORD_BYTES, ROW_CODED, ROW_COLUMNS, ROW_LENGTH, ROW_RECORD, ROW_WINDOW,
+    SLICE_CODED, SLICE_COLUMNS, SLICE_FIRST, SLICE_LENGTH, SLICE_RECORD, SLICE_SPANS, SLICE_WINDOW,
+    SPAN_COLUMNS, SPAN_LENGTH, SPAN_PARTIAL, SPAN_SLICE, SPAN_START, SPAN_TENSOR, TILE_COLUMNS,
+    TILE_FIRST_ROW, TILE_LISTED, TILE_ROWS, TILE_TENSOR, TILE_WIDTH,
+)  # fmt: skip
 
 # of tables: laid out on the CPU, whatever the default device, and uploaded whole
 INT64: dict[str, Any] = {"dtype": torch.int64, "device": "cpu"}

@@ -15,17 +15,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .tables import (
-    CHUNK_ITEM,
-    CHUNK_SLICE,
-    ITEM_COLUMNS,
-    ITEM_KIND,
-    ITEM_ROW,
-    SPAN_ITEM,
-    SPAN_LENGTH,
-    SPAN_SLICE,
+from .tables import (  # isort: skip
+    CHUNK_ITEM, CHUNK_SLICE, ITEM_COLUMNS, ITEM_KIND, ITEM_ROW, SPAN_ITEM, SPAN_LENGTH, SPAN_SLICE,
     TILE_ITEM,
-)
+)  # fmt: skip
 
 
 class Work(NamedTuple):

@@ -182,7 +182,7 @@ def prepare_state(optimizer: Any, params: Sequence[Tensor], options: Options) ->
     """Make what parameters with a gradient lack: state, a record, the clock of their device."""
     make_state(optimizer.state, params, options)
     optimizer._records.make(params, options)
-    optimizer._wind_clocks({param.device for param in params})
+    optimizer._clocks.wind(optimizer.param_groups, {param.device for param in params})
 
 
 def member(

@@ -14,6 +14,7 @@ from torch import Tensor
 from .. import reference
 from ..checks import nonfinite_somewhere
 from ..kernels.fused_step import FusedStep
+from ..kernels.tables import MOMENT_M2, MOMENT_MEAN
 from ..options import Options
 from ..records import StepInputs, StepTensor, new_record
 from .exchange import Exchange, Share, local_table
@@ -99,7 +100,7 @@ class Spread:
         for part, table in zip(self.parts, self._tables):
             if options[part.member.group].nonfinite != "raise":
                 continue
-            if not bool(table[:, 1:3].isfinite().all()):
+            if not bool(table[:, MOMENT_MEAN : MOMENT_M2 + 1].isfinite().all()):
                 raise nonfinite_somewhere(part.name)
 
     def move(self, options: list[Options], inputs: StepInputs) -> None:

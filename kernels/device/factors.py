@@ -8,39 +8,14 @@ import triton
 import triton.language as tl
 
 from .moments import power_of_two_32, power_of_two_64
-from .tables import (
-    CDF,
-    CENTERING,
-    CLOSING,
-    EPS,
-    FACTOR_BETA,
-    FACTOR_FRESH,
-    FACTOR_HIGH,
-    FACTOR_INVERSE,
-    FACTOR_LOW,
-    FACTOR_MODE,
-    FACTOR_MORE,
-    FACTOR_UP,
-    FACTORS_COLUMNS,
-    FRESH,
-    MOMENT_GREATEST,
-    MOMENT_LEAST,
-    MOMENT_M2,
-    MOMENT_MEAN,
-    MOMENT_N,
-    MOMENTS_COLUMNS,
-    MOMENTUM,
-    OPTION_COLUMNS,
-    PROPAGATE,
-    RECORD_MEAN,
-    RECORD_SKIPPED,
-    RECORD_STD,
-    SIGN,
-    SLICE_CODED,
-    SLICE_COLUMNS,
-    SLICE_RECORD,
-    SLICE_WINDOW,
-)
+
+from .tables import (  # isort: skip
+    CDF, CENTERING, CLOSING, EPS, FACTOR_BETA, FACTOR_FRESH, FACTOR_HIGH, FACTOR_INVERSE,
+    FACTOR_LOW, FACTOR_MODE, FACTOR_MORE, FACTOR_UP, FACTORS_COLUMNS, FRESH, MOMENT_GREATEST,
+    MOMENT_LEAST, MOMENT_M2, MOMENT_MEAN, MOMENT_N, MOMENTS_COLUMNS, MOMENTUM, OPTION_COLUMNS,
+    PROPAGATE, RECORD_MEAN, RECORD_SKIPPED, RECORD_STD, SIGN, SLICE_CODED, SLICE_COLUMNS,
+    SLICE_RECORD, SLICE_WINDOW,
+)  # fmt: skip
 
 # the same bound as UNIFORM in bngd_triton/eager/factors.py
 UNIFORM = tl.constexpr(8 * 2.0**-53)

@@ -15,24 +15,12 @@ import triton.language as tl
 
 from .factors import publish
 from .moments import block_moments, lane_moments
-from .tables import (
-    MOMENT_GREATEST,
-    MOMENT_LEAST,
-    MOMENT_M2,
-    MOMENT_MEAN,
-    MOMENT_N,
-    MOMENTS_COLUMNS,
-    SLICE_COLUMNS,
-    SLICE_FIRST,
-    SLICE_SPANS,
-    SPAN_COLUMNS,
-    SPAN_LENGTH,
-    SPAN_PARTIAL,
-    SPAN_SLICE,
-    SPAN_START,
-    SPAN_TENSOR,
-    TILE_COLUMNS,
-)
+
+from .tables import (  # isort: skip
+    MOMENT_GREATEST, MOMENT_LEAST, MOMENT_M2, MOMENT_MEAN, MOMENT_N, MOMENTS_COLUMNS, SLICE_COLUMNS,
+    SLICE_FIRST, SLICE_SPANS, SPAN_COLUMNS, SPAN_LENGTH, SPAN_PARTIAL, SPAN_SLICE, SPAN_START,
+    SPAN_TENSOR, TILE_COLUMNS,
+)  # fmt: skip
 from .tiles import tile_of_any_shape
 
 # parts of one upload: their alignment must not choose among compilations, nor their sizes

@@ -6,15 +6,9 @@ A replayed graph thus follows a rate that changes in place, and the host never w
 import triton
 import triton.language as tl
 
-from .tables import (
-    DECAY,
-    LR,
-    OPTION_COLUMNS,
-    RATE_ADDRESS,
-    RATE_COLUMNS,
-    RATE_DTYPE,
-    WEIGHT_DECAY,
-)
+from .tables import (  # isort: skip
+    DECAY, LR, OPTION_COLUMNS, RATE_ADDRESS, RATE_COLUMNS, RATE_DTYPE, WEIGHT_DECAY,
+)  # fmt: skip
 
 
 @triton.jit(do_not_specialize_on_alignment=["rates_ptr", "options_ptr"])

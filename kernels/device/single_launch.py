@@ -22,15 +22,10 @@ import triton
 import triton.language as tl
 
 from .measure import ARGUMENTS, measure_span
-from .tables import (
-    CHUNK_ITEM,
-    CHUNK_SLICE,
-    ITEM_COLUMNS,
-    ITEM_KIND,
-    ITEM_ROW,
-    SPAN_ITEM,
-    SPAN_SLICE,
-)
+
+from .tables import (  # isort: skip
+    CHUNK_ITEM, CHUNK_SLICE, ITEM_COLUMNS, ITEM_KIND, ITEM_ROW, SPAN_ITEM, SPAN_SLICE,
+)  # fmt: skip
 from .tiles import tile_of_any_shape
 from .update import update_chunk
 

@@ -12,29 +12,12 @@ import triton.language as tl
 from .factors import CLOSE_ONLY, LEAVE, THROUGH_CDF, factors_of
 from .moments import centred_moments
 from .rounding import hash_positions, rounding_seeds
-from .tables import (
-    BUFFERED,
-    CLOSING,
-    DECAY,
-    FRESH,
-    LR,
-    MASTER_COPY,
-    NESTEROV,
-    OPTION_COLUMNS,
-    RECORD_COLUMNS,
-    REMAINDER,
-    ROW_CODED,
-    ROW_COLUMNS,
-    ROW_LENGTH,
-    ROW_RECORD,
-    ROW_WINDOW,
-    STOCHASTIC,
-    TILE_FIRST_ROW,
-    TILE_LISTED,
-    TILE_ROWS,
-    TILE_TENSOR,
-    TILE_WIDTH,
-)
+
+from .tables import (  # isort: skip
+    BUFFERED, CLOSING, DECAY, FRESH, LR, MASTER_COPY, NESTEROV, OPTION_COLUMNS, RECORD_COLUMNS,
+    REMAINDER, ROW_CODED, ROW_COLUMNS, ROW_LENGTH, ROW_RECORD, ROW_WINDOW, STOCHASTIC,
+    TILE_FIRST_ROW, TILE_LISTED, TILE_ROWS, TILE_TENSOR, TILE_WIDTH,
+)  # fmt: skip
 from .update import bounded, normalize, update_
 
 

@@ -16,33 +16,13 @@ import triton.language as tl
 
 from .factors import CLOSE_ONLY, LEAVE, THROUGH_CDF
 from .rounding import hash_positions, narrow, rounding_seeds, store_as, widen
-from .tables import (
-    BUFFERED,
-    CHUNK_COLUMNS,
-    CHUNK_LENGTH,
-    CHUNK_SLICE,
-    CHUNK_START,
-    CHUNK_TENSOR,
-    CLOSING,
-    DECAY,
-    FACTOR_BETA,
-    FACTOR_FRESH,
-    FACTOR_HIGH,
-    FACTOR_INVERSE,
-    FACTOR_LOW,
-    FACTOR_MODE,
-    FACTOR_MORE,
-    FACTOR_UP,
-    FACTORS_COLUMNS,
-    LR,
-    MASTER_COPY,
-    NESTEROV,
-    OPTION_COLUMNS,
-    REMAINDER,
-    SLICE_CODED,
-    SLICE_COLUMNS,
-    STOCHASTIC,
-)
+
+from .tables import (  # isort: skip
+    BUFFERED, CHUNK_COLUMNS, CHUNK_LENGTH, CHUNK_SLICE, CHUNK_START, CHUNK_TENSOR, CLOSING, DECAY,
+    FACTOR_BETA, FACTOR_FRESH, FACTOR_HIGH, FACTOR_INVERSE, FACTOR_LOW, FACTOR_MODE, FACTOR_MORE,
+    FACTOR_UP, FACTORS_COLUMNS, LR, MASTER_COPY, NESTEROV, OPTION_COLUMNS, REMAINDER, SLICE_CODED,
+    SLICE_COLUMNS, STOCHASTIC,
+)  # fmt: skip
 
 
 @triton.jit
