@@ -1,7 +1,7 @@
 """The names of `kernels/tables.py` as constants of the compiler.
 
-Import them by name: Triton's cache knows a kernel by its source and the constants among its globals,
-not by a module's attributes, and would go on with the columns of an earlier version.
+Import them by name: Triton's cache knows a kernel by its source and the constants among its
+globals, not by a module's attributes, and would go on with the columns of an earlier version.
 """
 
 from typing import Any
