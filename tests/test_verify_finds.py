@@ -59,22 +59,24 @@ def _put(
 
 @triton.jit
 def _nesterov_from_the_old_momentum(
-    param, momentum, master, p, m, rest, ghat, hashed, m_param, m_momentum, lr, decay, beta, fresh,
-    nesterov, KIND: tl.constexpr, SOFT: tl.constexpr,
+    param, momentum, master, p, m, rest, ghat, hashed, m_param, m_momentum, options, beta, fresh,
+    KIND: tl.constexpr, SOFT: tl.constexpr,
 ):  # fmt: skip
+    lr, decay, nesterov = options
     new = ghat * fresh
     ahead = m * beta + new * 2.0
     m = m * beta + new
-    update = tl.where(nesterov != 0, ahead, m)
-    theta = widen(p, rest, KIND, SOFT) * decay - update * lr
+    u = tl.where(nesterov != 0, ahead, m)
+    theta = widen(p, rest, KIND, SOFT) * decay - u * lr
     _put(param, momentum, master, theta, m, hashed, m_param, m_momentum, KIND, SOFT)
 
 
 @triton.jit
 def _momentum_of_lr_steps(
-    param, momentum, master, p, m, rest, ghat, hashed, m_param, m_momentum, lr, decay, beta, fresh,
-    nesterov, KIND: tl.constexpr, SOFT: tl.constexpr,
+    param, momentum, master, p, m, rest, ghat, hashed, m_param, m_momentum, options, beta, fresh,
+    KIND: tl.constexpr, SOFT: tl.constexpr,
 ):  # fmt: skip
+    lr, decay, _ = options
     m = m * beta + ghat
     theta = widen(p, rest, KIND, SOFT) * decay - m * lr
     _put(param, momentum, master, theta, m, hashed, m_param, m_momentum, KIND, SOFT)
@@ -82,9 +84,10 @@ def _momentum_of_lr_steps(
 
 @triton.jit
 def _other_order(
-    param, momentum, master, p, m, rest, ghat, hashed, m_param, m_momentum, lr, decay, beta, fresh,
-    nesterov, KIND: tl.constexpr, SOFT: tl.constexpr,
+    param, momentum, master, p, m, rest, ghat, hashed, m_param, m_momentum, options, beta, fresh,
+    KIND: tl.constexpr, SOFT: tl.constexpr,
 ):  # fmt: skip
+    lr, decay, _ = options
     m = m * beta + ghat * fresh
     old = widen(p, rest, KIND, SOFT)
     # within the bounds

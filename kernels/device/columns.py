@@ -85,7 +85,6 @@ def _standardize_kernel(
     live = (r < n_rows)[:, None] & c_live[None, :]
     at = r[:, None] * n_columns + c[None, :]
     x = tl.load(x_ptr + at, mask=live, other=0.0).to(tl.float32)
-    x = normalize(
-        x, up[None, :], more[None, :], high[None, :], low[None, :], inverse[None, :]
-    )  # fmt: skip
+    factors = (up[None, :], more[None, :], high[None, :], low[None, :], inverse[None, :])
+    x = normalize(x, factors)
     tl.store(out_ptr + at, store_as(x, out_ptr.dtype.element_ty, SOFT), mask=live)

@@ -41,14 +41,12 @@ def factors_of(
     scale = tl.load(scale_ptr).to(tl.float64)
     # the gradient is as many times too large: the quotient is that of the unscaled one
     eps = tl.load(option + EPS) * scale
-    up, more, high, low, inverse = factors_from(
-        mean, m2, n, uniform, centering, eps, tl.load(option + SIGN)
-    )
+    factors = factors_from(mean, m2, n, uniform, centering, eps, tl.load(option + SIGN))
     mode, beta, accepted = admit(
         mean, m2, uniform, option, found_ptr, window, has_window, WINDOWS
     )  # fmt: skip
     record_moments(record, mean, tl.sqrt(m2 / n), accepted, scale, present)
-    return up, more, high, low, inverse, mode, beta
+    return factors, mode, beta
 
 
 @triton.jit
@@ -139,24 +137,25 @@ def publish(
     option = options_ptr + (coded >> 1) * OPTION_COLUMNS
     record = tl.load(row + SLICE_RECORD).to(tl.pointer_type(tl.float64))
     window = tl.load(row + SLICE_WINDOW)
-    up, more, high, low, inverse, mode, beta = factors_of(
+    factors, mode, beta = factors_of(
         n, mean, m2, uniform, option, (coded & 1) != 0, scale_ptr, found_ptr, record, n > 0,
         window.to(tl.pointer_type(tl.uint8)), window != 0, WINDOWS,
     )  # fmt: skip
+    up, more, high, low, inverse = factors
     if mode == CLOSE_ONLY:
         # a gradient of 0
         high = 0.0
         low = 0.0
         inverse = 0.0
-    factors = factors_ptr + i_slice * FACTORS_COLUMNS
-    tl.store(factors + FACTOR_UP, up)
-    tl.store(factors + FACTOR_MORE, more)
-    tl.store(factors + FACTOR_HIGH, high)
-    tl.store(factors + FACTOR_LOW, low)
-    tl.store(factors + FACTOR_INVERSE, inverse)
-    tl.store(factors + FACTOR_MODE, mode.to(tl.float32))
-    tl.store(factors + FACTOR_BETA, beta)
-    tl.store(factors + FACTOR_FRESH, tl.load(option + FRESH).to(tl.float32))
+    row = factors_ptr + i_slice * FACTORS_COLUMNS
+    tl.store(row + FACTOR_UP, up)
+    tl.store(row + FACTOR_MORE, more)
+    tl.store(row + FACTOR_HIGH, high)
+    tl.store(row + FACTOR_LOW, low)
+    tl.store(row + FACTOR_INVERSE, inverse)
+    tl.store(row + FACTOR_MODE, mode.to(tl.float32))
+    tl.store(row + FACTOR_BETA, beta)
+    tl.store(row + FACTOR_FRESH, tl.load(option + FRESH).to(tl.float32))
 
 
 @triton.jit(

@@ -14,11 +14,11 @@ from .moments import centred_moments
 from .rounding import hash_positions, rounding_seeds
 
 from .tables import (  # isort: skip
-    BUFFERED, CLOSING, DECAY, FRESH, LR, MASTER_COPY, NESTEROV, OPTION_COLUMNS, RECORD_COLUMNS,
+    BUFFERED, CLOSING, FRESH, MASTER_COPY, OPTION_COLUMNS, RECORD_COLUMNS,
     REMAINDER, ROW_CODED, ROW_COLUMNS, ROW_LENGTH, ROW_RECORD, ROW_WINDOW, STOCHASTIC,
     TILE_FIRST_ROW, TILE_LISTED, TILE_ROWS, TILE_TENSOR, TILE_WIDTH,
 )  # fmt: skip
-from .update import bounded, normalize, update_
+from .update import bounded, normalize, update_, update_options
 
 
 @triton.jit
@@ -67,17 +67,15 @@ def _tile(
     record = address.to(tl.pointer_type(tl.float64)) + index * RECORD_COLUMNS
     address = tl.load(rows + ROW_WINDOW, mask=present, other=0)
     window = address.to(tl.pointer_type(tl.uint8)) + index
-    up, more, high, low, inverse, mode, beta = factors_of(
+    factors, mode, beta = factors_of(
         n, mean, m2, uniform, option, (coded & 1) != 0, scale_ptr, found_ptr, record, present,
         window, present & (address != 0), WINDOWS,
     )  # fmt: skip
-    lr = tl.load(option + LR).to(tl.float32)
-    decay = tl.load(option + DECAY).to(tl.float32)
+    options = update_options(option)
     fresh = tl.load(option + FRESH).to(tl.float32)
-    nesterov = tl.load(option + NESTEROV).to(tl.float32)
 
     # normalise
-    ghat = normalize(x, up, more, high, low, inverse)
+    ghat = normalize(x, factors)
     # CLOSE_ONLY, of another row, is greater
     if tl.max(mode) >= THROUGH_CDF:
         ghat = tl.where(mode == THROUGH_CDF, bounded(ghat), ghat)
@@ -112,8 +110,8 @@ def _tile(
             master = tl.multiple_of(master, (16, 16))
         rest = tl.load(master, mask=m_param, other=0, eviction_policy="evict_first")
     update_(
-        param, momentum, master, p, m, rest, ghat, hashed, m_param, m_momentum, lr, decay, beta,
-        fresh, nesterov, KIND, SOFT,
+        param, momentum, master, p, m, rest, ghat, hashed, m_param, m_momentum, options, beta,
+        fresh, KIND, SOFT,
     )  # fmt: skip
 
 

@@ -26,8 +26,9 @@ from .tables import (  # isort: skip
 
 
 @triton.jit
-def normalize(g, up, more, high, low, inverse):
+def normalize(g, factors):
     """``ghat`` of float32 gradients, before the CDF."""
+    up, more, high, low, inverse = factors
     return (((g * up) * more - high) - low) * inverse
 
 
@@ -38,14 +39,24 @@ def bounded(ghat):
 
 
 @triton.jit
+def update_options(option):
+    """What `update_` follows of a row of the options."""
+    lr = tl.load(option + LR).to(tl.float32)
+    decay = tl.load(option + DECAY).to(tl.float32)
+    nesterov = tl.load(option + NESTEROV).to(tl.float32)
+    return lr, decay, nesterov
+
+
+@triton.jit
 def update_(
-    param, momentum, master, p, m, rest, ghat, hashed, m_param, m_momentum, lr, decay, beta, fresh,
-    nesterov, KIND: tl.constexpr, SOFT: tl.constexpr,
+    param, momentum, master, p, m, rest, ghat, hashed, m_param, m_momentum, options, beta, fresh,
+    KIND: tl.constexpr, SOFT: tl.constexpr,
 ):  # fmt: skip
     """Store what becomes of the values ``p``, ``m`` (float32) and ``rest`` of three tensors.
 
     With ``beta`` 0 and ``m`` 0 the new momentum is ghat. Nothing is read again: evict_first.
     """
+    lr, decay, nesterov = options
     # momentum
     new = ghat * fresh
     m = m * beta + new
@@ -63,9 +74,8 @@ def update_(
 
 @triton.jit
 def _update_block(
-    grad, param, momentum, master, offsets, m_grad, m_momentum, m_param, start, mode, up, more,
-    high, low, inverse, lr, decay, beta, fresh, nesterov, tensor_seed, step_seed,
-    KIND: tl.constexpr, SOFT: tl.constexpr,
+    grad, param, momentum, master, offsets, m_grad, m_momentum, m_param, start, factors, mode,
+    options, beta, fresh, tensor_seed, step_seed, KIND: tl.constexpr, SOFT: tl.constexpr,
 ):  # fmt: skip
     """One block, from the loads to the stores; three masks say how far each tensor is touched."""
     # load; nothing is read again: evict_first
@@ -76,7 +86,7 @@ def _update_block(
     if KIND == REMAINDER or KIND == MASTER_COPY:  # noqa: SIM109
         rest = tl.load(master + offsets, mask=m_param, other=0, eviction_policy="evict_first")
     # normalise
-    ghat = normalize(g.to(tl.float32), up, more, high, low, inverse)
+    ghat = normalize(g.to(tl.float32), factors)
     if mode == THROUGH_CDF:
         ghat = bounded(ghat)
     hashed = offsets
@@ -84,7 +94,7 @@ def _update_block(
         hashed = hash_positions(start + offsets, tensor_seed, step_seed)
     update_(
         param + offsets, momentum + offsets, master + offsets, p, m.to(tl.float32), rest, ghat,
-        hashed, m_param, m_momentum, lr, decay, beta, fresh, nesterov, KIND, SOFT,
+        hashed, m_param, m_momentum, options, beta, fresh, KIND, SOFT,
     )  # fmt: skip
 
 
@@ -100,21 +110,20 @@ def update_chunk(
     start = tl.load(row + CHUNK_START)
     n = tl.load(row + CHUNK_LENGTH).to(tl.int32)
     i_slice = tl.load(row + CHUNK_SLICE)
-    factors = factors_ptr + i_slice * FACTORS_COLUMNS
-    mode = tl.load(factors + FACTOR_MODE)
+    published = factors_ptr + i_slice * FACTORS_COLUMNS
+    mode = tl.load(published + FACTOR_MODE)
     if mode != LEAVE:
-        up = tl.load(factors + FACTOR_UP)
-        more = tl.load(factors + FACTOR_MORE)
-        high = tl.load(factors + FACTOR_HIGH)
-        low = tl.load(factors + FACTOR_LOW)
-        inverse = tl.load(factors + FACTOR_INVERSE)
-        beta = tl.load(factors + FACTOR_BETA)
-        fresh = tl.load(factors + FACTOR_FRESH)
+        up = tl.load(published + FACTOR_UP)
+        more = tl.load(published + FACTOR_MORE)
+        high = tl.load(published + FACTOR_HIGH)
+        low = tl.load(published + FACTOR_LOW)
+        inverse = tl.load(published + FACTOR_INVERSE)
+        factors = (up, more, high, low, inverse)
+        beta = tl.load(published + FACTOR_BETA)
+        fresh = tl.load(published + FACTOR_FRESH)
         group = tl.load(slices_ptr + i_slice * SLICE_COLUMNS + SLICE_CODED) >> 1
         option = options_ptr + group * OPTION_COLUMNS
-        lr = tl.load(option + LR).to(tl.float32)
-        decay = tl.load(option + DECAY).to(tl.float32)
-        nesterov = tl.load(option + NESTEROV)
+        options = update_options(option)
         buffered = tl.load(option + BUFFERED)
         closing = tl.load(option + CLOSING)
         grad = tl.load(grad_ptrs + tensor).to(tl.pointer_type(GRAD)) + start
@@ -156,8 +165,8 @@ def update_chunk(
             m_momentum = offsets < tl.multiple_of(momentum_end - i, 16)
             m_param = offsets < tl.multiple_of(param_end - i, 16)
             _update_block(
-                g, p, m, a, offsets, m_grad, m_momentum, m_param, start + i, mode, up, more, high,
-                low, inverse, lr, decay, beta, fresh, nesterov, tensor_seed, step_seed, KIND, SOFT,
+                g, p, m, a, offsets, m_grad, m_momentum, m_param, start + i, factors, mode,
+                options, beta, fresh, tensor_seed, step_seed, KIND, SOFT,
             )  # fmt: skip
             i += BLOCK
         if whole < n:
@@ -171,8 +180,8 @@ def update_chunk(
             m_momentum = rest < tl.where(buffered != 0, left, 0)
             _update_block(
                 grad + whole, param + whole, momentum + whole, master + whole, rest, m_grad,
-                m_momentum, m_param, start + whole, mode, up, more, high, low, inverse, lr, decay,
-                beta, fresh, nesterov, tensor_seed, step_seed, KIND, SOFT,
+                m_momentum, m_param, start + whole, factors, mode, options, beta, fresh,
+                tensor_seed, step_seed, KIND, SOFT,
             )  # fmt: skip
 
 
