@@ -14,7 +14,7 @@ from torch.nn import Parameter
 
 from bngd_triton import BNGD
 from bngd_triton.kernels import fused_step
-from bngd_triton.kernels.tuning import Tuning
+from bngd_triton.kernels.devices import Tuning
 
 MOMENTUM = 0.9
 # the rivals' Triton kernels compute program_id * BLOCK in 32 bits

@@ -19,8 +19,8 @@ from bench.workloads import WORKLOADS
 from bngd_triton import BNGD
 from bngd_triton.kernels import fused_step, fused_step_
 from bngd_triton.kernels.build_plan import build
+from bngd_triton.kernels.devices import gpu_tuning
 from bngd_triton.kernels.plan import Entry
-from bngd_triton.kernels.tuning import gpu_tuning
 from bngd_triton.records import new_record, slices_of
 
 SIZES = {"16x256x256": [(256, 256)] * 16, "1x4M": [(2048, 2048)], "300x1000": [(1000,)] * 300}

@@ -19,7 +19,7 @@ from .arms import MOMENTUM, Arm, Storage, UnavailableError, start
 # has several slices and chunks, on a GPU by rows too: slices there are of 8192 entries or 16384,
 # in the interpreter of 65536
 SHAPES = ((48, 32), (37, 19), (130,), (1,), (3, 5, 7), (2, 4097), (3, 40_003))
-# on a GPU: more than 64 slices in a segment, and 27 MB of bf16 gradients, which are three waves of
+# on a GPU: more than 64 spans in a slice, and 27 MB of bf16 gradients, which are three waves of
 # 8 MiB or less in a single launch. 2056 is longer than a tile, and its rows are aligned
 LARGE = ((1_200_000,), *[(1024, 2056)] * 6)
 LR = 0.5

@@ -40,7 +40,7 @@ from bench.arms import grouped
 from bench.report import commit, environment
 from bngd_triton import BNGD
 
-# a tile, and a segment
+# a tile, and a slice with spans
 ELEMENTS, MORE = 64, 4096
 GRADIENTS = ("kept", "new", "moved")
 RANKS = 4

@@ -31,9 +31,10 @@ def flatten_(params: Sequence[Tensor]) -> list[Tensor]:
     Returns:
         Those that stay where they are, for the reason that `why_not_flat` gives.
     """
-    left = [param for param in params if why_not_flat(param)]
-    kept = {id(param) for param in left}
-    moving = [param for param in params if id(param) not in kept]
+    left: list[Tensor] = []
+    moving: list[Tensor] = []
+    for param in params:
+        (left if why_not_flat(param) else moving).append(param)
     for places in _partition(moving):
         part = [moving[i] for i in places]
         for param, view in zip(part, _views(part, part[0].dtype)):
@@ -59,25 +60,23 @@ def why_not_flat(param: Tensor) -> str | None:
         return "its memory belongs to somebody else (another flat buffer, NumPy, a mapped file)"
     if param.is_shared() and param.device.type == "cpu":
         return "it is in shared memory"
-    if _aliases(param):
-        return "other tensors share its storage"
-    return None
+    return _why_shared(param)
 
 
 def zeros_like(params: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> list[Tensor]:
     """Zeros of the shapes and strides of `params`, as views of flat buffers; in order."""
     # what a class does to operations must happen to its state too, or not at all
-    found = {
+    zeros = {
         i: torch.zeros_like(param, dtype=dtypes[i])
         for i, param in enumerate(params)
         if dispatches(param)
     }
     for dtype in dict.fromkeys(dtypes):
-        places = [i for i, wanted in enumerate(dtypes) if wanted == dtype and i not in found]
+        places = [i for i, wanted in enumerate(dtypes) if wanted == dtype and i not in zeros]
         for part in _partition([params[i] for i in places]):
-            mine = [places[i] for i in part]
-            found |= dict(zip(mine, _views([params[i] for i in mine], dtype)))
-    return [found[i] for i in range(len(params))]
+            members = [places[i] for i in part]
+            zeros |= dict(zip(members, _views([params[i] for i in members], dtype)))
+    return [zeros[i] for i in range(len(params))]
 
 
 def _partition(params: Sequence[Tensor]) -> Iterator[list[int]]:
@@ -123,14 +122,15 @@ def _bytes(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-def _users(tensor: Tensor) -> int:
-    """How many tensors and handles use a storage; 0 where torch does not tell."""
+def _why_shared(param: Tensor) -> str | None:
+    """Whether another tensor looks into the storage: it would go on seeing the old values.
+
+    Only torch's own count knows of those that autograd or a process group holds. Without that
+    private function nothing is moved.
+    """
     count = getattr(torch._C, "_storage_Use_Count", None)
-    return 0 if count is None else int(count(tensor.untyped_storage()._cdata))
-
-
-def _aliases(param: Tensor) -> bool:
-    """Whether another tensor looks into the storage: it would go on seeing the old values."""
-    return _users(param) > _users(
-        torch.nn.Parameter(torch.empty(1, dtype=torch.float32, device="cpu"))
-    )
+    if count is None:
+        return "torch does not tell whether other tensors share its storage"
+    alone = torch.nn.Parameter(torch.empty(1, dtype=torch.float32, device="cpu"))
+    users, least = (count(tensor.untyped_storage()._cdata) for tensor in (param, alone))
+    return "other tensors share its storage" if users > least else None

@@ -19,10 +19,9 @@ from typing import Any
 import torch
 
 from . import __version__
-from .kernels.devices import OTHERS, TABLE, architecture_of, tuning_for
+from .kernels.devices import OTHERS, TABLE, Tuning, architecture_of, tuning_for
 from .kernels.launch import FORMS
 from .kernels.support import has_triton, interpreting, why_not
-from .kernels.tuning import Tuning
 
 PACKAGES = ("numpy", "triton", "pytorch-triton", "pytorch-triton-rocm", "triton-windows")
 EXTRAS = (
@@ -211,5 +210,5 @@ _KERNEL_PARTS: dict[str, Callable[[torch.device], Any]] = {
     "architecture": architecture_of,
     "sizes": _row,
     "form of a step": lambda device: _form(tuning_for(device)),
-    "statistics": lambda device: "float64 lanes" if tuning_for(device).wide else "float32 tiles",
+    "statistics": lambda device: "float64 lanes" if tuning_for(device).wide else "float32 blocks",
 }

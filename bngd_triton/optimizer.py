@@ -8,13 +8,11 @@ from typing import Any, overload
 
 import torch
 from torch import Tensor
-from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
-from .checks import check_step, check_whole
-from .engine.collect import expect
+from .clocks import Clocks
+from .engine.groups import check_joining, flatten_groups
 from .engine.step import Stepper, closing_of, prepare_state
-from .flat_buffers import flatten_, why_not_flat
 from .options import Options, check_own
 from .records import StepInputs
 from .standstill import Standstill
@@ -22,11 +20,8 @@ from .state import GradStats, Records, grad_stats
 from .state_dicts import (
     COUNTS,
     asks_for_state,
-    check_state_dict,
-    of_others,
+    loading,
     parameter_names,
-    place_state,
-    with_options,
 )
 from .tensors import lasting
 
@@ -111,8 +106,6 @@ class BNGD(Optimizer):
 
     fused: bool | None
     flatten: bool | None
-    _clocks: dict[torch.device, Tensor]
-    _seeds: list[int]
     # torch.amp.GradScaler leaves its scale and what it found to `step`, which does not wait for it
     _step_supports_amp_scaling = True
 
@@ -139,9 +132,11 @@ class BNGD(Optimizer):
         fused: bool | None = None,
     ) -> None:
         options = Options(
-            lr, momentum, nesterov, weight_decay, eps, granularity, normalizer, centering,
-            center_1d, nonfinite, maximize, master_weights, momentum_dtype, accumulation_steps,
-            seed,
+            lr=lr, momentum=momentum, nesterov=nesterov, weight_decay=weight_decay, eps=eps,
+            granularity=granularity, normalizer=normalizer, centering=centering,
+            center_1d=center_1d, nonfinite=nonfinite, maximize=maximize,
+            master_weights=master_weights, momentum_dtype=momentum_dtype,
+            accumulation_steps=accumulation_steps, seed=seed,
         )  # fmt: skip
         for name, value in (("flatten", flatten), ("fused", fused)):
             if value not in (None, True, False):
@@ -154,7 +149,7 @@ class BNGD(Optimizer):
         defaults = {field.name: getattr(options, field.name) for field in fields(options)}
         self._constructed = False
         super().__init__(params, defaults)
-        self._flatten(list(enumerate(self.param_groups)))
+        flatten_groups(self.flatten, self.fused, enumerate(self.param_groups))
         self._constructed = True
 
     @classmethod
@@ -187,42 +182,12 @@ class BNGD(Optimizer):
         for count in COUNTS:
             group.setdefault(count, 0)
         try:
-            options = Options.of(group)
-            names = parameter_names(group, index)
-            if len(set(map(id, group["params"]))) < len(group["params"]):
-                raise ValueError(f"a parameter is twice in group {index}; list every one once")
-            for name, param in zip(names, group["params"]):
-                check_whole(name, param)
-            check_step([param for param in group["params"] if param.requires_grad], [], options)
-            expect(self.fused, group["params"], names, options)
+            check_joining(self.fused, group, index)
             if self._constructed:
-                self._flatten([(index, group)])
+                flatten_groups(self.flatten, self.fused, [(index, group)])
         except Exception:
             del self.param_groups[index]
             raise
-
-    def _flatten(self, groups: list[tuple[int, dict[str, Any]]]) -> None:
-        """Move the groups' parameters that go to the kernels; all or, if one must stay, none."""
-        if self.flatten is False:
-            return
-        moving = []
-        for index, group in groups:
-            names, params = parameter_names(group, index), group["params"]
-            served = expect(self.fused, params, names, Options.of(group))
-            moving.append([param for param, fused in zip(params, served) if fused])
-            for name, param, fused in zip(names, params, served):
-                if not self.flatten or not param.requires_grad:
-                    continue
-                reason = "it has no shape before one forward pass" if is_lazy(param) else None
-                reason = reason or (None if fused else "the kernels do not serve it")
-                reason = reason or why_not_flat(param)
-                if reason:
-                    raise RuntimeError(
-                        f"flatten=True cannot move {name}: {reason}; "
-                        "use flatten=None to leave such parameters where they are"
-                    )
-        for params in moving:
-            flatten_(params)
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -347,72 +312,22 @@ class BNGD(Optimizer):
             with lasting():
                 self.load_state_dict(state_dict)
             return
-        saved: dict[str, Any] = {}
-        # torch's loader makes groups and state anew: those that were are whole
-        before = dict(self.__dict__)
-
-        # runs after the user's own hooks: state is kept from torch's loader, which would cast it
-        def set_aside(_: Optimizer, incoming: dict[str, Any]) -> dict[str, Any]:
-            check_state_dict(self, incoming)
-            saved.update(incoming)
-            groups = with_options(incoming["param_groups"], self.param_groups)
-            state = of_others(incoming["state"])
-            return {**incoming, "param_groups": groups, "state": state}
-
-        def place(_: Optimizer) -> None:
-            place_state(self, saved)
-
-        handles = [
-            self.register_load_state_dict_pre_hook(set_aside),
-            self.register_load_state_dict_post_hook(place, prepend=True),
-        ]
-        try:
+        with loading(self):
             super().load_state_dict(state_dict)
-        except BaseException:
-            self.__dict__.update(before)
-            raise
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def state_dict(self) -> dict[str, Any]:
         """The checkpoint; groups that round stochastically note how often they have done so."""
-        self._note_clocks()
+        self._clocks.note(self.param_groups)
         return super().state_dict()
-
-    def _note_clocks(self) -> None:
-        """Read how often each group has rounded: a CUDA graph's replays count on the device."""
-        rounding = [g["master_weights"] == "stochastic" for g in self.param_groups]
-        if not any(rounding):
-            # nothing to wait for
-            return
-        clocks = [clock.tolist() for clock in self._clocks.values()]
-        for index, group in enumerate(self.param_groups):
-            counts = [clock[index] & 0xFFFFFFFF for clock in clocks if index < len(clock)]
-            if rounding[index] and counts:
-                group["rounding_steps"] = max(counts)
-
-    def _wind_clocks(self, devices: set[torch.device]) -> None:
-        """Make the seeds of stochastic rounding: a group's seed, then how often it has rounded."""
-        groups = self.param_groups
-        seeds = [group["seed"] for group in groups]
-        if seeds != self._seeds:
-            self._note_clocks()
-            self._clocks.clear()
-            self._seeds = seeds
-        for device in devices - set(self._clocks):
-            values = [(g["seed"] << 32) + g["rounding_steps"] for g in groups]
-            self._clocks[device] = torch.tensor(values, dtype=torch.int64, device=device)
 
     def _forget(self) -> None:
         """Drop what can be made again; it holds addresses and must not be copied or saved."""
         self._stepper = Stepper()
         self._standstill = Standstill()
-        self._clocks = {}
-        self._seeds = []
+        self._clocks = Clocks()
 
     def __getstate__(self) -> dict[str, Any]:
-        self._note_clocks()
+        self._clocks.note(self.param_groups)
         state: dict[str, Any] = super().__getstate__()
         return {**state, "fused": self.fused, "flatten": self.flatten}
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from operator import is_, itemgetter
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict, TypeGuard
 
 import torch
 from torch import Tensor
@@ -129,6 +129,38 @@ class Options:
         return (1 - self.momentum) / self.accumulation_steps
 
 
+class StepOptions(TypedDict, total=False):
+    """What the functional steps take of the options besides `lr`; see `bngd_triton.BNGD`."""
+
+    momentum: float
+    nesterov: bool
+    weight_decay: float
+    eps: float
+    granularity: str
+    normalizer: str
+    centering: float
+    center_1d: bool
+    nonfinite: str
+    maximize: bool
+    accumulation_steps: int
+
+
+def functional_options(lr: float | Tensor, rounding_key: int | None, given: StepOptions) -> Options:
+    """The options of a functional step, which rounds stochastically if it has a key.
+
+    Raises:
+        TypeError: an option is unknown, or not one of a functional step.
+    """
+    unknown = sorted(given.keys() - StepOptions.__annotations__.keys())
+    if unknown:
+        raise TypeError(
+            f"a functional step has no option {', '.join(unknown)}; it takes "
+            f"{', '.join(StepOptions.__annotations__)}"
+        )
+    master_weights = None if rounding_key is None else "stochastic"
+    return Options(lr=lr, master_weights=master_weights, **given)
+
+
 _RATE = itemgetter("lr")
 _REST = itemgetter(*(field.name for field in fields(Options) if field.name != "lr"))
 
@@ -188,6 +220,11 @@ class OptionsReader:
         self.options, self._rates, self._rest = options, rates, rest
         self.by_value = any(map(_is_array, rates))
         return options
+
+
+def on_a_device(lr: float | Tensor) -> TypeGuard[Tensor]:
+    """Whether reading a learning rate would wait for a device."""
+    return isinstance(lr, Tensor) and lr.device.type != "cpu"
 
 
 def _is_array(rate: Any) -> bool:

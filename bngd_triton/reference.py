@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -31,7 +32,7 @@ from .eager.eager_step import apply_
 from .eager.factors import factors_from
 from .eager.moments import moments
 from .eager.update import normalize
-from .options import Options
+from .options import Options, StepOptions, functional_options
 from .records import (
     functional_inputs,
     functional_tensors,
@@ -39,6 +40,10 @@ from .records import (
     slices_of,
 )
 from .tensors import apart
+
+if TYPE_CHECKING:
+    # typing has it from Python 3.11 on
+    from typing_extensions import Unpack
 
 
 @torch.no_grad()
@@ -48,23 +53,13 @@ def step_(
     momentum_buffers: Sequence[Tensor] | None,
     *,
     lr: float | Tensor,
-    momentum: float = 0.9,
-    nesterov: bool = False,
-    weight_decay: float = 0.0,
-    eps: float = 1e-8,
-    granularity: str = "tensor",
-    normalizer: str = "zscore",
-    centering: float = 1.0,
-    center_1d: bool = False,
-    nonfinite: str = "skip",
-    maximize: bool = False,
     masters: Sequence[Tensor | None] | None = None,
     rounding_key: int | None = None,
-    accumulation_steps: int = 1,
     windows: Sequence[Tensor] | None = None,
     closing: bool = True,
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
+    **step_options: Unpack[StepOptions],
 ) -> Tensor:
     """One step of BNGD, in place; the eager twin of `bngd_triton.kernels.fused_step_`.
 
@@ -75,30 +70,19 @@ def step_(
             first step. None when `momentum` is 0 and `accumulation_steps` is 1.
         lr: in units of the parameters; bounds the RMS of a step under ``"zscore"`` without decay.
             A float or a 0-dim tensor.
-        momentum: weight of the past in the moving average of ``ghat``, in [0, 1).
-        nesterov: look one step of momentum ahead.
-        weight_decay: decoupled; each step multiplies the parameters by ``1 - lr * weight_decay``.
-        eps: added to the RMS, in the gradient's units. 0 is allowed.
-        granularity: ``"tensor"``, one slice per parameter; ``"row"``, one per index of dimension 0
-            of a parameter with two or more dimensions; ``"global"``, one for all `params`.
-        normalizer: ``"zscore"``, or ``"cdf"``: ``sqrt(3) * (2 * Phi(ghat) - 1)``, bounded.
-        centering: share of the mean that is removed, in [0, 1]; 0 is RMS normalisation.
-        center_1d: centre tensors with fewer than two dimensions too.
-        nonfinite: what an inf or NaN does to its slice: ``"skip"`` leaves parameters and momentum
-            as they are, ``"propagate"`` gives NaN, ``"raise"`` raises before anything changes.
-        maximize: ascend.
         masters: what each parameter lacks of its float32 master, written in place: int16 of the
             same shape (bfloat16 parameters; zeros at first), float32 of the same shape (float16 or
             bfloat16; the parameter's values at first), or None for rounding to nearest.
         rounding_key: rounds float16 and bfloat16 parameters stochastically, by a hash of this key,
             the tensor's place in the list and the element. Give another one in every step.
-        accumulation_steps: K; ``ghat`` enters momentum with weight ``(1 - momentum) / K``, which
-            decays once in a window of K calls, at a slice's first valid gradient.
         windows: n uint8 tensors, one entry per slice, zeros before the first call; written. Needed
             when `accumulation_steps` is above 1.
         closing: whether this call is the last of its window; the others move no parameter.
         grad_scale: a float32 tensor of one element; the gradients are this many times too large.
         found_inf: a float32 tensor of one element; anything but 0 makes the gradients invalid.
+        **step_options: the options of `bngd_triton.BNGD` by their names, with its defaults:
+            momentum, nesterov, weight_decay, eps, granularity, normalizer, centering, center_1d,
+            nonfinite, maximize and accumulation_steps, of which a call is one micro-batch.
 
     Returns:
         The number of slices skipped, a 0-dim int64 tensor on the first parameter's device.
@@ -108,11 +92,7 @@ def step_(
         TypeError: a tensor is sparse, complex or not of a supported dtype.
         FloatingPointError: a non-finite gradient with ``nonfinite="raise"``.
     """
-    options = Options(
-        lr, momentum, nesterov, weight_decay, eps, granularity, normalizer, centering, center_1d,
-        nonfinite, maximize, None if rounding_key is None else "stochastic", None,
-        accumulation_steps,
-    )  # fmt: skip
+    options = functional_options(lr, rounding_key, step_options)
     check_tensors(params, grads, momentum_buffers, buffered=options.buffered)
     check_masters(params, masters, windows, options)
     check_step(params, grads, options)

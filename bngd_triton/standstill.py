@@ -109,7 +109,7 @@ class _Answer:
         self._flag = flag
         self._event: Any = None
         if flag.device.type != "cpu":
-            self._flag = torch.empty(flag.shape, dtype=flag.dtype, pin_memory=True)
+            self._flag = torch.empty(flag.shape, dtype=flag.dtype, device="cpu", pin_memory=True)
             self._flag.copy_(flag, non_blocking=True)
             self._event = torch.get_device_module(flag.device).Event()
             self._event.record(torch.get_device_module(flag.device).current_stream(flag.device))

@@ -7,8 +7,9 @@ for parameters narrower than float32; and ``window`` (uint8, one entry per slice
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from types import FrameType
 from typing import Any
@@ -20,8 +21,7 @@ from torch.optim import Optimizer
 
 from .checks import FLOAT_DTYPES
 from .flat_buffers import zeros_like
-from .kernels.tables import on_a_device
-from .options import Options
+from .options import Options, on_a_device
 from .records import NARROW, slices_of
 from .state import KEYS, MASTER, MOMENTUM, REMAINDER, WINDOW, as_state, as_window
 from .tensors import is_sharded, local
@@ -39,7 +39,7 @@ def parameter_names(group: dict[str, Any], index: int) -> list[str]:
     return [f"param_groups[{index}]['params'][{i}]" for i in range(len(group["params"]))]
 
 
-def check_state_dict(optimizer: Optimizer, incoming: dict[str, Any]) -> None:
+def _check_state_dict(optimizer: Optimizer, incoming: dict[str, Any]) -> None:
     """Refuse a checkpoint that is another optimizer's or does not fit.
 
     Raises:
@@ -62,7 +62,7 @@ def check_state_dict(optimizer: Optimizer, incoming: dict[str, Any]) -> None:
             count = group.get(key, 0)
             if type(count) is not int or count < 0:
                 raise ValueError(f"{key} of param_groups[{i}] must be a count, got {count!r}")
-    groups = with_options(groups, optimizer.param_groups)
+    groups = _with_options(groups, optimizer.param_groups)
     options = [Options.of({**optimizer.defaults, **group}) for group in groups]
     sizes = [len(group["params"]) for group in groups]
     if sizes != [len(group["params"]) for group in optimizer.param_groups]:
@@ -82,7 +82,7 @@ def check_state_dict(optimizer: Optimizer, incoming: dict[str, Any]) -> None:
             _check_entry(entry, param, name, options[index])
 
 
-def with_options(
+def _with_options(
     groups: Sequence[dict[str, Any]], own: Sequence[dict[str, Any]]
 ) -> list[dict[str, Any]]:
     """A checkpoint's groups; options that they lack are those of the optimizer's own groups."""
@@ -93,7 +93,7 @@ def with_options(
     return [{**{name: mine[name] for name in names}, **group} for group, mine in zip(groups, own)]
 
 
-def of_others(state: dict[Any, Any]) -> dict[Any, Any]:
+def _of_others(state: dict[Any, Any]) -> dict[Any, Any]:
     """A checkpoint's state but for what is ours; entries that hold nothing else are left out."""
     rest: dict[Any, Any] = {}
     for key, entry in state.items():
@@ -160,8 +160,42 @@ def asks_for_state(optimizer: Optimizer) -> bool:
     return False
 
 
+@contextlib.contextmanager
+def loading(optimizer: Optimizer) -> Iterator[None]:
+    """While torch's loader runs: refuse what does not fit, and keep our state from its casts.
+
+    Whatever fails, a hook of the user's included, nothing has changed.
+    """
+    saved: dict[str, Any] = {}
+    # torch's loader makes groups and state anew: those that were are whole
+    before = dict(optimizer.__dict__)
+
+    # runs after the user's own hooks
+    def set_aside(_: Optimizer, incoming: dict[str, Any]) -> dict[str, Any]:
+        _check_state_dict(optimizer, incoming)
+        saved.update(incoming)
+        groups = _with_options(incoming["param_groups"], optimizer.param_groups)
+        return {**incoming, "param_groups": groups, "state": _of_others(incoming["state"])}
+
+    def place(_: Optimizer) -> None:
+        _place_state(optimizer, saved)
+
+    handles = [
+        optimizer.register_load_state_dict_pre_hook(set_aside),
+        optimizer.register_load_state_dict_post_hook(place, prepend=True),
+    ]
+    try:
+        yield
+    except BaseException:
+        optimizer.__dict__.update(before)
+        raise
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 @torch.no_grad()
-def place_state(optimizer: Optimizer, saved: dict[str, Any]) -> None:
+def _place_state(optimizer: Optimizer, saved: dict[str, Any]) -> None:
     """Copy a checkpoint's tensors, in their dtypes, beside the parameters."""
     found = [
         (key, param, saved["state"][number][key], new)

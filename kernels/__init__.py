@@ -7,7 +7,7 @@ Importing this package does not import Triton; launching a kernel does.
 # which transformers imports if it finds it: under that name nothing is here, not even an error.
 if __name__ != "kernels":
     from .api import SegmentStatistics, fused_normalize_gradient, fused_step_, segment_statistics
-    from .tuning import Tuning
+    from .devices import Tuning
 
     __all__ = [
         "SegmentStatistics",

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..checks import check_float, check_masters, check_step, check_tensors
-from ..options import Options
+from ..options import Options, StepOptions, functional_options
 from ..records import (
     MEAN,
     STD,
@@ -21,14 +21,17 @@ from ..records import (
 )
 from ..tensors import apart
 from .build_plan import build
-from .devices import tuning_for
+from .devices import Tuning, tuning_for
 from .fused_step import FusedStep
 from .launch import LaunchInputs, statistics
 from .layout import walk
 from .plan import Entry
 from .support import why_not
-from .tables import encode
-from .tuning import Tuning
+from .tables import SLICE_LENGTH, encode
+
+if TYPE_CHECKING:
+    # typing has it from Python 3.11 on
+    from typing_extensions import Unpack
 
 
 @torch.no_grad()
@@ -38,24 +41,14 @@ def fused_step_(
     momentum_buffers: Sequence[Tensor] | None,
     *,
     lr: float | Tensor,
-    momentum: float = 0.9,
-    nesterov: bool = False,
-    weight_decay: float = 0.0,
-    eps: float = 1e-8,
-    granularity: str = "tensor",
-    normalizer: str = "zscore",
-    centering: float = 1.0,
-    center_1d: bool = False,
-    nonfinite: str = "skip",
-    maximize: bool = False,
     masters: Sequence[Tensor | None] | None = None,
     rounding_key: int | None = None,
-    accumulation_steps: int = 1,
     windows: Sequence[Tensor] | None = None,
     closing: bool = True,
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
     tuning: Tuning | None = None,
+    **step_options: Unpack[StepOptions],
 ) -> Tensor:
     """One step of BNGD by the kernels, in place; the twin of `bngd_triton.reference.step_`.
 
@@ -66,25 +59,17 @@ def fused_step_(
             the CPU with TRITON_INTERPRET=1), written in place.
         grads: n tensors of the same shapes, of any of these dtypes and any layout.
         momentum_buffers: n tensors of the same shapes, written; None where there is no momentum.
-        lr: as in `reference.step_`, like all that follow but the last.
-        momentum: see there.
-        nesterov: see there.
-        weight_decay: see there.
-        eps: see there.
-        granularity: see there.
-        normalizer: see there.
-        centering: see there.
-        center_1d: see there.
-        nonfinite: see there.
-        maximize: see there.
+        lr: as in `reference.step_`, like all that follow but the last two.
         masters: see there.
         rounding_key: see there.
-        accumulation_steps: see there.
         windows: see there.
         closing: see there.
         grad_scale: see there.
         found_inf: see there.
         tuning: sizes of the work items; None takes those of the device.
+        **step_options: the options of `bngd_triton.BNGD` by their names, with its defaults:
+            momentum, nesterov, weight_decay, eps, granularity, normalizer, centering, center_1d,
+            nonfinite, maximize and accumulation_steps.
 
     Returns:
         The number of slices skipped, a 0-dim int64 tensor on the first parameter's device.
@@ -95,11 +80,7 @@ def fused_step_(
         RuntimeError: the kernels cannot serve a tensor; says why and what to do.
         FloatingPointError: a non-finite gradient with ``nonfinite="raise"``.
     """
-    options = Options(
-        lr, momentum, nesterov, weight_decay, eps, granularity, normalizer, centering, center_1d,
-        nonfinite, maximize, None if rounding_key is None else "stochastic", None,
-        accumulation_steps,
-    )  # fmt: skip
+    options = functional_options(lr, rounding_key, step_options)
     check_tensors(params, grads, momentum_buffers, buffered=options.buffered)
     check_masters(params, masters, windows, options)
     grads = apart(grads, [*params, *(momentum_buffers or ()), *(masters or ())])
@@ -109,7 +90,7 @@ def fused_step_(
     inputs = functional_inputs(params, closing, rounding_key, grad_scale, found_inf)
     filled = [member for member in members if member.param.numel()]
     if filled:
-        FusedStep(filled, [options], tuning).run(filled, [options], inputs)
+        FusedStep(filled, [options], tuning).update(filled, [options], inputs)
     return skipped_slices(members)
 
 
@@ -221,5 +202,5 @@ def segment_statistics(
     inputs = LaunchInputs(table, none, unscaled, torch.zeros_like(unscaled))
     statistics(plan, inputs)
     records = [entry.record for entry in entries]
-    found = torch.cat(records[:1] if granularity == "global" else records)
-    return SegmentStatistics(plan.segments[:, 2].double(), found[:, MEAN], found[:, STD])
+    record = torch.cat(records[:1] if granularity == "global" else records)
+    return SegmentStatistics(plan.slices[:, SLICE_LENGTH].double(), record[:, MEAN], record[:, STD])

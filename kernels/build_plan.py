@@ -9,15 +9,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .devices import Tuning
 from .plan import Batch, Entry, Kind, Plan
-from .tuning import Tuning
 
-# what the kernels' tables have to a row
-SLICE, TILE, SEGMENT, CHUNK = 5, 5, 6, 4
+from .tables import (  # isort: skip
+    CHUNK_COLUMNS, CHUNK_LENGTH, CHUNK_SLICE, CHUNK_START, CHUNK_TENSOR, FACTORS_COLUMNS,
+    MOMENTS_COLUMNS, RECORD_BYTES, ROW_CODED, ROW_COLUMNS, ROW_LENGTH, ROW_RECORD, ROW_WINDOW,
+    SLICE_CODED, SLICE_COLUMNS, SLICE_FIRST, SLICE_LENGTH, SLICE_RECORD, SLICE_SPANS, SLICE_WINDOW,
+    SPAN_COLUMNS, SPAN_LENGTH, SPAN_PARTIAL, SPAN_SLICE, SPAN_START, SPAN_TENSOR, TILE_COLUMNS,
+    TILE_FIRST_ROW, TILE_LISTED, TILE_ROWS, TILE_TENSOR, TILE_WIDTH,
+)  # fmt: skip
+
 # of tables: laid out on the CPU, whatever the default device, and uploaded whole
 INT64: dict[str, Any] = {"dtype": torch.int64, "device": "cpu"}
-# bytes to a slice in a record: three float64
-RECORD = 24
 
 
 def build(entries: Sequence[Entry], tuning: Tuning, *, tiles: bool = True) -> Plan:
@@ -27,18 +31,18 @@ def build(entries: Sequence[Entry], tuning: Tuning, *, tiles: bool = True) -> Pl
         entries: the tensors, in the order in which `Plan.point_at` will get their gradients.
         tuning: sizes of the work items.
         tiles: finish rows and tensors that fit in registers in the first launch. Without it
-            every slice has statistics and a fold in the plan's tables.
+            every slice has spans, and factors in the plan's table.
     """
     device = entries[0].param.device
     kinds: dict[Kind, list[int]] = {}
-    # of the tile that finishes an entry's rows; 0 where they are segments
+    # of the tile that finishes an entry's rows; 0 where they have spans
     columns = []
     for i, entry in enumerate(entries):
         kind = entry.kind
         kinds.setdefault(kind, []).append(i)
         columns.append(_tile_columns(entry, kind.aligned, tuning) if tiles else 0)
 
-    segments, spans, n_partials = _segments(entries, columns, tuning)
+    slices, places, n_partials = _slices(entries, columns, tuning)
     batches = []
     grad_ptrs = torch.empty(len(entries), dtype=torch.int64, device=device)
     end = 0
@@ -47,22 +51,22 @@ def build(entries: Sequence[Entry], tuning: Tuning, *, tiles: bool = True) -> Pl
         pointers = grad_ptrs[end - len(members) : end]
         # tensors that share a tile are neighbours in the tables
         members.sort(key=lambda i: columns[i] if entries[i].rows == 1 else 0)
-        batches.append(_batch(entries, members, kind, columns, spans, tuning, pointers))
+        batches.append(_batch(entries, members, kind, columns, places, tuning, pointers))
     homes = {(entries[i].shared, kind) for kind, members in kinds.items() for i in members}
     groups = [shared for shared, _ in homes if shared is not None]
     order = [i for batch in batches for i in batch.order]
-    n = len(segments)
+    n = len(slices)
     return Plan(
         device=device,
         tuning=tuning,
         batches=batches,
-        segments=segments.to(device),
-        partials=torch.zeros(5, n_partials, dtype=torch.float64, device=device),
+        slices=slices.to(device),
+        partials=torch.zeros(MOMENTS_COLUMNS, n_partials, dtype=torch.float64, device=device),
         arrived=torch.zeros(n, dtype=torch.int32, device=device),
-        factors=torch.zeros(n, 8, dtype=torch.float32, device=device),
+        factors=torch.zeros(n, FACTORS_COLUMNS, dtype=torch.float32, device=device),
         records=[entry.record for entry in entries],
         windows=[entry.window for entry in entries if entry.window is not None],
-        spanning=len(groups) > len(set(groups)),
+        across_batches=len(groups) > len(set(groups)),
         grad_bytes=sum(entry.grad.numel() * entry.grad.element_size() for entry in entries),
         grad_ptrs=grad_ptrs,
         # a list in C; of one place itemgetter would give no tuple
@@ -70,55 +74,49 @@ def build(entries: Sequence[Entry], tuning: Tuning, *, tiles: bool = True) -> Pl
     )
 
 
-class _Span(NamedTuple):
-    """Where a tensor's segments and partial results are."""
+class _Place(NamedTuple):
+    """Where a tensor's slices and partial results are."""
 
-    segment: int
-    partial: int
-    # elements of a slice, slices of a row
+    first_slice: int
+    first_partial: int
+    # elements of a span
     step: int
-    slices: int
 
 
-def _segments(
+def _slices(
     entries: Sequence[Entry], columns: Sequence[int], tuning: Tuning
-) -> tuple[Tensor, list[_Span | None], int]:
-    """The segment table, each entry's place in it, and the number of partial results."""
+) -> tuple[Tensor, list[_Place | None], int]:
+    """The table of slices, each entry's place in it, and the number of partial results."""
     shared: dict[int | None, list[int]] = {}
     for i, entry in enumerate(entries):
         if entry.shared is not None:
             shared.setdefault(entry.shared, []).append(i)
     tables: list[Tensor] = []
-    spans: list[_Span | None] = [None] * len(entries)
-    n_segments = n_partials = 0
-    done = set()
+    places: list[_Place | None] = [None] * len(entries)
+    n_slices = n_partials = 0
     for i, entry in enumerate(entries):
-        if columns[i] or i in done:
+        if columns[i] or places[i]:
             continue
         members = shared.get(entry.shared, [i])
         total = sum(entries[j].length for j in members)
-        step = _slice_step(total, tuning)
+        step = _span_step(total, tuning)
         first = n_partials
         for j in members:
-            slices = -(-entries[j].length // step)
-            spans[j] = _Span(n_segments, n_partials, step, slices)
-            n_partials += slices * entries[j].rows
-            done.add(j)
-        per_segment = (n_partials - first) // entry.rows
-        table = torch.empty(entry.rows, SEGMENT, **INT64)
+            places[j] = _Place(n_slices, n_partials, step)
+            n_partials += -(-entries[j].length // step) * entries[j].rows
+        per_slice = (n_partials - first) // entry.rows
+        table = torch.zeros(entry.rows, SLICE_COLUMNS, **INT64)
         row = _arange(entry.rows)
-        table[:, 0] = row * per_segment + first
-        table[:, 1] = per_segment
-        table[:, 2] = total
-        table[:, 3] = entry.coded
-        table[:, 4] = address(entry.record) + row * RECORD
-        table[:, 5] = 0
+        table[:, SLICE_FIRST] = row * per_slice + first
+        table[:, SLICE_SPANS] = per_slice
+        table[:, SLICE_LENGTH] = total
+        table[:, SLICE_CODED] = entry.coded
+        table[:, SLICE_RECORD] = address(entry.record) + row * RECORD_BYTES
         if entry.window is not None:
-            table[:, 5] = address(entry.window) + row
+            table[:, SLICE_WINDOW] = address(entry.window) + row
         tables.append(table)
-        n_segments += entry.rows
-    segments = _stack(tables, SEGMENT)
-    return segments, spans, n_partials
+        n_slices += entry.rows
+    return _stack(tables, SLICE_COLUMNS), places, n_partials
 
 
 def _batch(
@@ -126,20 +124,19 @@ def _batch(
     members: list[int],
     kind: Kind,
     columns: Sequence[int],
-    spans: Sequence[_Span | None],
+    places: Sequence[_Place | None],
     tuning: Tuning,
     grad_ptrs: Tensor,
 ) -> Batch:
     """The tables of one batch, in one upload."""
-    slices: list[Tensor] = []
+    spans: list[Tensor] = []
     chunks: list[Tensor] = []
     tiles: list[Tensor] = []
     for at, i in enumerate(members):
-        entry, span = entries[i], spans[i]
-        if span is not None:
-            partial = _arange(span.slices * entry.rows) + span.partial
-            slices.append(_cut(at, entry, span.step, partial, span.segment))
-            chunks.append(_cut(at, entry, tuning.chunk, None, span.segment))
+        entry, place = entries[i], places[i]
+        if place is not None:
+            spans.append(_spans(at, entry, place))
+            chunks.append(_chunks(at, entry, place, tuning.chunk))
         elif entry.rows > 1:
             tiles.append(_tiles(at, entry.rows, False, columns[i], tuning))
     for width in tuning.tile_columns:
@@ -148,9 +145,9 @@ def _batch(
             tiles.append(_tiles(small[0], len(small), True, width, tuning))
 
     parts = {
-        "slices": _stack(slices, SLICE),
-        "tiles": _stack(tiles, TILE),
-        "chunks": _stack(chunks, CHUNK),
+        "spans": _stack(spans, SPAN_COLUMNS),
+        "tiles": _stack(tiles, TILE_COLUMNS),
+        "chunks": _stack(chunks, CHUNK_COLUMNS),
         "rows": torch.tensor([_row(entries[i]) for i in members], **INT64),
         "param_ptrs": torch.tensor([address(entries[i].param) for i in members], **INT64),
         "momentum_ptrs": torch.tensor([address(entries[i].buffer) for i in members], **INT64),
@@ -161,7 +158,7 @@ def _batch(
     return Batch(
         order=members,
         kind=kind,
-        n_slices=len(parts["slices"]),
+        n_spans=len(parts["spans"]),
         n_tiles=len(parts["tiles"]),
         n_chunks=len(parts["chunks"]),
         grad_ptrs=grad_ptrs,
@@ -169,32 +166,48 @@ def _batch(
     )
 
 
-def _cut(at: int, entry: Entry, step: int, partial: Tensor | None, segment: int) -> Tensor:
-    """Cut every row of a tensor in steps: tensor, first element, elements(, partial), segment."""
-    length = entry.length
-    starts = _arange(length, step)
-    sizes = (length - starts).clamp(max=step)
-    row = _arange(entry.rows)
-    table = torch.empty(entry.rows, len(starts), CHUNK if partial is None else SLICE, **INT64)
-    table[..., 0] = at
-    table[..., 1] = row[:, None] * length + starts
-    table[..., 2] = sizes
-    if partial is not None:
-        table[..., 3] = partial.view(entry.rows, -1)
-    table[..., -1] = segment + row[:, None] if entry.shared is None else segment
-    return table.view(-1, table.shape[-1])
+def _spans(at: int, entry: Entry, place: _Place) -> Tensor:
+    """The spans of all rows of tensor `at`."""
+    starts, lengths, slices = _cut(entry, place.step, place.first_slice)
+    table = torch.empty(len(starts), SPAN_COLUMNS, **INT64)
+    table[:, SPAN_TENSOR] = at
+    table[:, SPAN_START] = starts
+    table[:, SPAN_LENGTH] = lengths
+    table[:, SPAN_PARTIAL] = _arange(len(starts)) + place.first_partial
+    table[:, SPAN_SLICE] = slices
+    return table
+
+
+def _chunks(at: int, entry: Entry, place: _Place, step: int) -> Tensor:
+    """The chunks of all rows of tensor `at`, of at most `step` elements."""
+    starts, lengths, slices = _cut(entry, step, place.first_slice)
+    table = torch.empty(len(starts), CHUNK_COLUMNS, **INT64)
+    table[:, CHUNK_TENSOR] = at
+    table[:, CHUNK_START] = starts
+    table[:, CHUNK_LENGTH] = lengths
+    table[:, CHUNK_SLICE] = slices
+    return table
+
+
+def _cut(entry: Entry, step: int, first_slice: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Cut every row: first element, elements and slice of each part."""
+    starts = _arange(entry.length, step)
+    lengths = (entry.length - starts).clamp(max=step).repeat(entry.rows)
+    rows = _arange(entry.rows).repeat_interleave(len(starts))
+    starts = starts.repeat(entry.rows) + rows * entry.length
+    return starts, lengths, first_slice + (rows if entry.shared is None else rows * 0)
 
 
 def _tiles(at: int, rows: int, listed: bool, columns: int, tuning: Tuning) -> Tensor:
     """Tiles of `rows` rows from tensor `at` on: of that tensor, or one per tensor if `listed`."""
     per_tile = tuning.tile_rows(columns)
     first = _arange(rows, per_tile)
-    table = torch.empty(len(first), TILE, **INT64)
-    table[:, 0] = at + first if listed else at
-    table[:, 1] = (rows - first).clamp(max=per_tile)
-    table[:, 2] = 0 if listed else first
-    table[:, 3] = int(listed)
-    table[:, 4] = columns
+    table = torch.empty(len(first), TILE_COLUMNS, **INT64)
+    table[:, TILE_TENSOR] = at + first if listed else at
+    table[:, TILE_ROWS] = (rows - first).clamp(max=per_tile)
+    table[:, TILE_FIRST_ROW] = 0 if listed else first
+    table[:, TILE_LISTED] = int(listed)
+    table[:, TILE_WIDTH] = columns
     return table
 
 
@@ -204,8 +217,11 @@ def _stack(tables: list[Tensor], columns: int) -> Tensor:
 
 def _row(entry: Entry) -> list[int]:
     """A tensor's row of the table for tiles."""
-    window = 0 if entry.window is None else address(entry.window)
-    return [entry.length, entry.coded, address(entry.record), window]
+    row = [0] * ROW_COLUMNS
+    row[ROW_LENGTH], row[ROW_CODED] = entry.length, entry.coded
+    row[ROW_RECORD] = address(entry.record)
+    row[ROW_WINDOW] = 0 if entry.window is None else address(entry.window)
+    return row
 
 
 def _master(entry: Entry) -> int:
@@ -222,9 +238,9 @@ def _arange(end: int, step: int = 1) -> Tensor:
     return torch.arange(0, end, step, **INT64)
 
 
-def _slice_step(length: int, tuning: Tuning) -> int:
+def _span_step(length: int, tuning: Tuning) -> int:
     granule = tuning.block * tuning.unroll
-    step = max(tuning.slice, -(-length // tuning.max_partials))
+    step = max(tuning.span, -(-length // tuning.max_spans))
     return -(-step // granule) * granule
 
 
@@ -232,7 +248,7 @@ def _tile_columns(entry: Entry, aligned: bool, tuning: Tuning) -> int:
     """The narrowest tile shape that holds a row; 0 where rows are not finished in registers.
 
     A tile masks by the row's length, which must not cut a wide access: small aligned tensors of
-    odd length are segments, which take their last entries apart.
+    odd length have spans, which take their last entries apart.
     """
     if entry.shared is not None or (aligned and entry.length % entry.granule):
         return 0

@@ -1,4 +1,4 @@
-"""Sizes of the work items by architecture, and what an architecture can do.
+"""Sizes of the work items, by architecture, and what an architecture can do.
 
 No row has been timed yet. A row's reason is what ahead-of-time compilation (`tests/aot.py`) and
 public specifications show; nothing is tuned while a program runs. A measurement replaces a row's
@@ -8,12 +8,69 @@ sizes and its reason together.
 from __future__ import annotations
 
 import functools
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 
-from .tuning import Tuning, gpu_tuning
+
+@dataclass(frozen=True)
+class Tuning:
+    """Sizes of the work items, in elements unless named otherwise; all powers of two.
+
+    Attributes:
+        wide: stream statistics in float64 lanes; else in blocks of float32.
+        block: lanes of a statistics program; times `unroll`, the granule of a span.
+        unroll: rows of `block` per trip of the streaming loop.
+        span: least size of a span. A slice has at most `max_spans` of them.
+        max_spans: bounds the table of partial results, and the merge by one program.
+        merge: partial results merged per trip.
+        update_block: elements per trip of an update program.
+        chunk: elements per update program.
+        tile: entries held in registers by a program that finishes rows or small tensors; rows
+            longer than this are cut into spans.
+        warps: per program of the first launch.
+        update_warps: per program of the second launch.
+        form: "two-launch" or "single-launch"; None leaves it to `launch.form_for`.
+        single_from: bytes of gradient in a plan from which on one launch is taken.
+        single_to: bytes of gradient below which it is; 0 for never.
+        wave: most bytes of gradient in a wave of the single launch; see `devices.wave_for`.
+            Programs wait where two waves have fewer spans than there are programs: 8 MiB are 256
+            spans of 8192 float32, and an H200 runs 528 programs.
+        programs_per_sm: of the single launch; 4 fit the registers of an SM, 3 with tiles.
+    """
+
+    wide: bool = True
+    block: int = 512
+    unroll: int = 4
+    span: int = 8192
+    max_spans: int = 4096
+    merge: int = 256
+    update_block: int = 1024
+    chunk: int = 8192
+    tile: int = 2048
+    warps: int = 4
+    update_warps: int = 4
+    form: str | None = None
+    single_from: int = 0
+    single_to: int = 0
+    wave: int = 8 << 20
+    programs_per_sm: int = 4
+
+    @property
+    def tile_columns(self) -> tuple[int, ...]:
+        """Row capacities of the tile's shapes; the narrowest that holds a row is used."""
+        return tuple(self.tile >> shrink for shrink in (6, 4, 2, 0))
+
+    def tile_rows(self, columns: int) -> int:
+        """Rows of the tile that has this many columns."""
+        return max(1, self.block // columns)
+
+
+def gpu_tuning(*, wide: bool, wave: int) -> Tuning:
+    """The sizes for a GPU whose warps have `wave` lanes."""
+    # two waves of 64 are the threads of four warps; with four, 16-byte loads become 8-byte ones
+    return Tuning(wide=wide, warps=128 // wave)
 
 
 class Row(NamedTuple):
@@ -25,8 +82,8 @@ class Row(NamedTuple):
 
 # float64 at half the float32 rate (H100: 1/2 by the specification): lanes of it cost no time
 _LANES = gpu_tuning(wide=True, wave=32)
-# float64 at 1/64 or less: register tiles in float32, merged as scalars
-_TILES = gpu_tuning(wide=False, wave=32)
+# float64 at 1/64 or less: blocks of float32 in registers, merged as scalars
+_BLOCKS = gpu_tuning(wide=False, wave=32)
 
 TABLE: dict[str, Row] = {
     "sm_80": Row(
@@ -41,22 +98,25 @@ TABLE: dict[str, Row] = {
         _LANES,
         "float64 at 1/2; 80 registers leave 6 programs to an SM; 16-byte accesses",
     ),
-    "sm_86": Row(_TILES, "float64 at 1/64; 80 registers in the streaming loop; 16-byte accesses"),
-    "sm_89": Row(_TILES, "float64 at 1/64; 80 registers in the streaming loop; 16-byte accesses"),
-    "sm_120": Row(_TILES, "float64 at 1/64; 80 registers in the streaming loop; 16-byte accesses"),
+    "sm_86": Row(_BLOCKS, "float64 at 1/64; 80 registers in the streaming loop; 16-byte accesses"),
+    "sm_89": Row(_BLOCKS, "float64 at 1/64; 80 registers in the streaming loop; 16-byte accesses"),
+    "sm_120": Row(_BLOCKS, "float64 at 1/64; 80 registers in the streaming loop; 16-byte accesses"),
     # float64 at its float32 rate or half of it; two waves of 64 lanes are the threads of four
     # warps, and with four waves 16-byte loads become 8-byte ones
     "gfx90a": Row(gpu_tuning(wide=True, wave=64), "float64 at the rate of float32; 16-byte loads"),
     "gfx942": Row(gpu_tuning(wide=True, wave=64), "float64 at 1/2; 16-byte loads by two waves"),
     "gfx950": Row(gpu_tuning(wide=True, wave=64), "float64 at 1/2, as gfx942; not compiled here"),
     "interpreter": Row(
-        Tuning(block=4096, unroll=1, slice=65536, update_block=16384, chunk=65536),
+        Tuning(block=4096, unroll=1, span=65536, update_block=16384, chunk=65536),
         "a program costs the interpreter 50 us and a trip 0.1 ms, whatever its width",
     ),
 }
 # what the others share is that nothing is known of their float64
 OTHERS = {
-    32: Row(_TILES, "an architecture without a row: its float64 may be slow, tiles never are"),
+    32: Row(
+        _BLOCKS,
+        "an architecture without a row: float64 may be slow, float32 never is",
+    ),
     64: Row(gpu_tuning(wide=False, wave=64), "the same, with waves of 64 lanes"),
 }
 

@@ -9,15 +9,15 @@ from struct import pack
 import torch
 from torch import Tensor
 
-from ..options import Options
+from ..options import Options, on_a_device
 from ..records import StepInputs, StepTensor, rounds_stochastically, slices_of
 from .build_plan import build
-from .devices import tuning_for
-from .launch import LaunchInputs, launch, measure, move
+from .devices import Tuning, tuning_for
+from .launch import LaunchInputs, measure, update, update_by
 from .layout import Walk, walk
 from .plan import ALIGNMENT, Entry, Plan, capturing, upload
-from .tables import Rates, encode, on_a_device
-from .tuning import Tuning
+from .rates import Rates
+from .tables import OPTION_COLUMNS, encode
 
 
 class FusedStep:
@@ -28,7 +28,7 @@ class FusedStep:
         groups: the options, one `Options` for each group that a member names.
         tuning: sizes of the work items; None takes those of the device.
         apart: every tensor is a slice, or rows of slices, of which other processes may hold more:
-            for `measure` and `move` in the place of `run`.
+            for `measure` and `update_by` in the place of `update`.
     """
 
     def __init__(
@@ -44,8 +44,8 @@ class FusedStep:
         self.params = [member.param for member in members]
         self._devices: list[_Device] = []
         for device in dict.fromkeys(member.param.device for member in members):
-            here = [i for i, member in enumerate(members) if member.param.device == device]
-            self._devices.append(_Device(device, here, members, groups, tuning, apart))
+            order = [i for i, member in enumerate(members) if member.param.device == device]
+            self._devices.append(_Device(device, order, members, groups, tuning, apart))
 
     @classmethod
     def fitting(
@@ -74,8 +74,8 @@ class FusedStep:
                 group,
                 param.data_ptr(), param.dtype, param.shape, param.stride(), param.device,
                 *(
-                    None if one is None else (one.data_ptr(), one.dtype, one.stride())
-                    for one in (momentum, master, window, record)
+                    None if state is None else (state.data_ptr(), state.dtype, state.stride())
+                    for state in (momentum, master, window, record)
                 ),
                 grad.dtype, grad.stride(), grad.is_neg(), grad.data_ptr() % ALIGNMENT == 0, key,
             )
@@ -106,10 +106,10 @@ class FusedStep:
         for device in self._devices:
             device.write(groups, closing)
 
-    def run(
+    def update(
         self, members: Sequence[StepTensor], groups: Sequence[Options], inputs: StepInputs
     ) -> None:
-        """Move the parameters.
+        """Update the parameters.
 
         Args:
             members: of the same signature as those this step was prepared for.
@@ -118,7 +118,7 @@ class FusedStep:
         """
         self.write(groups, inputs.closing)
         for device in self._devices:
-            device.run(members, inputs)
+            device.update(members, inputs)
         torch.autograd.graph.increment_version(self.params)
 
     def measure(
@@ -127,12 +127,12 @@ class FusedStep:
         """The statistics of what is at hand of each member's slices; see `launch.measure`.
 
         Args:
-            members: as for `run`, like what follows.
+            members: as for `update`, like what follows.
             groups: see there.
             inputs: see there.
 
         Returns:
-            float64 [slices, 5] for each member, in order.
+            float64 [slices, MOMENTS_COLUMNS] for each member, in order.
         """
         self.write(groups, inputs.closing)
         for device in self._devices:
@@ -141,24 +141,24 @@ class FusedStep:
 
     def measure_again(self, inputs: StepInputs) -> list[Tensor]:
         """As `measure`, after `point_at`; options are those last written."""
-        found: dict[int, Tensor] = {}
+        moments: dict[int, Tensor] = {}
         for device in self._devices:
-            tables = measure(device.plan, device.launch_inputs(inputs))
-            found |= dict(zip(device.order, tables.split([path.rows for path in device.walks])))
-        return [found[i] for i in range(len(found))]
+            whole = measure(device.plan, device.launch_inputs(inputs))
+            moments |= dict(zip(device.order, whole.split([path.rows for path in device.walks])))
+        return [moments[i] for i in range(len(moments))]
 
-    def move(self, tables: Sequence[Tensor], inputs: StepInputs) -> None:
-        """Move the parameters by the statistics of whole slices, after `measure`."""
+    def update_by(self, moments: Sequence[Tensor], inputs: StepInputs) -> None:
+        """Update the parameters by the statistics of whole slices, after `measure`."""
         for device in self._devices:
-            whole = torch.cat([tables[i] for i in device.order])
-            move(device.plan, device.launch_inputs(inputs), whole)
+            whole = torch.cat([moments[i] for i in device.order])
+            update_by(device.plan, device.launch_inputs(inputs), whole)
             device.unstage()
         torch.autograd.graph.increment_version(self.params)
 
-    def run_again(self, inputs: StepInputs) -> None:
-        """Move the parameters, after `point_at`; options are those last written."""
+    def update_again(self, inputs: StepInputs) -> None:
+        """Update the parameters, after `point_at`; options are those last written."""
         for device in self._devices:
-            launch(device.plan, device.launch_inputs(inputs))
+            update(device.plan, device.launch_inputs(inputs))
         torch.autograd.graph.increment_version(self.params)
 
     def point_at(self, addresses: list[int]) -> bool:
@@ -172,10 +172,10 @@ class FusedStep:
             reads this step's tables.
         """
         for device in self._devices:
-            here = addresses
+            its_own = addresses
             if len(self._devices) > 1:
-                here = [addresses[i] for i in device.order]
-            if not device.plan.point_at(here):
+                its_own = [addresses[i] for i in device.order]
+            if not device.plan.point_at(its_own):
                 return False
         return True
 
@@ -227,7 +227,7 @@ class _Device:
         # of the table: what was written, and the options and ends of windows it was made from
         self.rows: list[list[float]] = [[]] * len(groups)
         self.written: Sequence[tuple[Options | None, bool]] = [(None, False)] * len(groups)
-        self.table = torch.empty(len(groups), 16, dtype=torch.float64, device=device)
+        self.table = torch.empty(len(groups), OPTION_COLUMNS, dtype=torch.float64, device=device)
         self.rates = Rates(self.table)
         self.unscaled = torch.ones(1, dtype=torch.float32, device=device)
         self.finite = torch.zeros(1, dtype=torch.float32, device=device)
@@ -271,35 +271,33 @@ class _Device:
             self.last_inputs = made
         return self.last_inputs
 
-    def run(self, members: Sequence[StepTensor], inputs: StepInputs) -> None:
+    def update(self, members: Sequence[StepTensor], inputs: StepInputs) -> None:
         self.stage(members)
-        launch(self.plan, self.launch_inputs(inputs))
+        update(self.plan, self.launch_inputs(inputs))
         self.unstage()
 
     def stage(self, members: Sequence[StepTensor]) -> None:
         """Point the plan at the gradients, and fill the copies that are walked in their place."""
-        here = [members[i] for i in self.order]
-        self._staged = [
-            path.gradient(gradient_of(member)) for path, member in zip(self.walks, here)
-        ]
+        pairs = [(path, members[i]) for path, i in zip(self.walks, self.order)]
+        self._staged = [path.gradient(gradient_of(member)) for path, member in pairs]
         self._copies = [
-            (mine, theirs)
-            for path, member in zip(self.walks, here)
-            for mine, theirs in (
+            (copy, tensor)
+            for path, member in pairs
+            for copy, tensor in (
                 (path.param, member.param),
                 (path.momentum, member.momentum),
                 (path.master, member.master),
             )
-            if mine is not None and theirs is not None and mine.data_ptr() != theirs.data_ptr()
+            if copy is not None and tensor is not None and copy.data_ptr() != tensor.data_ptr()
         ]
-        for mine, theirs in self._copies:
-            mine.copy_(theirs)
+        for copy, tensor in self._copies:
+            copy.copy_(tensor)
         self.plan.point_at([grad.data_ptr() for grad in self._staged])
 
     def unstage(self) -> None:
         """Copy back; the launches are queued, and the allocator orders reuse after them."""
-        for mine, theirs in self._copies:
-            theirs.copy_(mine)
+        for copy, tensor in self._copies:
+            tensor.copy_(copy)
         self._staged, self._copies = [], []
 
 

@@ -1,4 +1,4 @@
-"""Launchers: the fused twin of `bngd_triton.reference`, and the only code that imports Triton."""
+"""What a plan launches, made when it is first asked for: only then are the kernels imported."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from .devices import RELEASES_WAIT_FROM, processors, releases_wait
 from .launcher import Launch
 from .plan import Batch, Plan
 from .support import interpreting
+from .tables import MOMENTS_COLUMNS
 
 FORMS = ("two-launch", "single-launch")
 
@@ -32,7 +33,7 @@ def form_for(plan: Plan, form: str | None = None) -> str:
     form = form or tuning.form or FORMS[fits and releases_wait(plan.device)]
     if form not in FORMS:
         raise ValueError(f"form must be one of {', '.join(FORMS)}, got {form!r}")
-    if plan.spanning or form == FORMS[0]:
+    if plan.across_batches or form == FORMS[0]:
         return FORMS[0]
     if not releases_wait(plan.device):
         import triton
@@ -50,7 +51,7 @@ class LaunchInputs(NamedTuple):
     """What a step reads besides its plan, by the kernels' names; all on the plan's device.
 
     Attributes:
-        options_ptr: float64 [groups, 16], rows as `tables.encode` makes them.
+        options_ptr: float64 [groups, OPTION_COLUMNS], rows as `tables.encode` makes them.
         clocks_ptr: int64 [groups], the seeds of stochastic rounding.
         scale_ptr: float32 [1], a GradScaler's scale.
         found_ptr: float32 [1], what a GradScaler found.
@@ -62,7 +63,7 @@ class LaunchInputs(NamedTuple):
     found_ptr: Tensor
 
 
-def launch(plan: Plan, inputs: LaunchInputs, form: str | None = None) -> None:
+def update(plan: Plan, inputs: LaunchInputs, form: str | None = None) -> None:
     """Run a step: for each batch a launch for the statistics, then one for the updates; or one.
 
     Args:
@@ -78,48 +79,49 @@ def launch(plan: Plan, inputs: LaunchInputs, form: str | None = None) -> None:
                 _single(plan) if form == "single-launch" else [*_statistics(plan), *_updates(plan)]
             )
             launches = plan.launches[form] = made
-        for one in launches:
-            one(inputs)
+        for launch in launches:
+            launch(inputs)
 
 
 def statistics(plan: Plan, inputs: LaunchInputs) -> None:
-    """Records and folds of all segments of a plan without tiles; nothing moves."""
+    """Records and factors of all slices of a plan without tiles; nothing is updated."""
     with on_device(plan.device):
-        for one in _statistics(plan):
-            one(inputs)
+        for launch in _statistics(plan):
+            launch(inputs)
 
 
 def measure(plan: Plan, inputs: LaunchInputs) -> Tensor:
-    """The first half of a step whose segments lie on several processes, for plans without tiles.
+    """The first half of a step whose slices lie on several processes, for plans without tiles.
 
     Returns:
-        float64 [segments, 5]: entries, mean, sum of squared deviations, least, greatest, of the
-        parts at hand. Least and greatest are meaningless where `Tuning.wide`.
+        float64 [slices, MOMENTS_COLUMNS], of the parts at hand. Least and greatest are
+        meaningless where `Tuning.wide`.
     """
-    tables = torch.empty(len(plan.segments), 5, dtype=torch.float64, device=plan.device)
+    shape = (len(plan.slices), MOMENTS_COLUMNS)
+    moments = torch.empty(shape, dtype=torch.float64, device=plan.device)
     if "measure" not in plan.launches:
         plan.launches["measure"] = _statistics(plan, TABLES=True)
     with on_device(plan.device):
-        for one in plan.launches["measure"]:
-            one(inputs, tables_ptr=tables)
-    return tables
+        for launch in plan.launches["measure"]:
+            launch(inputs, moments_ptr=moments)
+    return moments
 
 
-def move(plan: Plan, inputs: LaunchInputs, tables: Tensor) -> None:
-    """The second half: fold the statistics of whole segments, and update.
+def update_by(plan: Plan, inputs: LaunchInputs, moments: Tensor) -> None:
+    """The second half: factors from the statistics of whole slices, and the updates.
 
     Args:
         plan: as for `measure`.
         inputs: likewise.
-        tables: float64 [segments, 5], contiguous.
+        moments: float64 [slices, MOMENTS_COLUMNS], contiguous.
     """
-    if "move" not in plan.launches:
-        plan.launches["move"] = [_publish(plan), *_updates(plan)]
-    publish, *updates = plan.launches["move"]
+    if "update by" not in plan.launches:
+        plan.launches["update by"] = [_publish(plan), *_updates(plan)]
+    publish, *updates = plan.launches["update by"]
     with on_device(plan.device):
-        publish(inputs, tables_ptr=tables)
-        for one in updates:
-            one(inputs)
+        publish(inputs, moments_ptr=moments)
+        for launch in updates:
+            launch(inputs)
 
 
 def rates_launch(addresses: Tensor, table: Tensor) -> Launch:
@@ -131,19 +133,19 @@ def rates_launch(addresses: Tensor, table: Tensor) -> Launch:
 
 
 def _statistics(plan: Plan, **constants: bool) -> list[Launch]:
-    """First launches: statistics and folds of the segments, or tables; tiles from start to end."""
+    """First launches: factors or statistics of the slices; tiles from start to end."""
     from .device.measure import _statistics_kernel
 
     return [
         Launch(
             _statistics_kernel,
-            batch.n_slices + batch.n_tiles,
+            batch.n_spans + batch.n_tiles,
             {
-                "slices_ptr": batch.slices,
-                "n_slices": batch.n_slices,
+                "spans_ptr": batch.spans,
+                "n_spans": batch.n_spans,
                 "tiles_ptr": batch.tiles,
-                "tables_ptr": plan.partials,
-                **_of_slices_and_tiles(plan, batch),
+                "moments_ptr": plan.partials,
+                **_of_spans_and_tiles(plan, batch),
                 "TABLES": False,
                 **constants,
             },
@@ -151,12 +153,12 @@ def _statistics(plan: Plan, **constants: bool) -> list[Launch]:
             num_warps=plan.tuning.warps,
         )
         for batch in plan.batches
-        if batch.n_slices + batch.n_tiles
+        if batch.n_spans + batch.n_tiles
     ]
 
 
 def _updates(plan: Plan) -> list[Launch]:
-    """Second launches: normalise and move the segments."""
+    """Second launches: normalise and update the slices with spans."""
     from .device.update import _update_kernel
 
     return [
@@ -165,8 +167,8 @@ def _updates(plan: Plan) -> list[Launch]:
             batch.n_chunks,
             {
                 "chunks_ptr": batch.chunks,
-                "segments_ptr": plan.segments,
-                "folds_ptr": plan.factors,
+                "slices_ptr": plan.slices,
+                "factors_ptr": plan.factors,
                 **_tensors(plan, batch),
                 "BLOCK": plan.tuning.update_block,
             },
@@ -179,16 +181,16 @@ def _updates(plan: Plan) -> list[Launch]:
 
 
 def _publish(plan: Plan) -> Launch:
-    """What folds statistics that were merged over processes."""
-    from .device.publish import _publish_kernel
+    """What makes factors of statistics that were merged over processes."""
+    from .device.factors import _publish_kernel
 
     return Launch(
         _publish_kernel,
-        len(plan.segments),
+        len(plan.slices),
         {
-            "n_segments": len(plan.segments),
-            "segments_ptr": plan.segments,
-            "folds_ptr": plan.factors,
+            "n_slices": len(plan.slices),
+            "slices_ptr": plan.slices,
+            "factors_ptr": plan.factors,
             "WIDE": plan.tuning.wide,
             "WINDOWS": bool(plan.windows),
         },
@@ -203,38 +205,38 @@ def _single(plan: Plan) -> list[Launch]:
 
     tuning = plan.tuning
     most = tuning.programs_per_sm * processors(plan.device)
-    found = []
+    launches = []
     for batch in plan.batches:
         work = batch.work(tuning)
         arguments = {
             "items_ptr": work.items,
             "n_items": len(work.items),
             "counters_ptr": work.counters,
-            "first_segment": work.first_segment,
-            "n_segments": len(work.counters) - 1,
-            **_of_slices_and_tiles(plan, batch),
+            "first_slice": work.first_slice,
+            "n_slices": len(work.counters) - 1,
+            **_of_spans_and_tiles(plan, batch),
             "UPDATE_BLOCK": tuning.update_block,
         }
         # warps of the first launch: the order of its sums depends on them, the update's bits do not
-        found.append(
+        launches.append(
             Launch(
                 _single_kernel, min(len(work.items), most), arguments, LaunchInputs._fields,
                 num_warps=tuning.warps,
             )
         )  # fmt: skip
-    return found
+    return launches
 
 
-def _of_slices_and_tiles(plan: Plan, batch: Batch) -> dict[str, Any]:
-    """What slices and tiles need in either form."""
+def _of_spans_and_tiles(plan: Plan, batch: Batch) -> dict[str, Any]:
+    """What spans and tiles need in either form."""
     tuning = plan.tuning
     return {
         "rows_ptr": batch.rows,
-        "segments_ptr": plan.segments,
+        "slices_ptr": plan.slices,
         "partials_ptr": plan.partials,
         "n_partials": plan.partials.shape[1],
         "arrived_ptr": plan.arrived,
-        "folds_ptr": plan.factors,
+        "factors_ptr": plan.factors,
         **_tensors(plan, batch),
         "WIDE": tuning.wide,
         "TILES": batch.n_tiles > 0,

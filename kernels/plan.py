@@ -1,9 +1,9 @@
 """What a step is laid out from, and what it reuses for as long as its tensors stay in place.
 
-Words: a *segment* is a contiguous run of one tensor with its own statistics (a tensor, or a long
-row), or all tensors of a global group together; a *slice* is the part of a segment that one
-program of the first launch reads; a *chunk* is the part that one program of the second launch
-moves; a *tile* is a set of rows or of small tensors that one program finishes in registers.
+Words: a *slice* has its own statistics: a tensor, a row, or all tensors of a global group together;
+a *span* is the part of a slice that one program of the first launch reads; a *chunk* is the part
+that one program of the second launch updates; a *tile* is a set of rows or of small tensors that
+one program finishes in registers. Only slices that no tile finishes are in the table of slices.
 
 Tensors that share storage dtypes and alignment form a *batch*: two launches serve it, whatever
 the number of tensors, groups and options. Statistics of all batches come before all updates, so
@@ -21,16 +21,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .devices import Tuning
 from .launcher import Launch
-from .tuning import Tuning
+from .tables import MASTER_COPY, PLAIN, REMAINDER, STOCHASTIC, coded
 from .work import Work, lay_out
 
 # bytes of the widest access
 ALIGNMENT = 16
 # for the lowest byte of an address, whether 16 does not divide it
 _UNALIGNED = bytes(byte % ALIGNMENT != 0 for byte in range(256))
-# `Kind.master`, as in rounding.py, which imports Triton
-PLAIN, REMAINDER, MASTER_COPY, STOCHASTIC = range(4)
 
 
 class Kind(NamedTuple):
@@ -39,7 +38,7 @@ class Kind(NamedTuple):
     param: torch.dtype
     grad: torch.dtype
     momentum: torch.dtype
-    # see `rounding.PLAIN` and what follows there
+    # see `tables.PLAIN` and what follows
     master: int
     aligned: bool
 
@@ -53,7 +52,7 @@ class Entry(NamedTuple):
         param: written in place.
         grad: read only.
         momentum: written in place; None without momentum.
-        record: float64 [rows, 3], written.
+        record: float64 [rows, RECORD_COLUMNS], written.
         option: the tensor's row of the option table.
         rows: slices along dimension 0; 1 when the tensor is one slice.
         centred: whether the mean is removed.
@@ -82,8 +81,8 @@ class Entry(NamedTuple):
 
     @property
     def coded(self) -> int:
-        """The option row, and whether the mean is removed, in one integer of a table."""
-        return self.option * 2 + self.centred
+        """See `tables.coded`."""
+        return coded(self.option, self.centred)
 
     @property
     def buffer(self) -> Tensor:
@@ -122,10 +121,10 @@ class Batch:
 
     order: list[int]
     kind: Kind
-    n_slices: int
+    n_spans: int
     n_tiles: int
     n_chunks: int
-    slices: Tensor
+    spans: Tensor
     tiles: Tensor
     chunks: Tensor
     rows: Tensor
@@ -139,7 +138,7 @@ class Batch:
         """The work list of a single launch, laid out when first asked for."""
         if self._work is None:
             wave = max(1, tuning.wave // self.kind.grad.itemsize)
-            self._work = lay_out(self.slices, self.tiles, self.chunks, wave)
+            self._work = lay_out(self.spans, self.tiles, self.chunks, wave)
         return self._work
 
 
@@ -150,15 +149,15 @@ class Plan:
     device: torch.device
     tuning: Tuning
     batches: list[Batch]
-    segments: Tensor
+    slices: Tensor
     partials: Tensor
     arrived: Tensor
     factors: Tensor
     # written through addresses in the tables: they must live as long
     records: list[Tensor]
     windows: list[Tensor]
-    # whether a segment has slices in several batches
-    spanning: bool
+    # whether a slice has spans in several batches
+    across_batches: bool
     # the batches' gradient addresses, one table, and what was uploaded to it last
     grad_ptrs: Tensor
     in_batch_order: Callable[[list[int]], tuple[int, ...]]

@@ -6,7 +6,7 @@
 Every kernel must, for each target, dtype combination and variant: stream with accesses as wide as
 its block allows, tell the caches what is read again and what is not, keep spills out of the
 streaming loops, stay within a register budget, and keep the acquires and releases around the
-counter that elects a segment's last program and, in the single launch, on the flag that its updates
+counter that elects a slice's last program and, in the single launch, on the flag that its updates
 wait for; and wait for all threads between the read of a window and its write.
 """
 
@@ -121,7 +121,7 @@ SASS_HINTS = {
     "store evict_first": r"STG\S*\.EF\b",
     "store evict_last": r"STG\S*\.EL\b",
 }
-# releases and acquires: around the counter that elects a segment's last program, and on its flag
+# releases and acquires: around the counter that elects a slice's last program, and on its flag
 FENCES = {"statistics": 1, "single": 2}
 # what a launch that moves parameters is told of them
 TENSORS = {
@@ -132,40 +132,40 @@ TENSORS = {
     "momentum_ptrs": "*i64",
     "master_ptrs": "*i64",
 }
-# what slices and tiles need in either form
+# what spans and tiles need in either form
 WORK = {
     "rows_ptr": "*i64",
-    "segments_ptr": "*i64",
+    "slices_ptr": "*i64",
     "partials_ptr": "*fp64",
     "n_partials": "i32",
     "arrived_ptr": "*i32",
-    "folds_ptr": "*fp32",
+    "factors_ptr": "*fp32",
     "scale_ptr": "*fp32",
     "found_ptr": "*fp32",
     **TENSORS,
 }
 SIGNATURES = {
     "statistics": {
-        "slices_ptr": "*i64",
-        "n_slices": "i32",
+        "spans_ptr": "*i64",
+        "n_spans": "i32",
         "tiles_ptr": "*i64",
-        "tables_ptr": "*fp64",
+        "moments_ptr": "*fp64",
         **WORK,
     },
     "single": {
         "items_ptr": "*i64",
         "n_items": "i32",
         "counters_ptr": "*i32",
-        "first_segment": "i32",
-        "n_segments": "i32",
+        "first_slice": "i32",
+        "n_slices": "i32",
         **WORK,
     },
-    "update": {"chunks_ptr": "*i64", "segments_ptr": "*i64", "folds_ptr": "*fp32", **TENSORS},
+    "update": {"chunks_ptr": "*i64", "slices_ptr": "*i64", "factors_ptr": "*fp32", **TENSORS},
     "publish": {
-        "tables_ptr": "*fp64",
-        "n_segments": "i32",
-        "segments_ptr": "*i64",
-        "folds_ptr": "*fp32",
+        "moments_ptr": "*fp64",
+        "n_slices": "i32",
+        "slices_ptr": "*i64",
+        "factors_ptr": "*fp32",
         "options_ptr": "*fp64",
         "scale_ptr": "*fp32",
         "found_ptr": "*fp32",
@@ -335,13 +335,13 @@ class Report:
 @functools.cache
 def load_kernels(folder: Path) -> dict[str, Any]:
     """The modules of a kernels folder, which need not be the installed one."""
-    package = types.ModuleType("aot_kernels")
+    package = types.ModuleType("bngd_triton.aot_kernels")
     package.__path__ = [str(folder)]
     sys.modules[package.__name__] = package
     names = {
-        "statistics": "device.measure", "publish": "device.publish", "update": "device.update",
+        "statistics": "device.measure", "publish": "device.factors", "update": "device.update",
         "single": "device.single_launch", "columns": "device.columns", "rates": "device.rates",
-        "architectures": "devices", "plan": "plan",
+        "architectures": "devices", "tables": "tables",
     }  # fmt: skip
     return {
         part: importlib.import_module(f"{package.__name__}.{name}") for part, name in names.items()
@@ -357,7 +357,7 @@ def build(case: Case, tuning: Any, modules: dict[str, Any]) -> Any:
         "GRAD": DTYPES[case.grad],
         "PARAM": DTYPES[case.param],
         "BUFFER": DTYPES[case.buffer],
-        "KIND": getattr(modules["plan"], MASTERS[case.master]),
+        "KIND": getattr(modules["tables"], MASTERS[case.master]),
         "ALIGNED": case.aligned,
         "WINDOWS": case.windows,
         "SOFT": False,

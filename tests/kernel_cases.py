@@ -11,12 +11,12 @@ from torch import Tensor
 from bngd_triton.kernels import Tuning
 from bngd_triton.kernels.support import interpreting
 
-# small work items, so that small tensors have several slices, chunks and merges;
+# small work items, so that small tensors have several spans, chunks and merges;
 # rows of up to 256 entries are tiles, but aligned ones whose length would cut a 16-byte access
 SMALL = {
     "block": 32,
     "unroll": 2,
-    "slice": 128,
+    "span": 128,
     "merge": 4,
     "update_block": 64,
     "chunk": 256,
@@ -25,7 +25,7 @@ SMALL = {
 LANES = Tuning(wide=True, **SMALL)
 TILES = Tuning(wide=False, **SMALL)
 
-# around the tile's 256, the slice, the 16-entry granule; primes; rows of all three kinds
+# around the tile's 256, the span, the 16-entry granule; primes; rows of all three kinds
 SHAPES = [
     (0,), (1,), (2,), (3,), (15,), (16,), (17,), (31,), (127,), (128,), (129,), (255,), (256,),
     (257,), (271,), (272,), (1009,), (),

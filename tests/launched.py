@@ -64,7 +64,7 @@ class Counted:
             return run(kernel, *args, **kwargs)
 
         mock.patch.object(JITFunction, "run", noting).start()
-        # a segment and a tile, in two batches
+        # a slice with spans and a tile, in two batches
         shapes = [(n, kind) for kind in (torch.float32, torch.bfloat16) for n in (5000, 16)]
         params, grads = ([torch.zeros(n, dtype=kind) for n, kind in shapes] for _ in range(2))
         self.options = [Options()]
@@ -84,14 +84,14 @@ class Counted:
 
     def run(self, prepared: FusedStep) -> tuple[Launches, int]:
         self.launched, self.dispatched = [], 0
-        prepared.run(self.members, self.options, self.inputs)
+        prepared.update(self.members, self.options, self.inputs)
         return self.launched, self.dispatched
 
     def measure_and_move(self, prepared: FusedStep) -> tuple[Launches, int, list[torch.Tensor]]:
         """The step of sharded tensors, whose tables are new every time."""
         self.launched, self.dispatched = [], 0
         tables = prepared.measure(self.members, self.options, self.inputs)
-        prepared.move(tables, self.inputs)
+        prepared.update_by(tables, self.inputs)
         return self.launched, self.dispatched, tables
 
 

@@ -68,7 +68,7 @@ def test_a_tuning_is_that_of_the_first_step_and_stays(monkeypatch):
     made = []
     build = arms.ARMS["bngd"].build
     noting = arms.replace(
-        arms.tuned("bngd", {"form": "single-launch", "slice": 32768}),
+        arms.tuned("bngd", {"form": "single-launch", "span": 32768}),
         build=lambda *args: made.append(build(*args)) or made[-1],
     )
     params = run.make_params(workloads.DRY_RUN["dry-run"], FP32, CPU)
@@ -76,8 +76,8 @@ def test_a_tuning_is_that_of_the_first_step_and_stays(monkeypatch):
     step()
     (device,) = made[0]._stepper.prepared._devices
     assert device.plan.tuning.form == "single-launch"
-    assert device.plan.tuning.slice == 32768
-    assert noting.name == "bngd:form=single-launch,slice=32768"
+    assert device.plan.tuning.span == 32768
+    assert noting.name == "bngd:form=single-launch,span=32768"
 
 
 def test_groups_are_spread_evenly():

@@ -246,7 +246,7 @@ def test_a_gpu_merges_many_slices_and_waits_for_waves(architecture, label, granu
     plan = _plan(tuning, arms.STORAGES[label], granularity, "cuda")
     for batch in plan.batches:
         # rows of 40 003 where they are slices; else 1 200 000 entries
-        slices = batch.slices[:, -1].bincount()
+        slices = batch.spans[:, -1].bincount()
         assert slices.max() > (2 if not batch.kind.aligned else 64)
         assert batch.chunks[:, -1].bincount().max() > 2
         assert batch.n_tiles
@@ -262,5 +262,5 @@ def test_a_gpu_merges_many_slices_and_waits_for_waves(architecture, label, granu
 
 def test_the_interpreter_merges_slices_and_moves_chunks_too():
     plan = _plan(TABLE["interpreter"].tuning, FP32, "tensor", "cpu")
-    assert max(batch.slices[:, -1].bincount().max() for batch in plan.batches) > 1
+    assert max(batch.spans[:, -1].bincount().max() for batch in plan.batches) > 1
     assert max(batch.chunks[:, -1].bincount().max() for batch in plan.batches) > 1

@@ -95,7 +95,7 @@ def test_sync_hyperparameters_reaches_a_replay(
     # left alone unless it is to propagate
     params[-1].grad[3] = twins[-1].grad[3] = torch.inf
     assert step.point_at([param.grad.data_ptr() for param in params])
-    step.run_again(optimizer._inputs_of([True]))
+    step.update_again(optimizer._inputs_of([True]))
     eager.step()
     # of an erf, which both have of their own
     bound = CDF if "normalizer" in change else 0.0
@@ -110,7 +110,7 @@ def replayed(optimizer: BNGD) -> None:
     for device in step._devices:
         inputs = device.held[-1]
         assert inputs is not None
-        launch.launch(device.plan, inputs)
+        launch.update(device.plan, inputs)
 
 
 def other_gradients(params: list[Parameter], optimizer: BNGD) -> None:

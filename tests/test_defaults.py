@@ -151,7 +151,7 @@ def test_the_halves_of_a_sharded_step_under_any_defaults(device: torch.device) -
         with defaults(name, dtype):
             step = FusedStep(members, options, LANES, apart=True)
             inputs = nothing_new(device)
-            step.move(step.measure(members, options, inputs), inputs)
+            step.update_by(step.measure(members, options, inputs), inputs)
         runs.append([tensor for m in members for tensor in (m.param, m.momentum, m.record)])
     assert_bits(runs[1], runs[0])
     assert_bits(runs[2], runs[0])
@@ -239,7 +239,7 @@ def test_addresses_of_the_upper_half_fit_the_tables(
     upper.point_at([tensor.data_ptr() for tensor in tensors])
     # adding 2**63 to an int64 that wraps is turning its highest bit
     turned = -(2**63)
-    assert torch.equal(upper.segments[:, 4:], usual.segments[:, 4:] ^ turned)
+    assert torch.equal(upper.slices[:, 4:], usual.slices[:, 4:] ^ turned)
     for one, other in zip(upper.batches, usual.batches):
         assert torch.equal(one.rows[:, 2:], other.rows[:, 2:] ^ turned)
         for name in ("param_ptrs", "momentum_ptrs", "master_ptrs", "grad_ptrs"):

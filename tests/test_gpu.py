@@ -247,7 +247,7 @@ def test_waiting_programs_always_end(
         with busy:
             noise = (noise @ noise).tanh()
         for members, step in steps:
-            step.run(members, [options], nothing_new(device))
+            step.update(members, [options], nothing_new(device))
     if GPU:
         torch.cuda.synchronize()
     for a, b in zip(steps[0][0], steps[1][0]):

@@ -132,7 +132,7 @@ def test_interleaved_programs(
     twins = Twins(tensors, Options(LR, weight_decay=0.1), tuning, programs)
     for seed in range(3):
         schedulers.append(Shuffled(seed))
-        # the last step's folds must not do
+        # the last step's factors must not do
         twins.new_gradients()
         twins.step()
         assert not schedulers, "it was used"

@@ -96,9 +96,9 @@ def test_same_statistics_give_the_same_bits(
     ]
     prepared = without_tiles(members, options, tuning)
     (device_part,) = prepared._devices
-    prepared.run(members, [options], nothing_new(device))
+    prepared.update(members, [options], nothing_new(device))
     done = device_part.plan
-    # segments lie in the order of the tensors; a global group has one
+    # slices lie in the order of the tensors; a global group has one
     end = 0
     for one, twin, walk in zip(members, eager, device_part.walks):
         param = twin.param
@@ -107,12 +107,12 @@ def test_same_statistics_give_the_same_bits(
         rows = slice(first, first + walk.rows)
         # a global group's is that of its first tensor
         record = members[0].record if granularity == "global" else one.record
-        n = int(done.segments[first, 2])
+        n = int(done.slices[first, 2])
         mean, std = (record[: walk.rows, k : k + 1] for k in (0, 1))
         m2 = std.square() * n
         up, more, high, low, inverse, mode = done.factors[rows, :6].split(1, 1)
         if tuning.wide:
-            # float32 tiles find equal values by their least and greatest, not by sigma
+            # blocks of float32 find equal values by their least and greatest, not by sigma
             centering = options.centering if options.centres(param.dim()) else 0.0
             own = factors_from(Moments(n, mean, m2, 0), options, centering, torch.float32)
             for field, value in zip(Factors._fields, (up, more, high, low, inverse)):
@@ -144,7 +144,7 @@ def without_tiles(members: list[StepTensor], options: Options, tuning: Tuning) -
 def test_order_of_arrival_does_not_change_a_bit(
     tuning: Tuning, granularity: str, device: torch.device
 ) -> None:
-    """One segment over both tensors, or two whose slices arrive interleaved."""
+    """One slice over both tensors, or two whose spans arrive interleaved."""
     grads = [torch.randn(n, device=device) for n in (700, 301)]
     options = Options(LR, granularity=granularity, center_1d=True)
     found = []
@@ -155,10 +155,10 @@ def test_order_of_arrival_does_not_change_a_bit(
         (batch,) = prepared._devices[0].plan.batches
         if seed is not None:
             torch.manual_seed(seed)
-            batch.slices = batch.slices[torch.randperm(batch.n_slices)]
+            batch.spans = batch.spans[torch.randperm(batch.n_spans)]
             batch.chunks = batch.chunks[torch.randperm(batch.n_chunks)]
         for _ in range(2):
-            prepared.run(members, [options], nothing_new(device))
+            prepared.update(members, [options], nothing_new(device))
         done = prepared._devices[0].plan
         assert not done.arrived.any(), "counters are left at zero"
         # float64, in which a sum shows its order
@@ -190,9 +190,9 @@ def test_updates_start_where_the_statistics_ended(
         monkeypatch.setattr(module, name, noting)
         return seen
 
-    measured = watch(measure, "measure_slice", batch.slices)
-    moved = watch(update, "move_chunk", batch.chunks)
-    prepared.run(members, [Options(LR)], nothing_new(device))
+    measured = watch(measure, "measure_span", batch.spans)
+    moved = watch(update, "update_chunk", batch.chunks)
+    prepared.update(members, [Options(LR)], nothing_new(device))
     assert [start for _, start, _ in measured] == [*range(0, 700, 128), 0, 128, 256]
     # tensor, first element, elements
     assert moved == [[1, 256, 45], [1, 0, 256], [0, 512, 188], [0, 256, 256], [0, 0, 256]]
@@ -205,7 +205,7 @@ def test_updates_start_where_the_statistics_ended(
 def test_nonfinite(
     granularity: str, nonfinite: str, value: float, tuning: Tuning, device: torch.device
 ) -> None:
-    """In a tile, in the last entries of a segment, and in one of many slices."""
+    """In a tile, in the last entries of a slice, and in one of many spans."""
     shapes = [(5, 20), (2, 300), (1001,), (40,), (3, 7)]
     params = [torch.randn(shape, device=device) for shape in shapes]
     grads = [torch.randn(shape, device=device) for shape in shapes]

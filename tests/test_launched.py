@@ -37,9 +37,9 @@ def test_the_interpreters_kernels_are_launched_as_ever() -> None:
     members = functional_tensors(params, grads, None, None, None, options[0])
     step = FusedStep(members, options, Tuning(block=4096, unroll=1))
     inputs = functional_inputs(params, True, None, None, None)
-    step.run(members, options, inputs)
+    step.update(members, options, inputs)
     once = params[0].clone()
-    step.run(members, options, inputs)
+    step.update(members, options, inputs)
     torch.testing.assert_close(params[0], 2 * once)
     launches = step._devices[0].plan.launches["two-launch"]
     assert [one._compiled for one in launches] == [None, None]

@@ -22,33 +22,33 @@ def test_past_two_to_the_31(device: torch.device) -> None:
     n = 2**31 + 100
     grad = torch.empty(n, dtype=torch.float16, device=device)
     param = torch.empty(n, dtype=torch.float16, device=device)
-    tuning = Tuning(wide=True, slice=65536, chunk=65536, update_block=4096, block=4096, unroll=1)
+    tuning = Tuning(wide=True, span=65536, chunk=65536, update_block=4096, block=4096, unroll=1)
     whole = build([entry(param, grad)], tuning)
     (batch,) = whole.batches
-    for table, size in ((batch.slices, batch.n_slices), (batch.chunks, batch.n_chunks)):
+    for table, size in ((batch.spans, batch.n_spans), (batch.chunks, batch.n_chunks)):
         assert len(table) == size
         assert int(table[0, 1]) == 0
         assert torch.equal(table[1:, 1], table[:-1, 1] + table[:-1, 2])
         assert int(table[-1, 1] + table[-1, 2]) == n
         assert int(table[:, 2].max()) < 2**31
-    assert whole.partials.shape[1] <= tuning.max_partials
+    assert whole.partials.shape[1] <= tuning.max_spans
 
     tail = 100 + 5000
     grad[-tail:] = torch.randn(tail, device=device)
     param[-tail:] = 0
-    batch.slices = torch.tensor([[0, n - tail, tail, 0, 0]], device=device)
+    batch.spans = torch.tensor([[0, n - tail, tail, 0, 0]], device=device)
     batch.chunks = torch.tensor([[0, n - tail, tail, 0]], device=device)
-    batch.n_slices = batch.n_chunks = 1
-    whole.segments[0, :4] = torch.tensor([0, 1, tail, 1], device=device)
+    batch.n_spans = batch.n_chunks = 1
+    whole.slices[0, :4] = torch.tensor([0, 1, tail, 1], device=device)
     whole.point_at([grad.data_ptr()])
     options = Options(lr=1.0, momentum=0.0, maximize=True)
-    launch.launch(whole, inputs(device, options))
+    launch.update(whole, inputs(device, options))
     want = reference.normalize_gradient(grad[-tail:], center_1d=True)
     assert torch.equal(param[-tail:], want)
 
 
 def test_shape_of_a_plan(device: torch.device) -> None:
-    """Every entry is in exactly one slice or tile, and in exactly one chunk or tile."""
+    """Every entry is in exactly one span or tile, and in exactly one chunk or tile."""
     shapes = [shape for shape in SHAPES if 0 not in shape]
     for granularity in ("tensor", "row"):
         entries = []
@@ -59,8 +59,8 @@ def test_shape_of_a_plan(device: torch.device) -> None:
         found = build(entries, LANES)
         for batch in found.batches:
             sizes = {at: entries[i].param.numel() for at, i in enumerate(batch.order)}
-            covered: dict[str, dict[int, int]] = {"slices": {}, "chunks": {}}
-            for name, table in (("slices", batch.slices), ("chunks", batch.chunks)):
+            covered: dict[str, dict[int, int]] = {"spans": {}, "chunks": {}}
+            for name, table in (("spans", batch.spans), ("chunks", batch.chunks)):
                 for tensor, _, length, *_ in table.tolist():
                     covered[name][tensor] = covered[name].get(tensor, 0) + length
             for first, count, start, listed, columns in batch.tiles.tolist():
@@ -71,7 +71,7 @@ def test_shape_of_a_plan(device: torch.device) -> None:
                     assert start + row < entries[batch.order[at]].rows or listed
                     for part in covered.values():
                         part[at] = part.get(at, 0) + length
-            assert covered == {"slices": sizes, "chunks": sizes}
+            assert covered == {"spans": sizes, "chunks": sizes}
 
 
 # the narrowest of 32, 128, 512 and 2048 columns that holds a row, and as many rows as fill a block
@@ -102,17 +102,17 @@ def test_rows_share_tiles(
     (batch,) = build([entry(t, t, None, rows) for t in tensors], tuning).batches
     assert batch.tiles.tolist() == expected
     assert batch.n_tiles == len(expected)
-    assert batch.n_slices == batch.n_chunks == 0
+    assert batch.n_spans == batch.n_chunks == 0
 
 
 def test_lengths_that_cut_an_access(device: torch.device) -> None:
-    """In aligned tensors: they are segments."""
+    """In aligned tensors: they have spans."""
     tensors = [torch.zeros(n, device=device) for n in (10, 1, 33, 36)]
     (batch,) = build([entry(t, t) for t in tensors], Tuning(block=512, tile=2048)).batches
     assert batch.kind.aligned
     lengths = [tensors[i].numel() for i in batch.order]
     assert [lengths[row[0]] for row in batch.tiles.tolist()] == [36]
-    assert [lengths[row[0]] for row in batch.slices.tolist()] == [10, 1, 33]
+    assert [lengths[row[0]] for row in batch.spans.tolist()] == [10, 1, 33]
 
 
 def test_aligned_batches_are_aligned(device: torch.device) -> None:
@@ -132,8 +132,8 @@ def test_aligned_batches_are_aligned(device: torch.device) -> None:
         for offset in offsets
         for shape, rows in shapes
     ]
-    # neither the slice nor a third of 1 000 is a multiple of an access
-    tuning = Tuning(**SMALL | {"slice": 100, "chunk": 104, "max_partials": 3})
+    # neither the span nor a third of 1 000 is a multiple of an access
+    tuning = Tuning(**SMALL | {"span": 100, "chunk": 104, "max_spans": 3})
     for batch in build(entries, tuning).batches:
         mine = [entries[i] for i in batch.order]
         for at, one in enumerate(mine):
@@ -141,7 +141,7 @@ def test_aligned_batches_are_aligned(device: torch.device) -> None:
             starts = [row * length for row in range(one.rows)]
             assert batch.kind.aligned == all(starts_access(one, start) for start in starts)
             if batch.kind.aligned:
-                for table in (batch.slices, batch.chunks):
+                for table in (batch.spans, batch.chunks):
                     assert all(starts_access(one, k) for i, k, *_ in table.tolist() if i == at)
         if batch.kind.aligned:
             # the kernel's GRANULE: a row's end cuts no access either

@@ -234,7 +234,7 @@ def test_rounding_of_two_is_independent(which: str, dtype: torch.dtype, path: An
 
 
 # rows of up to 64 entries are tiles, but aligned ones whose length would cut a 16-byte access
-SMALL = {"slice": 128, "merge": 4, "update_block": 64, "chunk": 128, "tile": 64}
+SMALL = {"span": 128, "merge": 4, "update_block": 64, "chunk": 128, "tile": 64}
 TUNINGS = [
     None,
     Tuning(wide=True, block=64, unroll=1, **SMALL),

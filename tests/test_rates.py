@@ -14,6 +14,7 @@ from work import member
 from bngd_triton import BNGD
 from bngd_triton.kernels import fused_step, tables
 from bngd_triton.kernels.fused_step import FusedStep
+from bngd_triton.kernels.rates import RATE_DTYPES, Rates
 from bngd_triton.options import Options
 
 
@@ -25,14 +26,14 @@ def rates_on_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 # the last has no code: it is read through a copy
-RATE_DTYPES = (*tables.RATE_DTYPES, torch.float8_e5m2)
+DTYPES = (*RATE_DTYPES, torch.float8_e5m2)
 
 
 def test_rates_on_a_device_are_those_of_floats_in_one_launch(
     device: torch.device, launched: list[str], rates_on_a_device: None
 ) -> None:
     """Bit for bit, `lr` and its product with the decay, in the row of its group only."""
-    rates = [torch.tensor(0.1, device=device).to(dtype) for dtype in RATE_DTYPES]
+    rates = [torch.tensor(0.1, device=device).to(dtype) for dtype in DTYPES]
     groups = [Options(lr, weight_decay=0.3) for lr in (0.7, *rates)]
     assert tables.encode(groups[1])[0] == 0, "not read"
     one = member(*(torch.randn(16, device=device) for _ in range(3)))
@@ -100,8 +101,8 @@ def test_a_rate_may_become_another_tensor_or_a_number(
 def test_a_rate_lives_as_long_as_it_is_read(device: torch.device) -> None:
     lr = torch.tensor(0.1, device=device)
     kept = weakref.ref(lr)
-    table = torch.zeros(1, tables.COLUMNS, dtype=torch.float64, device=device)
-    rates = tables.Rates(table)
+    table = torch.zeros(1, tables.OPTION_COLUMNS, dtype=torch.float64, device=device)
+    rates = Rates(table)
     rates.point_at([lr])
     del lr
     gc.collect()

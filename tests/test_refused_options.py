@@ -6,6 +6,7 @@ import math
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import pytest
@@ -17,8 +18,10 @@ from steps import (
     set_grads,
     take_steps,
 )
+from torch import Tensor
 
-from bngd_triton import BNGD
+from bngd_triton import BNGD, reference
+from bngd_triton.kernels import fused_step_
 
 
 def test_flatten_true_is_an_error_where_the_kernels_do_not_serve() -> None:
@@ -166,3 +169,16 @@ def test_fused_on_the_cpu_needs_the_interpreter() -> None:
     assert "it is on the CPU" in done.stdout
     assert "TRITON_INTERPRET=1" in done.stdout
     assert "fused=False" in done.stdout
+
+
+@pytest.mark.parametrize("step", [reference.step_, fused_step_], ids=["reference", "kernels"])
+@pytest.mark.parametrize("name", ["momentums", "master_weights", "seed"])
+def test_functional_steps_refuse_what_is_not_theirs(
+    name: str, step: Callable[..., Tensor], device: torch.device
+) -> None:
+    """Of a misspelt option, or one of the optimizer alone; nothing has changed."""
+    param, grad = (torch.randn(3, device=device) for _ in range(2))
+    before = param.clone()
+    with pytest.raises(TypeError, match=f"has no option {name}; it takes momentum, .*maximize"):
+        step([param], [grad], [torch.zeros_like(param)], lr=0.1, **{name: 1})
+    assert torch.equal(param, before)

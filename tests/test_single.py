@@ -16,13 +16,13 @@ from bngd_triton.kernels import Tuning, fused_step_, launch
 from bngd_triton.kernels.build_plan import build
 from bngd_triton.kernels.fused_step import FusedStep
 from bngd_triton.kernels.plan import Plan
-from bngd_triton.kernels.work import CHUNK_ITEM, SLICE_ITEM, TILE_ITEM
+from bngd_triton.kernels.tables import CHUNK_ITEM, SPAN_ITEM, TILE_ITEM
 from bngd_triton.options import Options
 from bngd_triton.records import StepTensor, skipped_slices
 from bngd_triton.verify.oracle import oracle_step
 from bngd_triton.verify.tolerances import step_bounds
 
-# a few segments to a wave, and segments longer than one
+# a few slices to a wave, and slices longer than one
 WAVE = 1024
 SINGLE = {"form": "single-launch", "wave": WAVE}
 
@@ -57,7 +57,7 @@ class Twins:
     def step(self) -> None:
         """Take a step in both forms, and compare all bits."""
         for members, prepared in self.steps:
-            prepared.run(members, [self.options], nothing_new(self.device))
+            prepared.update(members, [self.options], nothing_new(self.device))
         for two, one in zip(self.steps[0][0], self.steps[1][0]):
             assert_same_bits(two.param, one.param)
             if two.momentum is not None:
@@ -119,7 +119,7 @@ def test_same_bits_as_two_launches(
 def test_several_steps_with_any_number_of_programs(
     programs: int, granularity: str, dtype: torch.dtype, device: torch.device
 ) -> None:
-    """Tiles, segments of one slice and of many; counters are left as the next step wants them."""
+    """Tiles, slices of one span and of many; counters are left as the next step wants them."""
     tensors = random_tensors([(901,), (5, 16), (2, 304), (40,)], device, dtype)
     tensors += [(p[1:], g[1:], m[1:]) for p, g, m in random_tensors([(400,)], device, dtype)]
     options = Options(LR, granularity=granularity, nesterov=True, weight_decay=0.1)
@@ -138,7 +138,7 @@ def test_several_steps_with_any_number_of_programs(
 @pytest.mark.parametrize("nonfinite", ["skip", "propagate"])
 @both_tunings
 def test_nonfinite(nonfinite: str, tuning: Tuning, device: torch.device) -> None:
-    """A skipped segment raises its flag too; a tile, a long and a short segment are skipped."""
+    """A skipped slice raises its flag too; a tile, a long and a short slice are skipped."""
     tensors = random_tensors([(1001,), (300,), (16,), (1200,)], device)
     for _, grad, _ in tensors[:3]:
         grad[7] = torch.nan
@@ -151,10 +151,10 @@ def test_nonfinite(nonfinite: str, tuning: Tuning, device: torch.device) -> None
     ("shapes", "kinds"),
     [
         ([(16,), (32,), (8, 4)], {TILE_ITEM}),
-        ([(1500,), (901,)], {SLICE_ITEM, CHUNK_ITEM}),
-        ([(7,)], {SLICE_ITEM, CHUNK_ITEM}),
+        ([(1500,), (901,)], {SPAN_ITEM, CHUNK_ITEM}),
+        ([(7,)], {SPAN_ITEM, CHUNK_ITEM}),
     ],
-    ids=["tiles only", "segments only", "one item of each"],
+    ids=["tiles only", "spans only", "one item of each"],
 )
 def test_kinds_of_work(
     shapes: list[tuple[int, ...]], kinds: set[int], device: torch.device
@@ -170,7 +170,7 @@ def test_empty_work(device: torch.device) -> None:
     tensor = torch.randn(16, device=device)
     plan = plan_of([tensor], LANES)
     (batch,) = plan.batches
-    for name in ("slices", "tiles", "chunks"):
+    for name in ("spans", "tiles", "chunks"):
         setattr(batch, name, getattr(batch, name)[:0])
     work = batch.work(plan.tuning)
     assert work.items.shape == (0, 6)
@@ -183,13 +183,13 @@ def plan_of(tensors: list[Tensor], tuning: Tuning) -> Plan:
 
 
 def test_order_of_the_work(device: torch.device) -> None:
-    """Each item once; a segment's slices before its chunks; waves overlap by one."""
+    """Each item once; a slice's spans before its chunks; waves overlap by one."""
     tuning = Tuning(**{**SMALL, "wave": WAVE})
     long = 3 * WAVE // 4
     sizes = (100, 200, long, 272, 17, 3, 1009, 300, 64)
     tensors = [torch.randn(size, device=device) for size in sizes]
     entries = [entry(t, t) for t in tensors]
-    # rows are segments of their own, a global group is one of several tensors that are apart
+    # rows are slices of their own, a global group is one of several tensors that are apart
     rows = torch.randn(4, 280, device=device)
     entries.insert(1, entry(rows, rows, None, 4))
     for at in (0, 4, 8):
@@ -202,36 +202,36 @@ def test_order_of_the_work(device: torch.device) -> None:
     items = work.items.tolist()
 
     for kind, table in (
-        (SLICE_ITEM, batch.slices), (TILE_ITEM, batch.tiles), (CHUNK_ITEM, batch.chunks),
+        (SPAN_ITEM, batch.spans), (TILE_ITEM, batch.tiles), (CHUNK_ITEM, batch.chunks),
     ):  # fmt: skip
         listed = [item[1 : 1 + table.shape[1]] for item in items if item[0] == kind]
         assert sorted(listed) == sorted(table.tolist())
-    assert len(items) == batch.n_slices + batch.n_tiles + batch.n_chunks
+    assert len(items) == batch.n_spans + batch.n_tiles + batch.n_chunks
 
-    segments = {item[5] for item in items if item[0] == SLICE_ITEM}
-    assert work.first_segment == min(segments)
-    assert len(work.counters) == 1 + max(segments) - min(segments) + 1
-    last_slice = {item[5]: at for at, item in enumerate(items) if item[0] == SLICE_ITEM}
-    waited = [at - last_slice[item[4]] for at, item in enumerate(items) if item[0] == CHUNK_ITEM]
+    slices = {item[5] for item in items if item[0] == SPAN_ITEM}
+    assert work.first_slice == min(slices)
+    assert len(work.counters) == 1 + max(slices) - min(slices) + 1
+    last_span = {item[5]: at for at, item in enumerate(items) if item[0] == SPAN_ITEM}
+    waited = [at - last_span[item[4]] for at, item in enumerate(items) if item[0] == CHUNK_ITEM]
     assert min(waited) > 0
 
     # the waves, found from the tables alone
     size, wave_of = 0, {}
-    for segment in sorted(segments):
-        wave_of[segment] = size // (WAVE // 4)
-        size += sum(item[3] for item in items if item[0] == SLICE_ITEM and item[5] == segment)
+    for index in sorted(slices):
+        wave_of[index] = size // (WAVE // 4)
+        size += sum(item[3] for item in items if item[0] == SPAN_ITEM and item[5] == index)
     numbers = {wave: at for at, wave in enumerate(sorted(set(wave_of.values())))}
     assert len(numbers) >= 4
 
     def turn(item: list[int]) -> int:
-        if item[0] == SLICE_ITEM:
+        if item[0] == SPAN_ITEM:
             return 2 * numbers[wave_of[item[5]]]
         return 2 * numbers[wave_of[item[4]]] + 3 if item[0] == CHUNK_ITEM else 1
 
     turns = [turn(item) for item in items]
     assert turns == sorted(turns)
-    for segment in segments:
-        starts = [(i[1], i[2]) for i in items if i[0] == CHUNK_ITEM and i[4] == segment]
+    for index in slices:
+        starts = [(i[1], i[2]) for i in items if i[0] == CHUNK_ITEM and i[4] == index]
         assert starts == sorted(starts, reverse=True), "newest first"
 
 
@@ -244,7 +244,7 @@ def test_which_form_runs(device: torch.device, launched: list[str]) -> None:
         options = Options(LR, momentum=0.0)
         plan.point_at([grad.data_ptr() for grad in grads])
         launched.clear()
-        launch.launch(plan, inputs(device, options), form)
+        launch.update(plan, inputs(device, options), form)
         return launched.copy()
 
     two = ["_statistics_kernel"] * 2 + ["_update_kernel"] * 2

@@ -152,7 +152,7 @@ def test_equal_values_have_no_spread(
 
 
 @pytest.mark.parametrize("wide", [True, False], ids=["lanes", "tiles"])
-def test_a_segment_knows_nothing_of_its_neighbours(wide: bool, device: torch.device) -> None:
+def test_a_slice_knows_nothing_of_its_neighbours(wide: bool, device: torch.device) -> None:
     """Each of several slices: their partial results lie side by side."""
     tensors = [
         torch.full((1500,), 1e30),

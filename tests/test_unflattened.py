@@ -167,3 +167,16 @@ def test_an_alias_goes_on_seeing_the_parameter(path: StepPath) -> None:
         param.grad = torch.randn_like(param)
     optimizer.step()
     assert torch.equal(flat, torch.cat([param.detach().flatten() for param in params]))
+
+
+def test_where_torch_does_not_count_aliases_parameters_stay(
+    path: StepPath, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The count is a private function, which another torch may not have."""
+    monkeypatch.delattr(torch._C, "_storage_Use_Count")
+    param = Parameter(torch.randn(3, 4, device=path.device))
+    address = param.data_ptr()
+    BNGD([param], fused=path.fused)
+    assert param.data_ptr() == address
+    with pytest.raises(RuntimeError, match=r"flatten=True cannot move .*torch does not tell"):
+        BNGD([param], fused=True, flatten=True)

@@ -158,7 +158,7 @@ def test_gradients_are_what_they_are_called() -> None:
     assert not torch.equal(normal[5], of("normal", 1)[5])
     # of a length around each border
     edges = shapes(Case.named("borders"), tuning)
-    assert {(tuning.slice + 1,), (2, 2048), (1, 2049)} <= {shape for shape, _ in edges}
+    assert {(tuning.span + 1,), (2, 2048), (1, 2049)} <= {shape for shape, _ in edges}
 
 
 PAGE = Path(__file__).parent.parent / "docs" / "verify.md"

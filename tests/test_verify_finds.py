@@ -15,8 +15,9 @@ from bngd_triton.eager import eager_step
 from bngd_triton.eager import update as eager_
 from bngd_triton.eager.moments import moments
 from bngd_triton.kernels import fused_step
-from bngd_triton.kernels.device import publish, rounding, tiles, update
-from bngd_triton.kernels.device.moments import fold
+from bngd_triton.kernels.device import factors as device_factors
+from bngd_triton.kernels.device import rounding, tiles, update
+from bngd_triton.kernels.device.factors import factors_from
 from bngd_triton.kernels.device.rounding import MASTER_COPY, REMAINDER, narrow, store_as, widen
 from bngd_triton.verify import arms, judge
 from bngd_triton.verify.cases import Case
@@ -28,67 +29,70 @@ interpreted = pytest.mark.skipif(
 
 @triton.jit
 def _eps_in_the_root(mean, m2, n, uniform, centering, eps, sign):
-    return fold(mean, m2 + n * eps, n, uniform, centering, 0.0, sign)
+    return factors_from(mean, m2 + n * eps, n, uniform, centering, 0.0, sign)
 
 
 @triton.jit
 def _sample_deviation(mean, m2, n, uniform, centering, eps, sign):
-    return fold(mean, m2 * n / tl.maximum(n - 1.0, 1.0), n, uniform, centering, eps, sign)
+    return factors_from(mean, m2 * n / tl.maximum(n - 1.0, 1.0), n, uniform, centering, eps, sign)
 
 
 @triton.jit
 def _worse_when_large(mean, m2, n, uniform, centering, eps, sign):
-    up, more, high, low, inverse = fold(mean, m2, n, uniform, centering, eps, sign)
+    up, more, high, low, inverse = factors_from(mean, m2, n, uniform, centering, eps, sign)
     # one or two units in the last place
     return up, more, high, low, inverse * tl.where(mean > 1e20, 1.0000001, 1.0)
 
 
 @triton.jit
 def _put(
-    param, momentum, master, theta, m, hashed, moved, held,
+    param, momentum, master, theta, m, hashed, m_param, m_momentum,
     KIND: tl.constexpr, SOFT: tl.constexpr,
 ):  # fmt: skip
-    """What the right `move` does last."""
+    """What the right `update_` does last."""
     p, rest = narrow(theta, param.dtype.element_ty, hashed, KIND, SOFT)
-    tl.store(param, p, mask=moved)
+    tl.store(param, p, mask=m_param)
     if KIND == REMAINDER or KIND == MASTER_COPY:  # noqa: SIM109
-        tl.store(master, rest, mask=moved)
-    tl.store(momentum, store_as(m, momentum.dtype.element_ty, SOFT), mask=held)
+        tl.store(master, rest, mask=m_param)
+    tl.store(momentum, store_as(m, momentum.dtype.element_ty, SOFT), mask=m_momentum)
 
 
 @triton.jit
 def _nesterov_from_the_old_momentum(
-    param, momentum, master, p, m, rest, ghat, hashed, moved, held, lr, decay, beta, fresh,
-    nesterov, KIND: tl.constexpr, SOFT: tl.constexpr,
+    param, momentum, master, p, m, rest, ghat, hashed, m_param, m_momentum, options, beta, fresh,
+    KIND: tl.constexpr, SOFT: tl.constexpr,
 ):  # fmt: skip
+    lr, decay, nesterov = options
     new = ghat * fresh
     ahead = m * beta + new * 2.0
     m = m * beta + new
-    update = tl.where(nesterov != 0, ahead, m)
-    theta = widen(p, rest, KIND, SOFT) * decay - update * lr
-    _put(param, momentum, master, theta, m, hashed, moved, held, KIND, SOFT)
+    u = tl.where(nesterov != 0, ahead, m)
+    theta = widen(p, rest, KIND, SOFT) * decay - u * lr
+    _put(param, momentum, master, theta, m, hashed, m_param, m_momentum, KIND, SOFT)
 
 
 @triton.jit
 def _momentum_of_lr_steps(
-    param, momentum, master, p, m, rest, ghat, hashed, moved, held, lr, decay, beta, fresh,
-    nesterov, KIND: tl.constexpr, SOFT: tl.constexpr,
+    param, momentum, master, p, m, rest, ghat, hashed, m_param, m_momentum, options, beta, fresh,
+    KIND: tl.constexpr, SOFT: tl.constexpr,
 ):  # fmt: skip
+    lr, decay, _ = options
     m = m * beta + ghat
     theta = widen(p, rest, KIND, SOFT) * decay - m * lr
-    _put(param, momentum, master, theta, m, hashed, moved, held, KIND, SOFT)
+    _put(param, momentum, master, theta, m, hashed, m_param, m_momentum, KIND, SOFT)
 
 
 @triton.jit
 def _other_order(
-    param, momentum, master, p, m, rest, ghat, hashed, moved, held, lr, decay, beta, fresh,
-    nesterov, KIND: tl.constexpr, SOFT: tl.constexpr,
+    param, momentum, master, p, m, rest, ghat, hashed, m_param, m_momentum, options, beta, fresh,
+    KIND: tl.constexpr, SOFT: tl.constexpr,
 ):  # fmt: skip
+    lr, decay, _ = options
     m = m * beta + ghat * fresh
     old = widen(p, rest, KIND, SOFT)
     # within the bounds
     theta = old - (old * (1.0 - decay) + m * lr)
-    _put(param, momentum, master, theta, m, hashed, moved, held, KIND, SOFT)
+    _put(param, momentum, master, theta, m, hashed, m_param, m_momentum, KIND, SOFT)
 
 
 @triton.jit
@@ -143,28 +147,41 @@ def no_remainder(param: Any, master: Any, new: Any, hashed: Any) -> None:
 
 
 store = eager_.store_
+FACTORS = [(device_factors, "factors_from")]
 MUTANTS = [
     # name, what is replaced, by what, in which case it shows, in what words
-    ("eps in the root", [(publish, "fold")], _eps_in_the_root, "eps0.1", "kernels: step"),
-    ("ddof 1", [(publish, "fold")], _sample_deviation, "row", "kernels: step"),
-    ("worse when large", [(publish, "fold")], _worse_when_large, "eps0,exploding", "power of"),
+    (
+        "eps in the root",
+        FACTORS,
+        _eps_in_the_root,
+        "eps0.1",
+        "kernels: step",
+    ),
+    ("ddof 1", FACTORS, _sample_deviation, "row", "kernels: step"),
+    (
+        "worse when large",
+        FACTORS,
+        _worse_when_large,
+        "eps0,exploding",
+        "power of",
+    ),
     (
         "nesterov from the old momentum",
-        [(tiles, "move"), (update, "move")],
+        [(tiles, "update_"), (update, "update_")],
         _nesterov_from_the_old_momentum,
         "nesterov",
         "kernels: step",
     ),
     (
         "momentum of whole steps",
-        [(tiles, "move"), (update, "move")],
+        [(tiles, "update_"), (update, "update_")],
         _momentum_of_lr_steps,
         "bf16,m16",
         "kernels: step",
     ),
     (
         "another order",
-        [(tiles, "move"), (update, "move")],
+        [(tiles, "update_"), (update, "update_")],
         _other_order,
         "exact,decay",
         "reference: other bits than the kernels'",

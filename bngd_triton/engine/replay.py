@@ -222,7 +222,7 @@ class Replay:
                 of_lot = grads[end - len(tensors) : end]
                 lot.prepared.run(tensors, of_lot, options[tensors[0].group], inputs)
             elif lot.spread is None and lot.prepared is not None:
-                lot.prepared.run_again(inputs)
+                lot.prepared.update_again(inputs)
         for spread in self.spreads:
             spread.move(options, inputs)
         return True

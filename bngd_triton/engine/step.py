@@ -180,14 +180,14 @@ class Stepper:
         """A step by the kernels, laid out anew where no earlier layout fits."""
         laid_out = [self.prepared, *(one.prepared for one in self.captured)]
         self.prepared = FusedStep.fitting(laid_out, members, options)
-        self.prepared.run(members, options, inputs)
+        self.prepared.update(members, options, inputs)
 
 
 def prepare_state(optimizer: Any, params: Sequence[Tensor], options: Options) -> None:
     """Make what parameters with a gradient lack: state, a record, the clock of their device."""
     make_state(optimizer.state, params, options)
     optimizer._records.make(params, options)
-    optimizer._wind_clocks({param.device for param in params})
+    optimizer._clocks.wind(optimizer.param_groups, {param.device for param in params})
 
 
 def member(

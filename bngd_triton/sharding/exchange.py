@@ -1,9 +1,9 @@
 """Tables of slice statistics, and their merge over processes.
 
-A table is float64 [slices, 5]: entries, mean, sum of squared deviations, least and greatest value.
-Mean and sum of squares are not finite where an entry is not. The slices of a float64 gradient,
-whose squares can leave float64's range, are kept in units of the power of two that brings their
-largest magnitude near 1: least and greatest tell which, so it needs no column.
+A table is float64 [slices, MOMENTS_COLUMNS], see `kernels.tables`. Mean and sum of squares are not
+finite where an entry is not. The slices of a float64 gradient, whose squares can leave float64's
+range, are kept in units of the power of two that brings their largest magnitude near 1: least and
+greatest tell which, so it needs no column.
 
 `Exchange` packs the tables of all tensors into one, gathers it over the process groups over which
 slices are spread, and merges in rank order, so that every rank computes the same bits. Nothing
@@ -21,9 +21,9 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from ..eager.moments import Moments, exponent_of, moments, pooled, power_of_two
+from ..kernels.tables import MOMENT_GREATEST, MOMENT_LEAST, MOMENTS_COLUMNS
 from ..records import slices_of
 
-COLUMNS = 5
 # bytes of gathered tables that a rank holds before slices are dealt out to ranks instead: the 291
 # tensors of an 8B transformer pass it at 2883 ranks
 GATHERED = 2**25
@@ -63,12 +63,12 @@ def local_table(grad: Tensor, granularity: str) -> Tensor:
         granularity: ``"tensor"``, ``"row"`` or ``"global"``; the last as ``"tensor"``.
 
     Returns:
-        float64 [slices, 5] on the device of `grad`.
+        float64 [slices, MOMENTS_COLUMNS] on the device of `grad`.
     """
     slices = slices_of(grad.shape, granularity)
     if grad.numel() == 0:
-        table = grad.new_zeros((slices, COLUMNS), dtype=torch.float64)
-        table[:, 3], table[:, 4] = float("inf"), float("-inf")
+        table = grad.new_zeros((slices, MOMENTS_COLUMNS), dtype=torch.float64)
+        table[:, MOMENT_LEAST], table[:, MOMENT_GREATEST] = float("inf"), float("-inf")
         return table
     values = grad.reshape(slices, -1)
     least, greatest = (one(1, keepdim=True).double() for one in (values.amin, values.amax))
@@ -82,12 +82,13 @@ def merge(parts: Tensor, wide: Tensor | None = None) -> Tensor:
     """The statistics of unions, summed in the order of `parts`.
 
     Args:
-        parts: float64 [parts, slices, 5]; a row without entries is ignored, whatever it holds.
+        parts: float64 [parts, slices, MOMENTS_COLUMNS]; a row without entries is ignored,
+            whatever it holds.
         wide: which parts are in units of their own power of two: bool, broadcasts against
             [parts, slices]. A union with such a part is so too. None: no part is.
 
     Returns:
-        float64 [slices, 5].
+        float64 [slices, MOMENTS_COLUMNS].
     """
     n, mean, m2, least, greatest = parts.unbind(-1)
     filled = n > 0
@@ -96,7 +97,9 @@ def merge(parts: Tensor, wide: Tensor | None = None) -> Tensor:
     greatest = torch.where(filled, greatest, float("-inf")).amax(0)
     if wide is not None:
         wide = wide.expand(n.shape)
-        own = torch.where(wide, _exponent_within(*parts[..., 3:].unbind(-1)), 0)
+        own = torch.where(
+            wide, _exponent_within(parts[..., MOMENT_LEAST], parts[..., MOMENT_GREATEST]), 0
+        )
         common = torch.where(wide.any(0), _exponent_within(least, greatest), 0)
         # beyond the bounds a part is nothing beside the largest one
         mean = mean * power_of_two((common - own).clamp(-1022, 1022))
@@ -141,7 +144,7 @@ class _Stage(NamedTuple):
 
     def _gather(self, part: Tensor, ranks: int) -> Tensor:
         """Every rank merges all slices: one message, ``ranks`` tables in memory."""
-        parts = part.new_empty((ranks * part.shape[0], COLUMNS))
+        parts = part.new_empty((ranks * part.shape[0], MOMENTS_COLUMNS))
         all_gather(parts, part, group=self.group)
         return merge(parts.view(ranks, *part.shape), self.wide)
 
@@ -149,7 +152,7 @@ class _Stage(NamedTuple):
         """Every rank merges its share of the slices: two messages, four tables in memory."""
         slices = part.shape[0]
         each = -(-slices // ranks)
-        padded = part.new_zeros((ranks * each, COLUMNS))
+        padded = part.new_zeros((ranks * each, MOMENTS_COLUMNS))
         padded[:slices] = part
         dealt = torch.empty_like(padded)
         dist.all_to_all_single(dealt, padded, group=self.group)
@@ -157,7 +160,7 @@ class _Stage(NamedTuple):
         if wide is not None:
             first = dist.get_rank(self.group) * each
             wide = torch.cat([wide, wide.new_zeros(ranks * each - slices)])[first : first + each]
-        merged = merge(dealt.view(ranks, each, COLUMNS), wide)
+        merged = merge(dealt.view(ranks, each, MOMENTS_COLUMNS), wide)
         all_gather(padded, merged, group=self.group)
         return padded[:slices]
 
@@ -200,7 +203,7 @@ class Exchange:
         """Merge this rank's tables with those of the other ranks.
 
         Args:
-            tables: float64 [slices, 5] for each share, see the module.
+            tables: float64 [slices, MOMENTS_COLUMNS] for each share, see the module.
 
         Returns:
             The tables of the whole slices, in the order of the shares; for those of a union the
@@ -212,19 +215,19 @@ class Exchange:
             for stage in self._stages:
                 packed = stage.run(packed)
             merged = list(packed.split([share.slices for share in self.shares]))
-        for here in self._unions.values():
-            wide = _wide_rows([self.shares[i] for i in here])
-            parts = torch.stack([merged[i] for i in here])
+        for members in self._unions.values():
+            wide = _wide_rows([self.shares[i] for i in members])
+            parts = torch.stack([merged[i] for i in members])
             whole = merge(parts, None if wide is None else wide.unsqueeze(1))
-            for i in here:
+            for i in members:
                 merged[i] = whole
         return merged
 
     def moments(self, i: int, table: Tensor) -> Moments:
         """What `run` found for share `i`: [slices, 1]."""
         share = self.shares[i]
-        here = [i] if share.union is None else self._unions[share.union]
+        members = [i] if share.union is None else self._unions[share.union]
         _, mean, m2, least, greatest = table.split(1, 1)
-        wide = any(self.shares[j].wide for j in here)
+        wide = any(self.shares[j].wide for j in members)
         exponent = _exponent_within(least, greatest) if wide else 0
-        return Moments(sum(self.shares[j].entries for j in here), mean, m2, exponent)
+        return Moments(sum(self.shares[j].entries for j in members), mean, m2, exponent)

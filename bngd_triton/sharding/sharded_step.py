@@ -14,6 +14,7 @@ from torch import Tensor
 from ..checks import nonfinite_somewhere
 from ..eager.eager_step import apply_
 from ..kernels.fused_step import FusedStep
+from ..kernels.tables import MOMENT_M2, MOMENT_MEAN
 from ..options import Options
 from ..records import StepInputs, StepTensor, new_record
 from .exchange import Exchange, Share, local_table
@@ -99,14 +100,14 @@ class Spread:
         for part, table in zip(self.parts, self._tables):
             if options[part.member.group].nonfinite != "raise":
                 continue
-            if not bool(table[:, 1:3].isfinite().all()):
+            if not bool(table[:, MOMENT_MEAN : MOMENT_M2 + 1].isfinite().all()):
                 raise nonfinite_somewhere(part.name)
 
     def move(self, options: list[Options], inputs: StepInputs) -> None:
         """Move the parts by the statistics that were found."""
         kernels = [t for part, t in zip(self.parts, self._tables) if by_kernels(part)]
         if self.prepared is not None:
-            self.prepared.move(kernels, inputs)
+            self.prepared.update_by(kernels, inputs)
         assert self._exchange is not None
         for index, one in enumerate(options):
             rest = {

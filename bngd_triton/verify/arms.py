@@ -14,9 +14,8 @@ from torch.nn import Parameter
 
 from ..eager.rounding import widen
 from ..kernels import fused_step_
-from ..kernels.devices import tuning_for
+from ..kernels.devices import Tuning, tuning_for
 from ..kernels.launch import FORMS
-from ..kernels.tuning import Tuning
 from ..optimizer import BNGD
 from ..options import Options
 from ..state import MOMENTUM, make_state, master_of

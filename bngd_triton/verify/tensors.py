@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..kernels.tuning import Tuning
+from ..kernels.devices import Tuning
 from .cases import Case
 
 # entries before and after a tensor that lies in a larger buffer; 64 bytes or more, so that the
@@ -66,9 +66,9 @@ def shapes(case: Case, tuning: Tuning) -> list[tuple[tuple[int, ...], str]]:
         # a row is a tile if one of the tile's widths holds it
         found = [shape for n in tuning.tile_columns for shape in ((2, n), (1, n + 1))]
         found += [(tuning.tile - 1,), (tuning.tile,), (tuning.tile + 17,), (tuning.block + 17,)]
-        found += [(tuning.slice,), (tuning.slice + 1,)]
+        found += [(tuning.span,), (tuning.span + 1,)]
     else:
-        found = [(2 * tuning.slice + 17,), (2, tuning.slice + 5), (40, 30)]
+        found = [(2 * tuning.span + 17,), (2, tuning.span + 5), (40, 30)]
     ways = _WAYS[kind]
     return [(shape, ways[i % len(ways)]) for i, shape in enumerate(found)]
 

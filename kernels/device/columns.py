@@ -9,8 +9,10 @@ Traffic per element, float32: reads x twice, writes it once (12 bytes).
 import triton
 import triton.language as tl
 
-from .moments import UNIFORM, fold, merge
+from .factors import UNIFORM, factors_from
+from .moments import merge
 from .rounding import store_as
+from .update import normalize
 
 
 @triton.jit(do_not_specialize=["n_rows", "n_columns", "rows_per_split"])
@@ -32,10 +34,10 @@ def _column_moments_kernel(
     k = (i * 0).to(tl.float64)
     while i < last:
         for u in tl.static_range(UNROLL):
-            here = i + u < last
+            present = i + u < last
             live = (c < n_columns) & (tl.zeros((COLUMNS,), tl.int64) + i + u < last)
             x = tl.load(x_ptr + (i + u) * n_columns + c, mask=live, other=0.0).to(tl.float64)
-            k += tl.where(here, 1.0, 0.0)
+            k += tl.where(present, 1.0, 0.0)
             away = x - mean
             next_mean = mean + away * (1.0 / k)
             m2 = tl.where(live, m2 + away * (x - next_mean), m2)
@@ -62,26 +64,27 @@ def _standardize_kernel(
 ):  # fmt: skip
     # rows on the first axis of the grid: the others end at 65 535
     c = tl.program_id(1).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
-    here = c < n_columns
+    c_live = c < n_columns
     column = splits.to(tl.int64) * n_columns
     n = tl.zeros((COLUMNS,), tl.float64)
-    mean = tl.load(partials_ptr + column + c, mask=here, other=0.0)
+    mean = tl.load(partials_ptr + column + c, mask=c_live, other=0.0)
     m2 = tl.zeros((COLUMNS,), tl.float64)
     i = splits * 0
     while i < splits:
         row = partials_ptr + i.to(tl.int64) * n_columns + c
-        n_b = tl.load(row, mask=here, other=0.0)
-        mean_b = tl.load(row + column, mask=here, other=0.0)
-        m2_b = tl.load(row + 2 * column, mask=here, other=0.0)
+        n_b = tl.load(row, mask=c_live, other=0.0)
+        mean_b = tl.load(row + column, mask=c_live, other=0.0)
+        m2_b = tl.load(row + 2 * column, mask=c_live, other=0.0)
         n, mean, m2 = merge(n, mean, m2, n_b, mean_b, m2_b)
         i += 1
     n = tl.maximum(n, 1.0)
     uniform = tl.sqrt(m2 / n) <= tl.abs(mean) * UNIFORM
-    up, more, high, low, inverse = fold(mean, m2, n, uniform, 1.0, 0.0, 1.0)
+    up, more, high, low, inverse = factors_from(mean, m2, n, uniform, 1.0, 0.0, 1.0)
     inverse = tl.where(uniform, 0.0, inverse)
     r = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    live = (r < n_rows)[:, None] & here[None, :]
+    live = (r < n_rows)[:, None] & c_live[None, :]
     at = r[:, None] * n_columns + c[None, :]
     x = tl.load(x_ptr + at, mask=live, other=0.0).to(tl.float32)
-    x = (((x * up[None, :]) * more[None, :] - high[None, :]) - low[None, :]) * inverse[None, :]
+    factors = (up[None, :], more[None, :], high[None, :], low[None, :], inverse[None, :])
+    x = normalize(x, factors)
     tl.store(out_ptr + at, store_as(x, out_ptr.dtype.element_ty, SOFT), mask=live)

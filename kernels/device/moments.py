@@ -1,22 +1,19 @@
-"""Mean and spread of a run of values in one pass, and the factors that normalise it.
+"""Mean and spread of a run of values in one pass.
 
 Two forms, both merged in a fixed order without atomics on floats:
 
 * lanes: every lane streams its own Welford recurrence ``mean += (x - mean) / k`` in float64; for
   GPUs whose float64 runs at full rate. Squares of any float32 stay in float64's range.
-* tiles: a tile is held in registers as float32, scaled by the power of two that brings its
+* blocks: a block is held in registers as float32, scaled by the power of two that brings its
   largest magnitude to [1, 2), centred, and its corrected sum of squares
   ``sum(d^2) - sum(d)^2 / n`` is merged in float64 scalars. Rounding can fake a spread here, so
-  tiles also carry their least and greatest value.
+  blocks also carry their least and greatest value.
 
 Traffic: reads each value once.
 """
 
 import triton
 import triton.language as tl
-
-# the same bound as UNIFORM in bngd_triton/factors.py: 8 * 2**-53
-UNIFORM = tl.constexpr(8 * 2.0**-53)
 
 
 @triton.jit
@@ -53,14 +50,14 @@ def lane_moments(
     i = n * 0
     k = i.to(tl.float64)
     while i < main:
-        here = grad + i
+        values = grad + i
         if ALIGNED:
             # divisibility does not survive the cast from a table's integer, nor a function call
-            here = tl.multiple_of(here, 16)
+            values = tl.multiple_of(values, 16)
         # all loads first: the divisions branch, and no load would be moved ahead of a branch
         rows = ()
         for u in tl.static_range(UNROLL):
-            rows = rows + (tl.load(here + u * BLOCK + offsets, eviction_policy="evict_last"),)  # noqa: RUF005
+            rows = rows + (tl.load(values + u * BLOCK + offsets, eviction_policy="evict_last"),)  # noqa: RUF005
         for u in tl.static_range(UNROLL):
             x = rows[u].to(tl.float64)
             k += 1.0
@@ -69,12 +66,12 @@ def lane_moments(
             m2 += away * (x - mean)
         i += UNROLL * BLOCK
     while i < whole:
-        here = grad + i
+        values = grad + i
         if ALIGNED:
-            here = tl.multiple_of(here, 16)
+            values = tl.multiple_of(values, 16)
         # a bound that is a multiple of 16 keeps the masked load as wide as the unmasked one
         live = offsets < tl.multiple_of(whole - i, 16)
-        x = tl.load(here + offsets, mask=live, other=0.0, eviction_policy="evict_last").to(
+        x = tl.load(values + offsets, mask=live, other=0.0, eviction_policy="evict_last").to(
             tl.float64
         )
         k += 1.0
@@ -108,15 +105,15 @@ def lane_moments(
 
 
 @triton.jit
-def tile_moments(x, live, n, AXIS: tl.constexpr):
+def centred_moments(x, live, n, AXIS: tl.constexpr):
     """Mean, M2 (float64), least and greatest value (float32) along an axis, which is kept.
 
     ``x`` is float32, 0 where not live; ``n`` float32 counts the live values. With an inf or NaN
     among them the least is NaN.
     """
     least = tl.min(tl.where(live, x, float("inf")), AXIS, keep_dims=True)
-    most = tl.max(tl.where(live, x, float("-inf")), AXIS, keep_dims=True)
-    largest = tl.maximum(tl.abs(least), tl.abs(most))
+    greatest = tl.max(tl.where(live, x, float("-inf")), AXIS, keep_dims=True)
+    largest = tl.maximum(tl.abs(least), tl.abs(greatest))
     biased = (largest.to(tl.int32, bitcast=True) >> 23) & 0xFF
     # 149: the least subnormal becomes 1
     k = tl.where(biased == 0, 149, 127 - biased)
@@ -136,25 +133,25 @@ def tile_moments(x, live, n, AXIS: tl.constexpr):
     m2 = tl.maximum(square - shift * shift / wide, 0.0) * down * down
     # a maximum drops NaN on some targets: take it from the mean, which never does
     m2 = tl.where(exact_mean - exact_mean == 0, m2, exact_mean - exact_mean)
-    return exact_mean, m2, least, most
+    return exact_mean, m2, least, greatest
 
 
 @triton.jit
-def _merge_tile(count, mean, m2, least, most, x, live, size):
-    """The moments of a run and of one more tile of ``size`` values."""
+def _merge_block(count, mean, m2, least, greatest, x, live, size):
+    """The moments of a run and of one more block of ``size`` values."""
     n = (size + tl.arange(0, 1)).to(tl.float32)
-    mean_t, m2_t, least_t, most_t = tile_moments(x.to(tl.float32), live, n, 0)
-    first_mean = tl.sum(mean_t, 0)
+    mean_b, m2_b, least_b, greatest_b = centred_moments(x.to(tl.float32), live, n, 0)
+    first_mean = tl.sum(mean_b, 0)
     mean = tl.where(count == 0, first_mean, mean)
-    count, mean, m2 = merge(count, mean, m2, size.to(tl.float64), first_mean, tl.sum(m2_t, 0))
-    least = tl.minimum(least, tl.sum(least_t, 0))
-    most = tl.maximum(most, tl.sum(most_t, 0))
-    return count, mean, m2, least, most
+    count, mean, m2 = merge(count, mean, m2, size.to(tl.float64), first_mean, tl.sum(m2_b, 0))
+    least = tl.minimum(least, tl.sum(least_b, 0))
+    greatest = tl.maximum(greatest, tl.sum(greatest_b, 0))
+    return count, mean, m2, least, greatest
 
 
 @triton.jit
-def stream_tile_moments(grad, n, ALIGNED: tl.constexpr, WIDTH: tl.constexpr):
-    """Count, mean, M2, least and greatest of ``n`` (int32) values at ``grad``, tile by tile."""
+def block_moments(grad, n, ALIGNED: tl.constexpr, WIDTH: tl.constexpr):
+    """Count, mean, M2, least and greatest of ``n`` (int32) values at ``grad``, block by block."""
     offsets = tl.arange(0, WIDTH)
     whole = n // 16 * 16
     i = n * 0
@@ -162,51 +159,23 @@ def stream_tile_moments(grad, n, ALIGNED: tl.constexpr, WIDTH: tl.constexpr):
     mean = i.to(tl.float64)
     m2 = i.to(tl.float64)
     least = i.to(tl.float32) + float("inf")
-    most = i.to(tl.float32) - float("inf")
+    greatest = i.to(tl.float32) - float("inf")
     while i < whole:
-        here = grad + i
+        values = grad + i
         if ALIGNED:
-            here = tl.multiple_of(here, 16)
+            values = tl.multiple_of(values, 16)
         live = offsets < tl.multiple_of(whole - i, 16)
-        x = tl.load(here + offsets, mask=live, other=0.0, eviction_policy="evict_last")
+        x = tl.load(values + offsets, mask=live, other=0.0, eviction_policy="evict_last")
         size = tl.minimum(whole - i, WIDTH)
-        count, mean, m2, least, most = _merge_tile(count, mean, m2, least, most, x, live, size)
+        count, mean, m2, least, greatest = _merge_block(
+            count, mean, m2, least, greatest, x, live, size
+        )
         i += WIDTH
     if whole < n:
         rest = tl.arange(0, 16)
         live16 = rest < n - whole
         y = tl.load(grad + whole + rest, mask=live16, other=0.0)
-        count, mean, m2, least, most = _merge_tile(
-            count, mean, m2, least, most, y, live16, n - whole
+        count, mean, m2, least, greatest = _merge_block(
+            count, mean, m2, least, greatest, y, live16, n - whole
         )
-    return count, mean, m2, least, most
-
-
-@triton.jit
-def fold(mean, m2, n, uniform, centering, eps, sign):
-    """Float64 statistics to float32 factors, elementwise; twin of bngd_triton.factors.factors_from.
-
-    ``ghat = ((g * up * more) - high - low) * inverse``; ``up * more`` is the power of two that
-    brings the divisor ``rms(v) + eps`` into [1, 2), so that nothing over- or underflows.
-    """
-    variance = m2 / n
-    removed = tl.where(uniform, 0.0, centering)
-    kept = (1.0 - removed) * mean
-    divisor = tl.sqrt(variance + kept * kept) + eps
-    zero = divisor == 0.0
-    biased = (divisor.to(tl.int64, bitcast=True) >> 52) & 0x7FF
-    total = tl.where(zero, 0, 1023 - biased)
-    up = tl.minimum(tl.maximum(total, -126), 126)
-    more = tl.minimum(tl.maximum(total - up, -126), 126)
-    scale = power_of_two_64(tl.minimum(tl.maximum(total, -1022), 1022))
-    center = removed * mean * scale
-    high = center.to(tl.float32)
-    low = (center - high.to(tl.float64)).to(tl.float32)
-    inverse = tl.where(zero, 0.0, sign / tl.where(zero, 1.0, divisor * scale)).to(tl.float32)
-    return (
-        power_of_two_32(up.to(tl.int32)),
-        power_of_two_32(more.to(tl.int32)),
-        high,
-        low,
-        inverse,
-    )
+    return count, mean, m2, least, greatest

@@ -1,4 +1,4 @@
-"""Storage narrower than the arithmetic; the fast twin of ``bngd_triton/rounding.py``.
+"""Storage narrower than the arithmetic; the twin of `bngd_triton.eager.rounding`.
 
 Traffic per element beyond the parameter's own: a remainder is read and written in 2 bytes each, a
 master in 4; stochastic rounding moves nothing and takes about 15 integer instructions.
@@ -7,13 +7,9 @@ master in 4; stochastic rounding moves nothing and takes about 15 integer instru
 import triton
 import triton.language as tl
 
-# how a parameter keeps what its storage type would lose; `plan.Entry.kind` says which
-PLAIN = tl.constexpr(0)
-REMAINDER = tl.constexpr(1)
-MASTER_COPY = tl.constexpr(2)
-STOCHASTIC = tl.constexpr(3)
+from .tables import MASTER_COPY, REMAINDER, STOCHASTIC
 
-# see bngd_triton/rounding.py
+# see bngd_triton/eager/rounding.py
 GOLDEN = tl.constexpr(0x9E3779B9)
 FIRST = tl.constexpr(0x7FEB352D)
 SECOND = tl.constexpr(0x846CA68B)

@@ -2,33 +2,33 @@
 
     S(w0) T.. S(w1) U(w0) S(w2) U(w1) ... U(wn)
 
-S are the slices, U the chunks of the segments of a wave, T the tiles; `work.py` lays the list out.
-A program draws a ticket, does that item and draws the next. Slices, folds, tiles and chunks are
+S are the spans, U the chunks of the slices of a wave, T the tiles; `work.py` lays the list out.
+A program draws a ticket, does that item and draws the next. Spans, factors, tiles and chunks are
 the device functions of the two-launch form, so both give the same bits.
 
 It cannot deadlock, whatever the grid and however few programs are resident. Only a chunk waits,
-and only for its segment's slices. Those have lower tickets, so each was drawn by a program that is
-running; slices never wait; so all of them end, and the last one raises the segment's flag.
+and only for its slice's spans. Those have lower tickets, so each was drawn by a program that is
+running; spans never wait; so all of them end, and the last one raises the slice's flag.
 
 Every program draws exactly one ticket past the list, after its last item. Who draws the last of
 those knows that nobody works or waits any more and zeroes ticket and flags: the next launch, or a
 graph's replay, finds them as this one did, without a memset.
 
 Traffic per gradient element, float32 with momentum: what two launches ask for (24 bytes), of which
-the chunk's read of g (4 bytes) is meant to hit L2, where its slice left it two waves ago.
+the chunk's read of g (4 bytes) is meant to hit L2, where its span left it two waves ago.
 """
 
 import triton
 import triton.language as tl
 
-from ..work import CHUNK_ITEM, ITEM, SLICE_ITEM
-from .measure import ARGUMENTS, measure_slice
-from .tiles import tile_of_any_shape
-from .update import move_chunk
+from .measure import ARGUMENTS, measure_span
 
-ITEM_COLUMNS = tl.constexpr(ITEM)
-IS_SLICE = tl.constexpr(SLICE_ITEM)
-IS_CHUNK = tl.constexpr(CHUNK_ITEM)
+from .tables import (  # isort: skip
+    CHUNK_ITEM, CHUNK_SLICE, ITEM_COLUMNS, ITEM_KIND, ITEM_ROW, SPAN_ITEM, SPAN_SLICE,
+)  # fmt: skip
+from .tiles import tile_of_any_shape
+from .update import update_chunk
+
 # flags zeroed per trip
 RESET = tl.constexpr(256)
 
@@ -45,24 +45,24 @@ def _await(flag):
 
 
 @triton.jit(
-    do_not_specialize=["n_items", "n_partials", "first_segment", "n_segments"],
+    do_not_specialize=["n_items", "n_partials", "first_slice", "n_slices"],
     do_not_specialize_on_alignment=[
         "items_ptr", "counters_ptr",
-        *(table for table in ARGUMENTS if table not in ("slices_ptr", "tiles_ptr", "tables_ptr")),
+        *(table for table in ARGUMENTS if table not in ("spans_ptr", "tiles_ptr", "moments_ptr")),
     ],
 )  # fmt: skip
 def _single_kernel(
-    items_ptr,  # int64 [n_items, ITEM_COLUMNS]: kind, then a row of the slices, tiles or chunks
+    items_ptr,  # int64 [n_items, ITEM_COLUMNS]: kind, then a row of the spans, tiles or chunks
     n_items,
-    counters_ptr,  # int32 [1 + n_segments]: ticket, flags; zero before and after
-    first_segment,
-    n_segments,
+    counters_ptr,  # int32 [1 + n_slices]: ticket, flags; zero before and after
+    first_slice,
+    n_slices,
     rows_ptr,  # this and all that follow as in `_statistics_kernel`
-    segments_ptr,
+    slices_ptr,
     partials_ptr,
     n_partials,
     arrived_ptr,
-    folds_ptr,
+    factors_ptr,
     options_ptr,
     clocks_ptr,
     scale_ptr,
@@ -86,39 +86,40 @@ def _single_kernel(
     TILE: tl.constexpr,
     UPDATE_BLOCK: tl.constexpr,
 ):  # fmt: skip
-    # the flag of segment s is at flags + s
-    flags = counters_ptr + 1 - first_segment
+    # the flag of slice s is at flags + s
+    flags = counters_ptr + 1 - first_slice
     ticket = tl.atomic_add(counters_ptr, 1, sem="relaxed")
     while ticket < n_items:
         item = items_ptr + ticket.to(tl.int64) * ITEM_COLUMNS
-        kind = tl.load(item)
-        if kind == IS_SLICE:
-            published = measure_slice(
-                item + 1, segments_ptr, partials_ptr, n_partials, arrived_ptr, folds_ptr,
+        kind = tl.load(item + ITEM_KIND)
+        row = item + ITEM_ROW
+        if kind == SPAN_ITEM:
+            published = measure_span(
+                row, slices_ptr, partials_ptr, n_partials, arrived_ptr, factors_ptr,
                 options_ptr, scale_ptr, found_ptr, partials_ptr, grad_ptrs,
                 GRAD, ALIGNED, WIDE, WINDOWS, False, BLOCK, UNROLL, MERGE,
             )  # fmt: skip
             if published:
-                # every thread's stores of the fold before the one thread's release
+                # every thread's stores of the factors before the one thread's release
                 tl.debug_barrier()
-                tl.atomic_xchg(flags + tl.load(item + 5), 1, sem="release")
-        elif kind == IS_CHUNK:
-            _await(flags + tl.load(item + 4))
-            move_chunk(
-                item + 1, segments_ptr, folds_ptr, options_ptr, clocks_ptr, grad_ptrs, param_ptrs,
+                tl.atomic_xchg(flags + tl.load(row + SPAN_SLICE), 1, sem="release")
+        elif kind == CHUNK_ITEM:
+            _await(flags + tl.load(row + CHUNK_SLICE))
+            update_chunk(
+                row, slices_ptr, factors_ptr, options_ptr, clocks_ptr, grad_ptrs, param_ptrs,
                 momentum_ptrs, master_ptrs, GRAD, PARAM, BUFFER, KIND, ALIGNED, WINDOWS, SOFT,
                 UPDATE_BLOCK,
             )  # fmt: skip
         elif TILES:
             tile_of_any_shape(
-                item + 1, rows_ptr, options_ptr, clocks_ptr, scale_ptr, found_ptr, grad_ptrs,
+                row, rows_ptr, options_ptr, clocks_ptr, scale_ptr, found_ptr, grad_ptrs,
                 param_ptrs, momentum_ptrs, master_ptrs, GRAD, PARAM, BUFFER, KIND, ALIGNED,
                 WINDOWS, SOFT, BLOCK, TILE,
             )  # fmt: skip
         ticket = tl.atomic_add(counters_ptr, 1, sem="relaxed")
     if ticket == n_items + tl.num_programs(0) - 1:
-        i = n_segments * 0
-        while i <= n_segments:
+        i = n_slices * 0
+        while i <= n_slices:
             k = tl.arange(0, RESET)
-            tl.store(counters_ptr + i + k, 0, mask=k <= n_segments - i)
+            tl.store(counters_ptr + i + k, 0, mask=k <= n_slices - i)
             i += RESET

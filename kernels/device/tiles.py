@@ -9,27 +9,16 @@ Traffic per element, float32 with momentum: reads g, theta, m; writes theta, m (
 import triton
 import triton.language as tl
 
-from .moments import tile_moments
-from .publish import RECORD_COLUMNS, note, settle
-from .rounding import MASTER_COPY, REMAINDER, STOCHASTIC, hash_positions, rounding_seeds
-from .update import (
-    BUFFERED,
-    CLOSE_ONLY,
-    CLOSING,
-    DECAY,
-    FRESH,
-    LEAVE,
-    LR,
-    NESTEROV,
-    OPTION_COLUMNS,
-    THROUGH_CDF,
-    bounded,
-    move,
-)
+from .factors import CLOSE_ONLY, LEAVE, THROUGH_CDF, factors_of
+from .moments import centred_moments
+from .rounding import hash_positions, rounding_seeds
 
-# columns of the table of tiled tensors: elements of a row, option row * 2 + centred, addresses of
-# record and window
-ROW_COLUMNS = tl.constexpr(4)
+from .tables import (  # isort: skip
+    BUFFERED, CLOSING, FRESH, MASTER_COPY, OPTION_COLUMNS, RECORD_COLUMNS,
+    REMAINDER, ROW_CODED, ROW_COLUMNS, ROW_LENGTH, ROW_RECORD, ROW_WINDOW, STOCHASTIC,
+    TILE_FIRST_ROW, TILE_LISTED, TILE_ROWS, TILE_TENSOR, TILE_WIDTH,
+)  # fmt: skip
+from .update import bounded, normalize, update_, update_options
 
 
 @triton.jit
@@ -44,14 +33,14 @@ def _tile(
     ROWS: tl.constexpr = BLOCK // COLUMNS if BLOCK > COLUMNS else 1
     r = tl.arange(0, ROWS)[:, None]
     c = tl.arange(0, COLUMNS)[None, :]
-    present = r < tl.load(row + 1).to(tl.int32)
+    present = r < tl.load(row + TILE_ROWS).to(tl.int32)
     # listed: one row per tensor of the table; else consecutive rows of one tensor
-    listed = tl.load(row + 3)
-    tensor = tl.load(row) + r * listed
-    about = rows_ptr + tensor * ROW_COLUMNS
-    length = tl.load(about, mask=present, other=0).to(tl.int32)
-    coded = tl.load(about + 1, mask=present, other=0)
-    index = (tl.load(row + 2) + r) * (1 - listed)
+    listed = tl.load(row + TILE_LISTED)
+    tensor = tl.load(row + TILE_TENSOR) + r * listed
+    rows = rows_ptr + tensor * ROW_COLUMNS
+    length = tl.load(rows + ROW_LENGTH, mask=present, other=0).to(tl.int32)
+    coded = tl.load(rows + ROW_CODED, mask=present, other=0)
+    index = (tl.load(row + TILE_FIRST_ROW) + r) * (1 - listed)
     start = index * length
     if ALIGNED:
         # `Entry.granule`: a bound of so many elements does not cut a 16-byte access
@@ -68,36 +57,35 @@ def _tile(
         grad = tl.multiple_of(grad, (16, 16))
     x = tl.load(grad, mask=x_live, other=0.0, eviction_policy="evict_first").to(tl.float32)
     n = tl.maximum(length, 1).to(tl.float64)
-    mean, m2, least, most = tile_moments(x, x_live, length.to(tl.float32), 1)
-    uniform = least == most
+    mean, m2, least, greatest = centred_moments(x, x_live, length.to(tl.float32), 1)
+    uniform = least == greatest
     mean = tl.where(uniform, least.to(tl.float64), mean)
     m2 = tl.where(uniform, 0.0, m2)
 
     option = options_ptr + (coded >> 1) * OPTION_COLUMNS
-    address = tl.load(about + 3, mask=present, other=0)
-    window = address.to(tl.pointer_type(tl.uint8)) + index
-    up, more, high, low, inverse, mode, beta, taken, scale = settle(
-        n, mean, m2, uniform, option, (coded & 1) != 0, scale_ptr, found_ptr, window,
-        present & (address != 0), WINDOWS,
-    )  # fmt: skip
-    address = tl.load(about + 2, mask=present, other=0)
+    address = tl.load(rows + ROW_RECORD, mask=present, other=0)
     record = address.to(tl.pointer_type(tl.float64)) + index * RECORD_COLUMNS
-    note(record, mean, tl.sqrt(m2 / n), taken, scale, present)
-    lr = tl.load(option + LR).to(tl.float32)
-    decay = tl.load(option + DECAY).to(tl.float32)
+    address = tl.load(rows + ROW_WINDOW, mask=present, other=0)
+    window = address.to(tl.pointer_type(tl.uint8)) + index
+    factors, mode, beta = factors_of(
+        n, mean, m2, uniform, option, (coded & 1) != 0, scale_ptr, found_ptr, record, present,
+        window, present & (address != 0), WINDOWS,
+    )  # fmt: skip
+    options = update_options(option)
     fresh = tl.load(option + FRESH).to(tl.float32)
-    nesterov = tl.load(option + NESTEROV).to(tl.float32)
 
-    ghat = (((x * up) * more - high) - low) * inverse
+    # normalise
+    ghat = normalize(x, factors)
     # CLOSE_ONLY, of another row, is greater
     if tl.max(mode) >= THROUGH_CDF:
         ghat = tl.where(mode == THROUGH_CDF, bounded(ghat), ghat)
     live = x_live & (mode != LEAVE)
-    held = live & (tl.load(option + BUFFERED) != 0)
-    moved = live
+    m_momentum = live & (tl.load(option + BUFFERED) != 0)
+    m_param = live
     if WINDOWS:
         ghat = tl.where(mode == CLOSE_ONLY, 0.0, ghat)
-        moved = live & (tl.load(option + CLOSING) != 0)
+        m_param = live & (tl.load(option + CLOSING) != 0)
+    # load, all but the gradient
     base = tl.load(param_ptrs + tensor, mask=present, other=0).to(tl.pointer_type(PARAM))
     param = base + start + c
     base = tl.load(momentum_ptrs + tensor, mask=present, other=0).to(tl.pointer_type(BUFFER))
@@ -105,8 +93,8 @@ def _tile(
     if ALIGNED:
         param = tl.multiple_of(param, (16, 16))
         momentum = tl.multiple_of(momentum, (16, 16))
-    p = tl.load(param, mask=moved, other=0.0, eviction_policy="evict_first")
-    m = tl.load(momentum, mask=held, other=0.0, eviction_policy="evict_first").to(tl.float32)
+    p = tl.load(param, mask=m_param, other=0.0, eviction_policy="evict_first")
+    m = tl.load(momentum, mask=m_momentum, other=0.0, eviction_policy="evict_first").to(tl.float32)
     rest = p
     hashed = c
     master = param
@@ -120,10 +108,10 @@ def _tile(
         master = base + start + c
         if ALIGNED:
             master = tl.multiple_of(master, (16, 16))
-        rest = tl.load(master, mask=moved, other=0, eviction_policy="evict_first")
-    move(
-        param, momentum, master, p, m, rest, ghat, hashed, moved, held, lr, decay, beta, fresh,
-        nesterov, KIND, SOFT,
+        rest = tl.load(master, mask=m_param, other=0, eviction_policy="evict_first")
+    update_(
+        param, momentum, master, p, m, rest, ghat, hashed, m_param, m_momentum, options, beta,
+        fresh, KIND, SOFT,
     )  # fmt: skip
 
 
@@ -135,7 +123,7 @@ def tile_of_any_shape(
     BLOCK: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """A tile by the code for its number of columns: `Tuning.tile_columns`."""
-    columns = tl.load(row + 4)
+    columns = tl.load(row + TILE_WIDTH)
     for shrink in tl.static_range(4):
         if columns == TILE >> (2 * shrink):
             _tile(
