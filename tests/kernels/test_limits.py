@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from support.checkout import ROOT
+from support.time_limits import patience
 
 TEST = """
 import time
@@ -29,7 +30,7 @@ def run(folder: Path, seconds: float) -> "subprocess.CompletedProcess[str]":
     (folder / "test_it.py").write_text(TEST.format(seconds=seconds))
     return subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-c", os.devnull, "."],
-        cwd=folder, capture_output=True, text=True, timeout=100,
+        cwd=folder, capture_output=True, text=True, timeout=patience(100),
     )  # fmt: skip
 
 

@@ -19,8 +19,7 @@ from torch import Tensor, nn
 
 from bngd_triton import BNGD, load_checkpoint, save_checkpoint
 from support.checkout import ROOT
-
-KILLED = ROOT / "tests" / "support" / "killed_training.py"
+from support.time_limits import patience
 
 
 class Unknown:
@@ -51,8 +50,9 @@ def test_a_killed_run_ends_as_one_that_was_not(way: str, tmp_path: Path) -> None
     # on the CPU everywhere: a process that is killed every few steps has no time to open a GPU
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, str(KILLED), str(tmp_path), way],
-        capture_output=True, text=True, env=environment, timeout=300,
+        [sys.executable, "-m", "support.killed_training", str(tmp_path), way],
+        cwd=ROOT / "tests",
+        capture_output=True, text=True, env=environment, timeout=patience(300),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     counts = json.loads(done.stdout)

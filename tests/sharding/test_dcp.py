@@ -41,6 +41,7 @@ from support.distributed_checkpoints import (
     visited,
 )
 from support.processes import WorkerError, run
+from support.time_limits import patience
 
 pytestmark = [
     pytest.mark.skipif(
@@ -260,11 +261,15 @@ def test_example_is_stopped_and_resumed(tmp_path: Path) -> None:
     finally:
         # a SIGKILL would leave the workers running, which torchrun starts in sessions of their own
         first.terminate()
-        first.wait(timeout=60)
+        first.wait(timeout=patience(60))
     stopped = int(example().latest_checkpoint(tmp_path).name.removeprefix("step-"))
     assert stopped < 40
     done = subprocess.run(
-        [*command, "--resume"], env=environment, capture_output=True, text=True, timeout=200
+        [*command, "--resume"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=patience(200),
     )
     # torch's gloo threads abort some processes that have ended, those of plain DDP and SGD too
     ended = "terminate called without an active exception" in done.stderr

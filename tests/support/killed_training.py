@@ -25,6 +25,7 @@ import torch
 from torch import nn
 
 from bngd_triton import BNGD, load_checkpoint, save_checkpoint
+from support.time_limits import patience
 
 # what a first step would import, seconds in each process
 for module in ("torch._dynamo", "bngd_triton.kernels.fused_step"):
@@ -152,10 +153,11 @@ class Life:
     def steps(self, count: int) -> int:
         """Let it begin so many steps; returns how many it began before it ended."""
         for begun in range(count):
-            ready, _, _ = select.select([self._asks], [], [], LIMIT)
+            limit = patience(LIMIT)
+            ready, _, _ = select.select([self._asks], [], [], limit)
             if not ready:
                 self.kill()
-                raise TimeoutError(f"no step within {LIMIT:g} s")
+                raise TimeoutError(f"no step within {limit:g} s")
             if not os.read(self._asks, 1):
                 return begun
             os.write(self._gives, b".")

@@ -20,8 +20,12 @@ import torch.multiprocessing
 from torch import Tensor
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
+from support.time_limits import patience
+
 # seconds until every worker is killed: a collective that one rank never joins would wait for ever
 LIMIT = 120.0
+# of a worker's traceback: where it was, and the error
+LOG_LINES = 20
 
 
 class WorkerError(RuntimeError):
@@ -42,22 +46,23 @@ def run(world_size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
     Raises:
         WorkerError: a worker raised; holds the traceback of the first that did.
         torch.multiprocessing.ProcessExitedException: a worker died.
-        TimeoutError: the workers were not done after `LIMIT` seconds, and were killed.
+        TimeoutError: the workers were not done after `patience(LIMIT)` seconds, and were killed.
     """
+    limit = patience(LIMIT)
     with tempfile.TemporaryDirectory() as folder:
         # as many workers as cores: more threads would only wait for each other. Workers inherit
         # the variable, and read it when they import torch
         with pytest.MonkeyPatch.context() as environment:
             environment.setenv("OMP_NUM_THREADS", "1")
             context = torch.multiprocessing.spawn(
-                _work, (world_size, folder, function, args), nprocs=world_size, join=False
+                _work, (world_size, folder, limit, function, args), nprocs=world_size, join=False
             )
         assert context is not None
-        end = time.monotonic() + LIMIT
+        end = time.monotonic() + limit
         try:
             while not context.join(timeout=max(end - time.monotonic(), 0.0)):
                 if time.monotonic() >= end:
-                    raise TimeoutError(f"{function.__name__}: not done after {LIMIT:g} s")
+                    raise TimeoutError(f"{function.__name__}: not done after {limit:g} s")
         except (ProcessRaisedException, ProcessExitedException):
             # ranks that wait for one that raised fail after it, with errors of the connection
             errors = [pickle.loads(file.read_bytes()) for file in Path(folder).glob("error*")]
@@ -75,20 +80,26 @@ def run(world_size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
 
 
 def _work(
-    rank: int, world_size: int, folder: str, function: Callable[..., Any], args: tuple[Any, ...]
+    rank: int,
+    world_size: int,
+    folder: str,
+    limit: float,
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
 ) -> None:
     dist.init_process_group(
         "gloo",
         init_method=f"file://{folder}/store",
         rank=rank,
         world_size=world_size,
-        timeout=timedelta(seconds=LIMIT),
+        timeout=timedelta(seconds=limit),
     )
     try:
         result = function(*args)
     except BaseException:  # pytest's own failures too
         # written while the others still see this rank
-        error = (time.monotonic_ns(), f"rank {rank}:\n{traceback.format_exc()}")
+        log = "\n".join(traceback.format_exc().splitlines()[-LOG_LINES:])
+        error = (time.monotonic_ns(), f"rank {rank}:\n{log}")
         (Path(folder) / f"error{rank}").write_bytes(pickle.dumps(error))
         raise
     # a rank that left early would be an error to those still at work
@@ -115,7 +126,7 @@ def through_a_queue(tensor: Tensor) -> Any:
     worker.start()
     try:
         inbox.put(tensor)
-        return outbox.get(timeout=LIMIT)
+        return outbox.get(timeout=patience(LIMIT))
     finally:
         worker.terminate()
         worker.join()

@@ -1,9 +1,10 @@
-"""A time limit for tests on a GPU: a kernel that waits for ever would hold the device for good."""
+"""How long a test may take on a GPU, which an endless kernel would hold for good, and elsewhere."""
 
 from __future__ import annotations
 
 import contextlib
 import faulthandler
+import os
 from collections.abc import Iterator
 
 # a kernel takes 6 to 10 s to compile, four times that where every core compiles, and a test may
@@ -25,3 +26,13 @@ def limited(seconds: float) -> Iterator[None]:
         yield
     finally:
         faulthandler.cancel_dump_traceback_later()
+
+
+def patience(seconds: float) -> float:
+    """How long to wait for what takes less than `seconds` on a quiet machine of two cores.
+
+    Longer where more waits for each core. The environment variable BNGD_TEST_TIMEOUT decides alone.
+    """
+    told = os.environ.get("BNGD_TEST_TIMEOUT")
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    return float(told) if told else seconds * max(1.0, load / (os.cpu_count() or 1))
