@@ -36,6 +36,15 @@ def pytest_configure() -> None:
     time_limits.stderr = os.dup(2)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # a start of three ranks and what they do takes both cores for 5 to 15 s
+    for item in items:
+        callspec = getattr(item, "callspec", None)
+        if callspec is not None and callspec.params.get("world", 2) > 2:
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture
 def device() -> Iterator[torch.device]:
     """Where both paths run; on a GPU for a limited time."""

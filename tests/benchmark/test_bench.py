@@ -28,6 +28,7 @@ def document(tmp_path_factory):
     return path, json.loads(path.read_text(), parse_constant=refuse)
 
 
+@pytest.mark.slow
 @interpreted
 def test_dry_run_validates(document):
     path, found = document
@@ -40,6 +41,7 @@ def test_dry_run_validates(document):
     assert found["copy_gbps"] > 0
 
 
+@pytest.mark.slow
 @interpreted
 def test_no_arm_is_lost(document):
     found = document[1]
@@ -62,6 +64,7 @@ def test_no_arm_is_lost(document):
     assert any("it keeps bfloat16" in reason for reason in wrong)
 
 
+@pytest.mark.slow
 @interpreted
 def test_table_and_chart(document, tmp_path, capsys):
     path, found = document

@@ -10,6 +10,8 @@ import torch
 
 from support.bench_folder import ROOT
 
+pytestmark = pytest.mark.slow
+
 
 def test_host_time_is_measured_without_a_device(tmp_path: Path) -> None:
     out = tmp_path / "host.json"

@@ -13,6 +13,7 @@ import bngd_triton.kernels
 from support.checkout import ROOT
 
 triton = pytest.importorskip("triton")
+pytestmark = pytest.mark.slow
 
 VERSION = tuple(map(int, triton.__version__.split(".")[:2]))
 CHECK = ROOT / "tests" / "aot.py"

@@ -44,6 +44,7 @@ def assert_same(got: Any, want: Any, where: str = "") -> None:
         assert got == want, where
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked")
 @pytest.mark.parametrize("way", ["eager", "fused"])
 def test_a_killed_run_ends_as_one_that_was_not(way: str, tmp_path: Path) -> None:

@@ -98,6 +98,7 @@ def assert_close(got: Snapshot, whole: Snapshot) -> None:
     assert compared or not any(map(len, got.indices.values()))
 
 
+@pytest.mark.slow
 def test_training_goes_on_as_if_uninterrupted(ranks: list[Result], alone: Snapshot) -> None:
     for rank in ranks:
         # nor does saving change anything, or asking for the state before the first step
@@ -107,6 +108,7 @@ def test_training_goes_on_as_if_uninterrupted(ranks: list[Result], alone: Snapsh
         assert_close(rank.uninterrupted, alone)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", ["two", "one"])
 def test_training_goes_on_with_fewer_ranks_and_back(
     ranks: list[Result], alone: Snapshot, size: str
@@ -116,6 +118,7 @@ def test_training_goes_on_with_fewer_ranks_and_back(
         assert rank.back[size].groups == rank.uninterrupted.groups
 
 
+@pytest.mark.slow
 def test_state_keeps_its_dtypes(ranks: list[Result]) -> None:
     kinds = {
         "micro": {"momentum_buffer": F32, "window": torch.uint8},
@@ -134,6 +137,7 @@ def test_state_keeps_its_dtypes(ranks: list[Result]) -> None:
                 assert found == want
 
 
+@pytest.mark.slow
 def test_places_in_windows_and_roundings_are_kept(ranks: list[Result]) -> None:
     for rank in ranks:
         for loaded in (*rank.resumed.values(), *rank.back.values()):
@@ -145,6 +149,7 @@ def test_places_in_windows_and_roundings_are_kept(ranks: list[Result]) -> None:
             assert by_name["stochastic"]["normalizer"] == "cdf"
 
 
+@pytest.mark.slow
 def test_making_state_is_not_a_step(ranks: list[Result]) -> None:
     for rank in ranks:
         assert rank.fresh
@@ -152,11 +157,13 @@ def test_making_state_is_not_a_step(ranks: list[Result]) -> None:
             assert (group["micro_step"], group["rounding_steps"], group["lr"]) == (0, 0, 1e-2)
 
 
+@pytest.mark.slow
 def test_a_first_micro_batch_with_lr_0_counts(ranks: list[Result]) -> None:
     # though all of the gradient is 0
     assert [rank.after_warm_up for rank in ranks] == [1, 1, 1, 1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS)
 def test_loads_in_a_process_of_its_own(
     ranks: list[Result], folder: Path, alone: Snapshot, form: str
@@ -227,6 +234,7 @@ def example() -> Any:
     return train_fsdp2
 
 
+@pytest.mark.slow
 def test_a_rank_killed_while_saving_leaves_the_last_checkpoint(tmp_path: Path) -> None:
     with pytest.raises((WorkerError, ProcessExitedException)):
         run(2, killed_while_saving, tmp_path)
@@ -242,6 +250,7 @@ def test_a_rank_killed_while_saving_leaves_the_last_checkpoint(tmp_path: Path) -
         assert torch.equal(param, saved)
 
 
+@pytest.mark.slow
 def test_example_is_stopped_and_resumed(tmp_path: Path) -> None:
     command = [
         sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone",

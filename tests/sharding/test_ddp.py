@@ -205,7 +205,9 @@ def everything() -> Outcome:
     )
 
 
-@pytest.fixture(scope="module", params=[2, 3], ids="{} ranks".format)
+@pytest.fixture(
+    scope="module", params=[2, pytest.param(3, marks=pytest.mark.slow)], ids="{} ranks".format
+)
 def ranks(request: pytest.FixtureRequest) -> list[Outcome]:
     return run(request.param, everything)
 

@@ -69,6 +69,7 @@ def test_global_statistics_span_meshes_and_plain_tensors(world: int, run: str) -
                 assert_statistics(found, [union])
 
 
+@pytest.mark.slow
 def test_fsdp_over_tensor_parallelism() -> None:
     for result in visited(4):
         assert len(result.gradients) == 6
@@ -176,6 +177,7 @@ ROW_SHARES: dict[str, tuple[tuple[int, ...], int]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("run", "desc", "want"),
     [("tensor", *item) for item in SHARES.items()]
