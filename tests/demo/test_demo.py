@@ -188,6 +188,7 @@ demo.demo(settings, Path(sys.argv[2]), watch=die)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="has no SIGKILL")
 @pytest.mark.parametrize(("epochs", "left"), [(2, 3), (4, 1)])
 def test_a_killed_demo_goes_on(two_arms, tmp_path, monkeypatch, epochs, left):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from typing import Any
 
 import pytest
@@ -100,8 +101,14 @@ def random_tensors(
     return list(zip(params, grads, buffers))
 
 
-@pytest.mark.parametrize("options", OPTIONS)
-@both_tunings
+# one form of the statistics with each: what becomes of them is the same code
+@pytest.mark.parametrize(
+    ("options", "tuning"),
+    [
+        pytest.param(*case.values, tuning, id=f"{case.id}, {('tiles', 'lanes')[tuning.wide]}")
+        for case, tuning in zip(OPTIONS, itertools.cycle((LANES, TILES)))
+    ],
+)
 def test_same_bits_as_two_launches(
     options: dict[str, Any], tuning: Tuning, device: torch.device
 ) -> None:
@@ -111,10 +118,16 @@ def test_same_bits_as_two_launches(
     twins.step()
 
 
-@pytest.mark.parametrize("programs", [1, 2, 5, 9])
 @pytest.mark.parametrize(
-    ("granularity", "dtype"),
-    [("tensor", torch.float32), ("row", torch.bfloat16), ("global", torch.float32)],
+    ("programs", "granularity", "dtype"),
+    [
+        (1, "row", torch.bfloat16),
+        (2, "tensor", torch.float32),
+        (5, "global", torch.float32),
+        (5, "row", torch.bfloat16),
+        (9, "tensor", torch.float32),
+        (9, "global", torch.float32),
+    ],
 )
 def test_several_steps_with_any_number_of_programs(
     programs: int, granularity: str, dtype: torch.dtype, device: torch.device

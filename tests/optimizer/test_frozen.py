@@ -71,8 +71,9 @@ odd_ones = pytest.mark.parametrize("odd", ODD, ids=[odd.desc for odd in ODD])
 
 
 @odd_ones
-@pytest.mark.parametrize("way", ["constructor", "add_param_group"])
-@pytest.mark.parametrize("options", [{}, {"granularity": "global"}], ids=str)
+@pytest.mark.parametrize(
+    ("way", "options"), [("constructor", {}), ("add_param_group", {"granularity": "global"})]
+)
 def test_parameters_of_any_kind_are_left_alone_until_a_gradient_comes(
     options: dict[str, Any], way: str, odd: Odd, path: StepPath
 ) -> None:

@@ -69,7 +69,6 @@ def train(
         {"dtype": torch.bfloat16},
         {"dtype": torch.bfloat16, "master_weights": "stochastic"},
         {"dtype": torch.float16},
-        {"accumulation_steps": 2},
         {"accumulation_steps": 4},
         {"accumulation_steps": 3, "scaled": True},
         {"scaled": True},
