@@ -23,7 +23,7 @@ from bngd_triton.options import Options
 from bngd_triton.records import StepTensor
 from bngd_triton.verify.oracle import oracle_step
 from bngd_triton.verify.tolerances import step_bounds
-from support.closeness import assert_close
+from support.closeness import assert_within
 from support.handmade_plans import member, nothing_new
 from support.kernel_cases import (
     FEW,
@@ -87,8 +87,8 @@ def check_step(
             ("reference", eager[0][i], eager[1][i]),
             ("kernels", params[i], buffers[i]),
         ):
-            assert_close(f"{name}, momentum {shape}", got_buffer, want_buffers[i], momentum)
-            assert_close(f"{name}, parameter {shape}", got, want[i], theta)
+            assert_within(f"{name}, momentum {shape}", got_buffer, want_buffers[i], momentum)
+            assert_within(f"{name}, parameter {shape}", got, want[i], theta)
 
 
 @pytest.mark.parametrize("granularity", ["tensor", "row", "global"])
@@ -234,8 +234,8 @@ def test_nonfinite(
             before[i], want[i].nan_to_num(), want_buffers[i].nan_to_num(), torch.float32, LR, False
         )
         for got, got_buffer in ((eager[0][i], eager[1][i]), (params[i], buffers[i])):
-            assert_close("momentum", got_buffer, want_buffers[i], momentum)
-            assert_close("parameter", got, want[i], theta)
+            assert_within("momentum", got_buffer, want_buffers[i], momentum)
+            assert_within("parameter", got, want[i], theta)
     if nonfinite == "skip" and granularity == "row":
         assert torch.equal(params[0][1].double().cpu(), before[0][1]), "bits, not only values"
 

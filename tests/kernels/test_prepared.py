@@ -14,7 +14,7 @@ from bngd_triton.kernels.fused_step import FusedStep
 from bngd_triton.options import Options
 from bngd_triton.records import StepTensor, new_record
 from bngd_triton.verify.tolerances import GHAT, THETA
-from support.closeness import assert_close
+from support.closeness import assert_within
 from support.kernel_cases import LR
 from support.paths import StepPath
 
@@ -87,7 +87,7 @@ def test_several_steps_of_a_prepared_step(device: torch.device) -> None:
         for param, twin in zip(params, twins):
             # statistics one rounding apart, in a step of size lr, and a rounding of the parameter
             bound = 1e-2 * 8 * GHAT + 2 * THETA * twin.cpu().abs()
-            assert_close(f"step {step}", param, twin.cpu(), bound)
+            assert_within(f"step {step}", param, twin.cpu(), bound)
             twin.copy_(param)
 
 

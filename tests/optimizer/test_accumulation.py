@@ -15,6 +15,7 @@ from bngd_triton import BNGD
 from bngd_triton.engine.step import Stepper
 from bngd_triton.verify.oracle import normalized
 from support import capture
+from support.checkpoints import through_a_file
 from support.exact_runs import (
     assert_bits,
     exact_gradient,
@@ -22,7 +23,6 @@ from support.exact_runs import (
     make_params,
     state_of,
     take_steps,
-    through_a_file,
 )
 from support.paths import StepPath
 from support.snapshots import snapshot
@@ -129,7 +129,7 @@ def random_grads(params: Sequence[Tensor], seed: int) -> Grads:
 
 def oracle_params(device: torch.device, dtype: torch.dtype = FLOAT32) -> list[Parameter]:
     # rows of all but the last fit the kernels' tiles
-    return make_params(device, dtype, [(4, 6), (3, 7), (3, 2100)])
+    return make_params(device, dtype, shapes=[(4, 6), (3, 7), (3, 2100)])
 
 
 CASES: list[tuple[int, dict[str, Any]]] = [

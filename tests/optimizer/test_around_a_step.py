@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +18,7 @@ from bngd_triton import BNGD
 from bngd_triton.verify.oracle import oracle_step
 from support.paths import StepPath
 from support.steps import (
+    COPIES,
     OPTION_NAMES,
     assert_close,
     assert_equal,
@@ -144,12 +143,6 @@ def test_lr_may_be_any_real_number(lr: Any, path: StepPath) -> None:
     optimizer.param_groups[0]["lr"] = lr
     take_steps(optimizer, params, [0])
     assert_close(params, oracle_step(expected, make_grads(params, 0), [None] * 3, lr=float(lr))[0])
-
-
-COPIES: dict[str, Callable[[Any], Any]] = {
-    "deepcopy": copy.deepcopy,
-    "pickle": lambda both: pickle.loads(pickle.dumps(both)),
-}
 
 
 @pytest.mark.parametrize("when", ["before_first_step", "after_two_steps"])

@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from bngd_triton import BNGD
-from support.checkpoints import assert_equal, load_params, make_params, through_a_file
+from support.checkpoints import load_params, make_params, through_a_file
 from support.paths import StepPath
-from support.steps import OPTION_NAMES, momenta, take_steps
+from support.steps import OPTION_NAMES, assert_equal, momenta, take_steps
 
 # eager against fused: a few roundings of float32 in values below 4
 ATOL = 2e-6

@@ -24,7 +24,8 @@ from bngd_triton.options import Options
 from bngd_triton.records import new_record
 from bngd_triton.tensors import local
 from support import processes
-from support.exact_runs import assert_bits, give, make_params, state_of, through_a_file
+from support.checkpoints import through_a_file
+from support.exact_runs import assert_bits, give, make_params, state_of
 from support.handmade_plans import member, nothing_new
 from support.kernel_cases import LANES
 from support.paths import StepPath

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch.nn import Parameter
 
 from bngd_triton import BNGD
 from bngd_triton.eager.rounding import widen
+from support.checkpoints import through_a_file
 from support.exact_runs import (
     assert_bits,
     bits,
@@ -22,10 +22,10 @@ from support.exact_runs import (
     make_params,
     state_of,
     take_steps,
-    through_a_file,
 )
 from support.paths import StepPath
 from support.snapshots import snapshot
+from support.steps import COPIES
 
 BFLOAT16, FLOAT16, FLOAT32 = torch.bfloat16, torch.float16, torch.float32
 narrow = pytest.mark.parametrize("dtype", [BFLOAT16, FLOAT16], ids=str)
@@ -213,12 +213,6 @@ def test_resuming_is_bit_identical(
     assert {key: value.dtype for key, value in again.state[twins[0]].items()} == want
     if mode == "stochastic":
         assert again.state_dict()["param_groups"][0]["rounding_steps"] == 5
-
-
-COPIES: dict[str, Callable[[Any], Any]] = {
-    "deepcopy": copy.deepcopy,
-    "pickle": lambda both: pickle.loads(pickle.dumps(both)),
-}
 
 
 @narrow

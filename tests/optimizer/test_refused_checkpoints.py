@@ -12,10 +12,10 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from bngd_triton import BNGD
-from support.checkpoints import assert_equal, make_params
+from support.checkpoints import make_params
 from support.paths import StepPath
 from support.snapshots import snapshot
-from support.steps import take_steps
+from support.steps import assert_equal, take_steps
 
 
 class Refused(NamedTuple):

@@ -12,6 +12,7 @@ from support import processes, sharded_repeats
 from support.sharded_repeats import CHANGED, CHANGES, STEPS, WORLD, Run
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.skipif(
         not (dist.is_available() and dist.is_gloo_available()), reason="this torch has no gloo"
     ),

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 
-def assert_close(what: str, got: Tensor, want: Tensor, bound: Tensor) -> None:
+def assert_within(what: str, got: Tensor, want: Tensor, bound: Tensor) -> None:
     """Entry by entry ``|got - want| <= bound``; a NaN in `want` asks for one in `got`."""
     got, want, bound = got.detach().cpu().double(), want.double(), bound.double()
     assert torch.equal(got.isnan(), want.isnan()), f"{what}: NaN in other places"

@@ -6,36 +6,18 @@ are exact in any order of summation, so that eager and fused steps agree in ever
 
 from __future__ import annotations
 
-import io
+import functools
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 
 from bngd_triton import BNGD
+from support import steps
 
-# rows of even length; channels_last and transposed below
+# rows of even length
 SHAPES = [(4, 6), (2, 4, 3, 2), (6, 4), (10,)]
-
-
-def make_params(
-    device: torch.device,
-    dtype: torch.dtype = torch.float32,
-    shapes: Sequence[tuple[int, ...]] = SHAPES,
-) -> list[Parameter]:
-    """The same values at every call; one is channels_last, (6, 4) is transposed."""
-    generator = torch.Generator().manual_seed(5)
-    params = []
-    for shape in shapes:
-        value = torch.randn(shape, generator=generator).to(device, dtype)
-        if len(shape) == 4:
-            value = value.contiguous(memory_format=torch.channels_last)
-        if shape == (6, 4):
-            value = value.t().contiguous().t()
-        params.append(Parameter(value))
-    return params
+make_params = functools.partial(steps.make_params, shapes=SHAPES)
 
 
 def exact_gradient(like: Tensor, seed: int) -> Tensor:
@@ -70,14 +52,6 @@ def take_steps(
             grad = exact_gradient(param, 100 * seed + place)
             give(param, grad.to(dtype or param.dtype))
         optimizer.step()
-
-
-def through_a_file(state_dict: Any) -> Any:
-    """As another process would read it."""
-    file = io.BytesIO()
-    torch.save(state_dict, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
 
 
 def bits(tensor: Tensor) -> Tensor:
