@@ -194,21 +194,15 @@ def test_an_old_pickle_without_an_option_gets_its_default(option: str, path: Ste
     assert_equal(params, same)
 
 
-def test_an_old_pickle_without_an_option_takes_new_groups(path: StepPath) -> None:
+def test_an_old_pickle_takes_new_groups_and_steps(path: StepPath) -> None:
     state = BNGD(make_params(path.device), fused=path.fused).__getstate__()
+    del state["fused"], state["flatten"]
     del state["defaults"]["center_1d"], state["param_groups"][0]["center_1d"]
     old = BNGD.__new__(BNGD)
     old.__setstate__(state)
+    assert (old.fused, old.flatten) == (None, None)
     old.add_param_group({"params": make_params(path.device)})
     assert old.param_groups[1]["center_1d"] is False
-
-
-def test_an_old_pickle_without_fused_and_flatten_gets_none(path: StepPath) -> None:
-    state = BNGD(make_params(path.device), fused=path.fused).__getstate__()
-    del state["fused"], state["flatten"]
-    old = BNGD.__new__(BNGD)
-    old.__setstate__(state)
-    assert (old.fused, old.flatten) == (None, None)
     take_steps(old, old.param_groups[0]["params"], [0])
 
 

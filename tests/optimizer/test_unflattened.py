@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,61 +18,6 @@ from support.flat_models import (
 from support.paths import StepPath
 
 
-class Stays(NamedTuple):
-    desc: str
-    # parameters, and what must be kept alive or must go on seeing them
-    make: Callable[[], tuple[list[Tensor], Any]]
-    reason: str
-
-
-def views_of_one_storage() -> tuple[list[Tensor], Any]:
-    # as cuDNN's flat weights of an LSTM
-    flat = torch.randn(24)
-    return [Parameter(flat[:12].view(3, 4)), Parameter(flat[12:20]), Parameter(flat[20:])], flat
-
-
-def numpy_memory() -> tuple[list[Tensor], Any]:
-    array = np.ones((3, 4), dtype=np.float32)
-    return [Parameter(torch.from_numpy(array))], array
-
-
-def detached_alias() -> tuple[list[Tensor], Any]:
-    param = Parameter(torch.randn(3, 4))
-    return [param], param.detach()
-
-
-def data_alias() -> tuple[list[Tensor], Any]:
-    param = Parameter(torch.randn(3, 4))
-    return [param], param.data.view(-1)
-
-
-def wrapped_tensor() -> tuple[list[Tensor], Any]:
-    # Parameter(tensor) shares the tensor's storage
-    tensor = torch.randn(3, 4)
-    return [Parameter(tensor)], tensor
-
-
-def two_parameters_one_storage() -> tuple[list[Tensor], Any]:
-    param = Parameter(torch.randn(3, 3))
-    return [param, Parameter(param.data.t())], None
-
-
-def shared_memory() -> tuple[list[Tensor], Any]:
-    return [Parameter(torch.randn(3, 4).share_memory_())], None
-
-
-def with_gaps() -> tuple[list[Tensor], Any]:
-    return [Parameter(torch.randn(3, 8)[:, ::2])], None
-
-
-def at_an_offset() -> tuple[list[Tensor], Any]:
-    return [Parameter(torch.randn(13)[1:])], None
-
-
-def without_entries() -> tuple[list[Tensor], Any]:
-    return [Parameter(torch.empty(0, 3))], None
-
-
 class Tagged(torch.Tensor):
     """A tensor subclass, as quantisation and sharding libraries make them."""
 
@@ -81,12 +26,26 @@ class Marked(Parameter):
     """A parameter class with setters of its own, as inference engines make them."""
 
 
-def tensor_subclass() -> tuple[list[Tensor], Any]:
-    return [Parameter(torch.randn(3, 4).as_subclass(Tagged))], None
+def owned(share: Callable[[Tensor], Any]) -> tuple[list[Tensor], Any]:
+    """A parameter, and what others hold of its memory."""
+    param = Parameter(torch.randn(3, 4))
+    return [param], share(param)
 
 
-def parameter_subclass() -> tuple[list[Tensor], Any]:
-    return [Marked(torch.randn(3, 4))], None
+def wrapped(owner: Any, tensor: Callable[[Any], Tensor]) -> tuple[list[Tensor], Any]:
+    """A parameter in the memory of somebody else."""
+    return [Parameter(tensor(owner))], owner
+
+
+def views_of_one_storage() -> tuple[list[Tensor], Any]:
+    # as cuDNN's flat weights of an LSTM
+    flat = torch.randn(24)
+    return [Parameter(flat[:12].view(3, 4)), Parameter(flat[12:20]), Parameter(flat[20:])], flat
+
+
+def two_parameters_one_storage() -> tuple[list[Tensor], Any]:
+    param = Parameter(torch.randn(3, 3))
+    return [param, Parameter(param.data.t())], None
 
 
 def flattened_before() -> tuple[list[Tensor], Any]:
@@ -95,36 +54,41 @@ def flattened_before() -> tuple[list[Tensor], Any]:
     return params, None
 
 
-def dlpack_memory() -> tuple[list[Tensor], Any]:
-    owner = torch.randn(3, 4)
-    return [Parameter(torch.from_dlpack(owner))], owner
-
-
-STAYS = [
-    Stays("views_of_one_storage", views_of_one_storage, "part of a larger storage"),
-    Stays("numpy_memory", numpy_memory, "memory belongs to somebody else"),
-    Stays("dlpack_memory", dlpack_memory, "memory belongs to somebody else"),
-    Stays("detached_alias", detached_alias, "other tensors share its storage"),
-    Stays("data_alias", data_alias, "other tensors share its storage"),
-    Stays("wrapped_tensor", wrapped_tensor, "other tensors share its storage"),
-    Stays("two_parameters_one_storage", two_parameters_one_storage, "share its storage"),
-    Stays("shared_memory", shared_memory, "shared memory"),
-    Stays("with_gaps", with_gaps, "part of a larger storage"),
-    Stays("at_an_offset", at_an_offset, "part of a larger storage"),
-    Stays("without_entries", without_entries, "no entries"),
-    Stays("tensor_subclass", tensor_subclass, "Tagged"),
-    Stays("parameter_subclass", parameter_subclass, "Marked"),
-    Stays("flattened_before", flattened_before, "another flat buffer"),
-]
-stays = pytest.mark.parametrize("case", STAYS, ids=[case.desc for case in STAYS])
+# parameters and what must be kept alive, and why they stay
+Made = Callable[[], tuple[list[Tensor], Any]]
+STAYS: dict[str, tuple[Made, str]] = {
+    "views_of_one_storage": (views_of_one_storage, "part of a larger storage"),
+    "numpy_memory": (
+        lambda: wrapped(np.ones((3, 4), dtype=np.float32), torch.from_numpy),
+        "memory belongs to somebody else",
+    ),
+    "dlpack_memory": (
+        lambda: wrapped(torch.randn(3, 4), torch.from_dlpack), "memory belongs to somebody else"
+    ),
+    "detached_alias": (lambda: owned(torch.Tensor.detach), "other tensors share its storage"),
+    "data_alias": (lambda: owned(lambda p: p.data.view(-1)), "other tensors share its storage"),
+    # Parameter(tensor) shares the tensor's storage
+    "wrapped_tensor": (
+        lambda: wrapped(torch.randn(3, 4), lambda t: t), "other tensors share its storage"
+    ),
+    "two_parameters_one_storage": (two_parameters_one_storage, "share its storage"),
+    "shared_memory": (lambda: ([Parameter(torch.randn(3).share_memory_())], None), "shared memory"),
+    "with_gaps": (lambda: ([Parameter(torch.randn(3, 8)[:, ::2])], None), "part of a larger stor"),
+    "at_an_offset": (lambda: ([Parameter(torch.randn(13)[1:])], None), "part of a larger storage"),
+    "without_entries": (lambda: ([Parameter(torch.empty(0, 3))], None), "no entries"),
+    "tensor_subclass": (lambda: ([Parameter(torch.randn(3).as_subclass(Tagged))], None), "Tagged"),
+    "parameter_subclass": (lambda: ([Marked(torch.randn(3, 4))], None), "Marked"),
+    "flattened_before": (flattened_before, "another flat buffer"),
+}  # fmt: skip
+stays = pytest.mark.parametrize(("make", "reason"), STAYS.values(), ids=STAYS)
 
 
 @stays
-def test_flatten_leaves(case: Stays) -> None:
-    params, kept = case.make()
+def test_flatten_leaves(make: Made, reason: str) -> None:
+    params, kept = make()
     before = [(spans([param]), param.stride()) for param in params]
     reasons = [flat_buffers.why_not_flat(param) for param in params]
-    assert all(reason and case.reason in reason for reason in reasons), reasons
+    assert all(found and reason in found for found in reasons), reasons
     left = flat_buffers.flatten_(params)
     assert [id(param) for param in left] == [id(param) for param in params]
     assert [(spans([param]), param.stride()) for param in params] == before
@@ -132,10 +96,10 @@ def test_flatten_leaves(case: Stays) -> None:
 
 
 @stays
-def test_the_optimizer_leaves(case: Stays, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_optimizer_leaves(make: Made, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # beside a parameter that does move; the kernels are not run here
     monkeypatch.setattr("bngd_triton.engine.collect.why_not", lambda _: None)
-    params, kept = case.make()
+    params, kept = make()
     free = Parameter(torch.randn(3, 4))
     before, address = spans(params), free.data_ptr()
     BNGD([*params, free], fused=True)
@@ -145,14 +109,12 @@ def test_the_optimizer_leaves(case: Stays, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @stays
-def test_flatten_true_says_why(case: Stays, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_flatten_true_says_why(make: Made, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("bngd_triton.engine.collect.why_not", lambda _: None)
-    params, kept = case.make()
+    params, kept = make()
     free = Parameter(torch.randn(3, 4))
     before = spans([*params, free])
-    with pytest.raises(
-        RuntimeError, match=rf"flatten=True cannot move .*{case.reason}.*flatten=None"
-    ):
+    with pytest.raises(RuntimeError, match=rf"flatten=True cannot move .*{reason}.*flatten=None"):
         BNGD([free, *params], fused=True, flatten=True)
     # the refusal comes before anything moves
     assert spans([*params, free]) == before
