@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from test_single import Twins, both_tunings, random_tensors
+from test_single import Twins, random_tensors
 
 from bngd_triton.kernels import Tuning
 from bngd_triton.options import Options
-from support.kernel_cases import LR
+from support.kernel_cases import LANES, LR, TILES
 
 
 class Shuffled:
@@ -122,8 +122,9 @@ def schedulers(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> list[Sh
     return waiting
 
 
-@pytest.mark.parametrize("programs", [2, 5, 9])
-@both_tunings
+@pytest.mark.parametrize(
+    ("programs", "tuning"), [(2, TILES), (5, LANES), (9, TILES)], ids=["2", "5, lanes", "9"]
+)
 def test_interleaved_programs(
     tuning: Tuning, programs: int, device: torch.device, schedulers: list[Shuffled]
 ) -> None:

@@ -182,28 +182,28 @@ def test_a_checkpoint_before_the_first_step_loads(path: StepPath) -> None:
     assert used.param_groups[0]["lr"] == 0.1
 
 
-def test_momentum_that_only_some_parameters_have(path: StepPath) -> None:
-    params, twins = make_params(path.device), make_params(path.device)
-    optimizer = BNGD(params, lr=0.1, fused=path.fused)
-    take_steps(optimizer, params[1:3], [0])
-    again = BNGD(twins, fused=path.fused)
+@pytest.mark.parametrize("stepped", [False, True], ids=["fresh", "has_stepped"])
+@pytest.mark.parametrize("have", [slice(4), slice(1, 3)], ids=["all", "some"])
+def test_groups_and_momentum_of_some_parameters_go_on(
+    have: slice, stepped: bool, path: StepPath
+) -> None:
+    def build() -> tuple[list[Parameter], BNGD]:
+        params = make_params(path.device)
+        return params, BNGD([{"params": params[:2]}, {"params": params[2:]}], fused=path.fused)
+
+    (params, optimizer), (twins, again) = build(), build()
+    optimizer.param_groups[0].update(lr=0.1, granularity="row")
+    optimizer.param_groups[1].update(lr=0.3, momentum=0.5, maximize=True)
+    take_steps(optimizer, params[have], [0, 1])
+    if stepped:
+        take_steps(again, twins, [5, 6])
     load_params(twins, params)
     again.load_state_dict(through_a_file(optimizer.state_dict()))
-    assert [param in again.state for param in twins] == [False, True, True, False]
+    assert [param in again.state for param in twins] == [
+        place in range(4)[have] for place in range(4)
+    ]
     for param in (*params, *twins):
         param.grad = None
-    take_steps(optimizer, params, [1])
-    take_steps(again, twins, [1])
-    assert_equal(twins, params)
-
-
-def test_loading_into_an_optimizer_that_has_stepped(path: StepPath) -> None:
-    params, twins = make_params(path.device), make_params(path.device)
-    optimizer, again = (BNGD(p, lr=0.1, fused=path.fused) for p in (params, twins))
-    take_steps(optimizer, params, [0, 1])
-    take_steps(again, twins, [5, 6])
-    load_params(twins, params)
-    again.load_state_dict(optimizer.state_dict())
     take_steps(optimizer, params, [2])
     take_steps(again, twins, [2])
     assert_equal(twins, params)
@@ -242,23 +242,6 @@ def test_an_unpickled_group_without_an_option_has_the_constructors(path: StepPat
     again = copy.deepcopy(optimizer)
     assert again.param_groups[0]["lr"] == 0.3
     assert again.param_groups[0]["momentum"] == 0.7
-
-
-def test_groups_keep_their_options(path: StepPath) -> None:
-    def build() -> tuple[list[Parameter], BNGD]:
-        params = make_params(path.device)
-        return params, BNGD([{"params": params[:2]}, {"params": params[2:]}], fused=path.fused)
-
-    params, optimizer = build()
-    optimizer.param_groups[0].update(lr=0.1, granularity="row")
-    optimizer.param_groups[1].update(lr=0.3, momentum=0.5, maximize=True)
-    take_steps(optimizer, params, [0])
-    twins, again = build()
-    load_params(twins, params)
-    again.load_state_dict(through_a_file(optimizer.state_dict()))
-    take_steps(optimizer, params, [1])
-    take_steps(again, twins, [1])
-    assert_equal(twins, params)
 
 
 def test_parameter_names_survive(path: StepPath) -> None:

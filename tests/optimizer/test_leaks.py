@@ -98,7 +98,7 @@ def test_skips_of_what_is_gone_still_count(path: StepPath) -> None:
 def test_changes_of_granularity_leave_a_number_behind(path: StepPath) -> None:
     params, optimizer = made(path)
     sizes, want = [], 0
-    for turn in range(12):
+    for turn in range(9):
         granularity = ("tensor", "row", "global")[turn % 3]
         for group in optimizer.param_groups:
             group["granularity"] = granularity
@@ -116,4 +116,4 @@ def test_changes_of_granularity_leave_a_number_behind(path: StepPath) -> None:
                 if type(one) is Tensor and one.dtype is torch.float64 and one.shape[-1:] == (3,)
             )
         )
-    assert sizes[9:] == sizes[3:6] == sizes[6:9]
+    assert sizes[6:9] == sizes[3:6]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -24,8 +25,9 @@ OPTION_SETS: list[dict[str, Any]] = [
     {"accumulation_steps": 3, "granularity": "global"},
     {"master_weights": "stochastic"},
 ]
-option_sets = pytest.mark.parametrize("options", OPTION_SETS, ids=str)
-rates = pytest.mark.parametrize("tensor_rate", [False, True], ids=["number", "tensor"])
+option_sets = pytest.mark.parametrize(
+    ("options", "tensor_rate"), list(zip(OPTION_SETS, itertools.cycle((False, True)))), ids=str
+)
 
 
 class Run:
@@ -51,7 +53,6 @@ class Run:
         return [t.detach().clone() for t in (*self.params, *state_of(self.optimizer, self.params))]
 
 
-@rates
 @option_sets
 def test_asking_a_fresh_optimizer_for_its_state_changes_no_run(
     options: dict[str, Any], tensor_rate: bool, path: StepPath
@@ -74,7 +75,6 @@ def test_asking_a_fresh_optimizer_for_its_state_changes_no_run(
         assert asked.counts() == loaded.counts() == plain.counts()
 
 
-@rates
 @option_sets
 def test_a_first_step_of_zeros_at_rate_0_counts_as_any_other(
     options: dict[str, Any], tensor_rate: bool, path: StepPath
