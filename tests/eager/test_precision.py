@@ -251,7 +251,7 @@ def test_rounding_is_the_same_for_any_size_of_work(
     shapes = [(3, 150), (2, 12, 3, 3), (6, 4), (300,), (), (5, 7)]
 
     def run(step_: Any, **options: Any) -> list[Tensor]:
-        params = [param.detach() for param in make_params(device, dtype, shapes)]
+        params = [param.detach() for param in make_params(device, dtype, shapes=shapes)]
         grads = [torch.zeros_like(param) for param in params]
         step_(
             params, grads, None, lr=0.1, weight_decay=0.01, momentum=0.0,
