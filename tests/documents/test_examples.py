@@ -13,6 +13,7 @@ from bngd_triton.demo.tasks import exploding_task
 from support.checkout import EXAMPLES
 
 
+@pytest.mark.slow
 def test_two_layer():
     done = subprocess.run(
         [sys.executable, str(EXAMPLES / "two_layer.py")], capture_output=True, text=True

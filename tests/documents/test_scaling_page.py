@@ -47,6 +47,7 @@ def worked_out(formula: str, **names: int) -> int:
     return int(value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world", WORLDS)
 @pytest.mark.parametrize("way", WAYS)
 def test_formulas_are_what_collectives_carry(world: int, way: str) -> None:

@@ -193,6 +193,7 @@ def sharded_runs() -> None:
 @pytest.mark.skipif(
     not (dist.is_available() and dist.is_gloo_available()), reason="this torch has no gloo"
 )
+@pytest.mark.slow
 def test_sharded_steps_under_any_defaults() -> None:
     processes.run(2, sharded_runs)
 

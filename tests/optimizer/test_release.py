@@ -71,7 +71,6 @@ def train(
         {"dtype": torch.float16},
         {"accumulation_steps": 4},
         {"accumulation_steps": 3, "scaled": True},
-        {"scaled": True},
         {"spoilt": (2,)},
         {"spoilt": (2,), "scaled": True},
         {"spoilt": (0, 3), "scaled": True, "accumulation_steps": 2},

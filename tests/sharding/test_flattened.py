@@ -49,6 +49,7 @@ def fsdp1_cases() -> list[str]:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     not (dist.is_available() and dist.is_gloo_available()), reason="this torch has no gloo"
 )

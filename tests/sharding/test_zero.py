@@ -105,6 +105,7 @@ def compare_cases() -> list[Outcome]:
     return [compare(*case) for case in [(False, False), (True, False), (True, True)]]
 
 
+@pytest.mark.slow
 def test_the_same_bits_as_without_it() -> None:
     for first, second in zip(*run(2, compare_cases), strict=True):
         for rank in (first, second):
