@@ -1,9 +1,10 @@
-"""Which part of the house may import which, and that there is no circle."""
+"""Which part of the house imports which, that there is no circle, and what `kernels` is alone."""
 
 from __future__ import annotations
 
 import ast
 import graphlib
+import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -80,3 +81,14 @@ def test_there_is_no_circle_even_of_imports_within_functions() -> None:
         if name in PATHS and name != module:
             graph[module].add(name)
     graphlib.TopologicalSorter(graph).prepare()
+
+
+def test_the_folder_kernels_is_empty_under_its_bare_name() -> None:
+    # as where a checkout's root is on sys.path, and a library looks for Hugging Face's `kernels`
+    spec = importlib.util.spec_from_file_location("kernels", kernels.__file__)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert not [name for name in vars(module) if not name.startswith("__")]
+    assert callable(kernels.fused_step_)
