@@ -11,6 +11,8 @@ pytest.importorskip("bench", reason="bench/ is in the checkout only")
 
 from support.checkout import ROOT
 
+# every kernel is compiled, 15 s for each
+pytestmark = pytest.mark.slow
 CHECK = ROOT / "tests" / "support" / "fake_launches.py"
 
 
