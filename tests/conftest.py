@@ -6,10 +6,11 @@ import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import limits
 import pytest
 import torch
-from paths import StepPath
+
+from support import time_limits
+from support.paths import StepPath
 
 INTERPRETED = not torch.cuda.is_available()
 # Triton reads it when kernels are defined, so it is set before any test imports them
@@ -32,7 +33,16 @@ def _alone(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def pytest_configure() -> None:
     # nothing is captured yet
-    limits.stderr = os.dup(2)
+    time_limits.stderr = os.dup(2)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # a start of three ranks and what they do takes both cores for 5 to 15 s
+    for item in items:
+        callspec = getattr(item, "callspec", None)
+        if callspec is not None and callspec.params.get("world", 2) > 2:
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture
@@ -41,7 +51,7 @@ def device() -> Iterator[torch.device]:
     if INTERPRETED:
         yield torch.device("cpu")
         return
-    with limits.limited(limits.LIMIT_S):
+    with time_limits.limited(time_limits.LIMIT_S):
         yield torch.device("cuda")
 
 

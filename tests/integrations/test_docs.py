@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from processes import run
 from torch import Tensor, nn
 
 from bngd_triton import BNGD
+from support.checkout import DOCS
+from support.processes import run
 
-PAGE = Path(__file__).parents[2] / "docs" / "integrations.md"
+PAGE = DOCS / "integrations.md"
 pytestmark = pytest.mark.skipif(
     not PAGE.exists(), reason="the tests run without the checkout around them"
 )

@@ -1,0 +1,203 @@
+"""bench/run.py: the whole measuring code on the CPU, and what the command shows of it."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from bench import arms, report, run, timing
+from bngd_triton import cli
+from support.bench_folder import CPU, ROOT, interpreted
+
+
+@pytest.fixture(scope="module")
+def document(tmp_path_factory):
+    """What a dry run of everything writes."""
+    out = tmp_path_factory.mktemp("dry")
+    command = ["--device", "cpu", "--out", str(out), "--tuning", "form=single-launch", "--chart"]
+    assert run.main(command) == 0
+    (path,) = out.glob("*.json")
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} is not JSON")
+
+    return path, json.loads(path.read_text(), parse_constant=refuse)
+
+
+@pytest.mark.slow
+@interpreted
+def test_dry_run_validates(document):
+    path, found = document
+    report.check(found)
+    assert re.fullmatch(r"cpu-\d{4}-\d\d-\d\d\.json", path.name)
+    assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    assert found["finished"]
+    assert found["kernels_sha256"] == report.kernels_hash()
+    assert found["environment"]["torch"] == torch.__version__
+    assert found["copy_gbps"] > 0
+
+
+@pytest.mark.slow
+@interpreted
+def test_no_arm_is_lost(document):
+    found = document[1]
+    names = {*arms.ARMS, "bngd:form=single-launch"}
+    for item in run.DRY:
+        ran = {row["arm"] for row in found["rows"] if (row["workload"], row["dtype"]) == item}
+        missing = {
+            entry["arm"]: entry["reason"]
+            for entry in found["unavailable"]
+            if (entry["workload"], entry["dtype"]) == item
+        }
+        assert ran | set(missing) == names
+        assert not ran & set(missing)
+        assert {"bngd", "bngd-row", "bngd-global", "bngd-eager"} <= ran
+        assert all(missing.values())
+        assert "optimi" in missing["optimi-sgd"]
+    fp32 = {row["arm"] for row in found["rows"] if row["dtype"] == "fp32"}
+    assert {"compile", "torch-sgd-fused", "torch-sgd-foreach", "torch-adamw-fused"} <= fp32
+    wrong = [m["reason"] for m in found["unavailable"] if m["dtype"] == "bf16-fp32m"]
+    assert any("it keeps bfloat16" in reason for reason in wrong)
+
+
+@pytest.mark.slow
+@interpreted
+def test_table_and_chart(document, tmp_path, capsys):
+    path, found = document
+    printed = report.table(found)
+    assert all(row["arm"] in printed for row in found["rows"])
+    assert "not available: optimi-sgd" in printed
+    copy = tmp_path / "a.json"
+    copy.write_text(path.read_text())
+    assert report.chart([str(copy)]) == 0
+    assert copy.with_suffix(".png").exists()
+    copy.write_text('{"rows": [{}]}')
+    assert report.chart([str(copy)]) == 2
+    assert "is not a result file" in capsys.readouterr().err
+
+
+def test_without_matplotlib_there_is_a_line(tmp_path, monkeypatch, capsys):
+    command = ["--device", "cpu", "--only", "bngd-eager,fp32", "--out", str(tmp_path), "--chart"]
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert run.main(command) == 0
+    assert "pip install matplotlib" in capsys.readouterr().out.splitlines()[-1]
+    assert [path.suffix for path in tmp_path.iterdir()] == [".json"]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_stopped_run_keeps_finished_rows(error, tmp_path, monkeypatch):
+    whole, seen = timing.times, []
+
+    def stop(step, device):
+        seen.append(step)
+        # the first is the copy
+        if len(seen) == 3:
+            raise error("boom")
+        return whole(step, device)
+
+    monkeypatch.setattr(timing, "times", stop)
+    command = ["--device", "cpu", "--only", "bngd-eager,fp32,bf16", "--out", str(tmp_path)]
+    interrupted = error is KeyboardInterrupt
+    assert run.main(command) == (130 if interrupted else 1)
+    (path,) = tmp_path.iterdir()
+    found = json.loads(path.read_text())
+    report.check(found)
+    # what only broke one arm off leaves the others
+    others = [] if interrupted else [("dry-run-groups", "fp32")]
+    ran = [(row["workload"], row["dtype"]) for row in found["rows"]]
+    assert ran == [("dry-run", "fp32"), *others]
+    line = "dry-run bf16 bngd-eager: RuntimeError: boom"
+    assert found["not_run"] == ([] if interrupted else [line])
+    assert not found["finished"]
+
+
+def test_spent_budget_is_said(tmp_path):
+    command = ["--device", "cpu", "--only", "bngd-eager", "--budget", "0", "--out", str(tmp_path)]
+    assert run.main(command) == 0
+    (path,) = tmp_path.iterdir()
+    found = json.loads(path.read_text())
+    assert found["rows"] == []
+    assert len(found["not_run"]) == len(run.DRY)
+
+
+def test_only(capsys):
+    assert run.main(["--device", "cpu", "--only", "no-such"]) == 2
+    assert "no-such" in capsys.readouterr().err
+    assert run.main(["--device", "cpu", "--tuning", "no_such=1"]) == 2
+    assert "no_such" in capsys.readouterr().err
+    every = list(arms.ARMS.values())
+    args = run._parser().parse_args(["--only", "moe-10k,fp32,bngd", "--suite", "full"])
+    assert run._selection(args, every) == ([("moe-10k", "fp32")], [arms.ARMS["bngd"]])
+    args = run._parser().parse_args(["--only", "bngd-row"])
+    assert run._selection(args, every) == (run.QUICK, [arms.ARMS["bngd-row"]])
+
+
+def test_no_gpu_is_an_error(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert run.main([]) == 1
+    assert "there is no GPU" in capsys.readouterr().err
+
+
+def test_launches_and_graphs_are_not_claimed_without_a_gpu():
+    found = timing.times(lambda: None, CPU)
+    assert found["host_us"] is found["launches"] is found["replay_us"] is None
+    assert 0 < found["p20_us"] <= found["median_us"] <= found["p80_us"]
+
+
+def test_command(monkeypatch, capsys, tmp_path):
+    ran = []
+
+    class Done:
+        returncode = 7
+
+    monkeypatch.setattr(cli, "_ROOT", ROOT)
+    monkeypatch.setattr(
+        cli.subprocess, "run", lambda command, **more: ran.append((command, more)) or Done
+    )
+    assert cli.main(["bench", "--suite", "full", "--out", str(tmp_path)]) == 7
+    command, more = ran[0]
+    assert command[1:] == [
+        "-m", "bench.run", "--suite", "full", "--only", "", "--chart", "--out", str(tmp_path),
+        "--device", "cuda",
+    ]  # fmt: skip
+    assert more["cwd"] == ROOT
+    assert cli.main(["bench", "--plot", str(tmp_path / "a.json")]) == 7
+    assert ran[1][0][1:] == ["-m", "bench.report", str(tmp_path / "a.json")]
+    monkeypatch.setattr(cli, "_ROOT", tmp_path)
+    assert cli.main(["bench"]) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "clone the repository" in error
+
+
+def test_a_session_goes_on_where_a_step_fails_and_says_what_was_not_run(tmp_path):
+    """With a Python that only notes what it was asked."""
+    stub = tmp_path / "python"
+    stub.write_text(
+        f'#!/bin/sh\necho "$@" >> {tmp_path}/asked\ncase "$*" in *rows*) exit 3;; esac\n'
+    )
+    stub.chmod(0o755)
+    checkout = tmp_path / "checkout"
+    (checkout / "bench").mkdir(parents=True)
+    (checkout / "bngd_triton").mkdir()
+    (checkout / "bench" / "session.sh").write_text((ROOT / "bench" / "session.sh").read_text())
+    command = ["bash", str(checkout / "bench" / "session.sh"), str(tmp_path / "out")]
+    for limit in ("300", "5"):
+        environment = {**os.environ, "PYTHON": str(stub), "LIMIT": limit}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        lines = done.stdout.splitlines()
+        if limit == "5":
+            assert [line.split()[:2] for line in lines] == [["not", "run:"]] * 6
+            continue
+        assert [line.split(":")[0] for line in lines] == [
+            "tests", "fp32", "rows", "bf16", "forms", "memcheck",
+        ]  # fmt: skip
+    asked = (tmp_path / "asked").read_text().splitlines()
+    assert [line.split()[1] for line in asked] == ["pytest", *["bench.run"] * 4]
+    names = {name for line in asked[1:] for name in line.split("--only ")[1].split()[0].split(",")}
+    known = {*arms.ARMS, *arms.STORAGES, *run.WORKLOADS, *run.DRY_RUN}
+    assert names <= known

@@ -1,0 +1,52 @@
+"""bench/: what runs anywhere, in processes of its own."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from support.bench_folder import ROOT
+
+pytestmark = pytest.mark.slow
+
+
+def test_host_time_is_measured_without_a_device(tmp_path: Path) -> None:
+    out = tmp_path / "host.json"
+    command = [sys.executable, "-m", "bench.host", "--tensors", "20", "--repeats", "3"]
+    done = subprocess.run([*command, "--out", str(out)], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("20 tensors, 28 groups") == 3
+    found = json.loads(out.read_text())
+    assert [(row["groups"], row["gradients"]) for row in found["rows"]] == [
+        (1, "kept"), (1, "new"), (1, "moved"), (28, "kept"), (28, "new"), (28, "moved"),
+    ]  # fmt: skip
+    for row in found["rows"]:
+        assert 0.05 < row["ratio"] < 20
+        assert min(row["step"], row["SGD"], row["step, new rates"]) > 1
+
+
+def test_microbenchmarks_run() -> None:
+    pytest.importorskip("pytest_benchmark")
+    command = [sys.executable, "-m", "pytest", "bench/bench_micro.py", "--benchmark-disable", "-q"]
+    # every function and optimizer at its smallest sizes; larger ones take the same way
+    command += ["--deselect", "bench/bench_micro.py::test_plan[10 000 tensors]"]
+    command += ["-k", "not 16x256x256 and not 1x4M and not 1024 and not 100000"]
+    command += ["-p", "no:cacheprovider"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    # kernels and the host path need the interpreter
+    gpu = torch.cuda.is_available()
+    assert ("7 passed, 8 skipped" if gpu else "15 passed") in done.stdout
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no distributed")
+def test_host_time_of_shards(tmp_path: Path) -> None:
+    out = tmp_path / "shards.json"
+    command = [sys.executable, "-m", "bench.host", "--tensors", "8", "--repeats", "3", "--sharded"]
+    done = subprocess.run([*command, "--out", str(out)], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (row,) = json.loads(out.read_text())["rows"]
+    assert row["step"] < row["laid out anew"]

@@ -1,0 +1,305 @@
+"""`bngd demo`: its files, its figures, its errors and Ctrl-C."""
+
+import json
+import math
+import signal
+import subprocess
+import sys
+from io import StringIO
+
+import pytest
+import torch
+from rich.console import Console
+
+import bngd_triton
+from bngd_triton import cli
+from bngd_triton.demo import resume
+from bngd_triton.demo import run as demo
+
+TINY = demo.Settings(epochs=1, scales=(1e-12, 1e15), scale_epochs=1)
+
+
+def run(settings, out, watch=lambda run: None, results=None):
+    """The exit code, the JSON (strict: no NaN) and what was printed."""
+    text = StringIO()
+    out.mkdir(exist_ok=True)
+    code = demo.demo(settings, out, Console(file=text, width=100), watch, results)
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} is not JSON")
+
+    document = json.loads((out / demo.JSON_NAME).read_text(), parse_constant=refuse)
+    return code, document, text.getvalue()
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    out = tmp_path_factory.mktemp("tiny")
+    return out, *run(TINY, out)
+
+
+@pytest.fixture
+def two_arms(monkeypatch):
+    monkeypatch.setattr(demo, "EXPLODING", (demo.EXPLODING[0], demo.EXPLODING[5]))
+    monkeypatch.setattr(demo, "LOSS_SCALE", (demo.LOSS_SCALE[3],))
+
+
+def test_files_and_arms(tiny):
+    out, code, document, printed = tiny
+    assert code == 0
+    assert (out / demo.PNG_NAME).read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    assert [run["optimizer"] for run in document["exploding"]] == [a.name for a in demo.EXPLODING]
+    assert len(document["exploding"]) == 7
+    pairs = [(run["optimizer"], run["loss_scale"]) for run in document["loss_scale"]]
+    assert pairs == [(arm.name, scale) for arm in demo.LOSS_SCALE for scale in TINY.scales]
+    assert all(arm.name in printed for arm in demo.EXPLODING + demo.LOSS_SCALE)
+    last = printed.replace("\n", " ")
+    assert last.rstrip().endswith(f"Wrote {out / demo.PNG_NAME} and {out / demo.JSON_NAME}")
+    assert "better than" not in printed.lower()
+
+
+def test_settings_are_recorded(tiny):
+    settings = tiny[2]["settings"]
+    assert settings["torch"] == torch.__version__
+    assert (settings["device"], settings["seed"], settings["epochs"]) == ("cpu", 0, 1)
+
+
+def test_figures(tiny):
+    document = tiny[2]
+    for done in document["exploding"]:
+        low, high = done["grad_norms"]
+        assert 10 < done["first_loss"] < 1e4
+        assert 0 < low <= high
+        assert high > 100
+    for done in document["exploding"] + document["loss_scale"]:
+        assert len(done["losses"]) == len(done["accuracies"]) == 1
+        if "BNGD" in done["optimizer"]:
+            assert done["status"] == "finished"
+            assert math.isfinite(done["losses"][0])
+            assert 0 <= done["accuracies"][0] <= 100
+    final = {(r["optimizer"], r["loss_scale"]): r["accuracies"][-1] for r in document["loss_scale"]}
+    assert final["BNGD, eps 0", 1e-12] == final["BNGD, eps 0", 1e15] > 50
+    assert final["AdamW", 1e-12] < 30 < 50 < final["AdamW", 1e15]
+    assert final["SGD", 1e15] is None
+
+
+def test_nan_is_shown(tiny):
+    _, _, document, printed = tiny
+    assert "NaN" in printed
+    (sgd,) = [r for r in document["loss_scale"] if r["optimizer"] == "SGD" and r["loss_scale"] > 1]
+    assert sgd["status"] == "not finite"
+    assert sgd["losses"] == [None]
+
+
+def test_same_seed_same_json(tiny, tmp_path):
+    assert run(TINY, tmp_path / "again")[1] == tiny[2]
+
+
+def test_other_seed_other_figures(tiny, two_arms, tmp_path):
+    other = demo.Settings(seed=1, epochs=1, scales=(1.0,), scale_epochs=1)
+    assert run(other, tmp_path)[1]["exploding"][0]["losses"] != tiny[2]["exploding"][0]["losses"]
+
+
+def test_target_loss_stops_early(two_arms, tmp_path):
+    settings = demo.Settings(epochs=3, scales=(1.0,), scale_epochs=3, target_loss=1e9)
+    _, document, printed = run(settings, tmp_path)
+    for done in document["exploding"] + document["loss_scale"]:
+        assert done["status"] == "target loss"
+        assert len(done["losses"]) == 1
+    assert "target loss" in printed
+
+
+def test_target_loss_that_is_not_reached(two_arms, tmp_path):
+    settings = demo.Settings(epochs=2, scales=(1.0,), scale_epochs=2, target_loss=1e-9)
+    _, document, _ = run(settings, tmp_path)
+    assert {len(done["losses"]) for done in document["exploding"]} == {2}
+
+
+def test_lr_falls_linearly_to_zero(two_arms, tmp_path, monkeypatch):
+    rates = []
+
+    class Spy(torch.optim.SGD):
+        def step(self, closure=None):
+            rates.append(self.param_groups[0]["lr"])
+            return super().step(closure)
+
+    monkeypatch.setattr(demo, "EXPLODING", (demo.Arm("SGD", Spy, 1e-5),))
+    monkeypatch.setattr(demo, "LOSS_SCALE", ())
+    run(demo.Settings(epochs=2), tmp_path)
+    steps = 2 * math.ceil(1347 / 64)
+    assert rates == pytest.approx([1e-5 * (1 - step / steps) for step in range(steps)])
+
+
+@pytest.mark.parametrize("after", [0, 1, 3], ids=["at once", "within part 1", "within part 2"])
+def test_ctrl_c_keeps_what_is_done(two_arms, tmp_path, after):
+    seen = []
+
+    def watch(run):
+        seen.append(run)
+        if len(seen) > after:
+            raise KeyboardInterrupt
+
+    code, document, printed = run(
+        demo.Settings(epochs=1, scales=(1.0, 10.0), scale_epochs=2), tmp_path, watch
+    )
+    assert code == 130
+    assert document["interrupted"] is True
+    runs = document["exploding"] + document["loss_scale"]
+    assert [done["status"] for done in runs][:-1] == ["finished"] * (len(runs) - 1)
+    assert runs[-1]["status"] == "interrupted"
+    assert len(runs[-1]["losses"]) >= 1
+    assert (tmp_path / demo.PNG_NAME).stat().st_size > 1000
+    assert "Interrupted" in printed
+    assert "SGD" in printed
+
+
+def test_ctrl_c_before_any_epoch(two_arms, tmp_path, monkeypatch):
+    def interrupt(*args):
+        assert torch.get_num_threads() == 1
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(demo, "train", interrupt)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        code, document, _ = run(TINY, tmp_path)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert code == 130
+    assert document["exploding"][0]["losses"] == []
+
+
+KILLED_AFTER = """
+import os, signal, sys
+from pathlib import Path
+from bngd_triton import cli
+from bngd_triton.demo import run as demo
+demo.EXPLODING, demo.LOSS_SCALE = (demo.EXPLODING[0], demo.EXPLODING[5]), (demo.LOSS_SCALE[3],)
+epochs = int(sys.argv[1])
+
+def die(run, seen=[]):
+    seen.append(run)
+    if len(seen) == epochs:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+settings = demo.Settings(epochs=1, scales=(1.0, 10.0), scale_epochs=1)
+demo.demo(settings, Path(sys.argv[2]), watch=die)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="has no SIGKILL")
+@pytest.mark.parametrize(("epochs", "left"), [(2, 3), (4, 1)])
+def test_a_killed_demo_goes_on(two_arms, tmp_path, monkeypatch, epochs, left):
+    settings = demo.Settings(epochs=1, scales=(1.0, 10.0), scale_epochs=1)
+    want = run(settings, tmp_path / "whole")[1]
+    assert sorted(path.name for path in (tmp_path / "whole").iterdir()) == [
+        demo.JSON_NAME,
+        demo.PNG_NAME,
+    ]
+    out = tmp_path / "killed"
+    out.mkdir()
+    done = subprocess.run([sys.executable, "-c", KILLED_AFTER, str(epochs), str(out)])
+    assert done.returncode == -signal.SIGKILL
+    assert [path.name for path in out.iterdir()] == [resume.NAME]
+    trained = []
+    monkeypatch.setattr(
+        demo, "train", lambda *args, train=demo.train: trained.append(args[0]) or train(*args)
+    )
+    results = resume.finished_runs(settings, out / resume.NAME)
+    document = run(settings, out, results=results)[1]
+    assert len(trained) == left
+    assert document == want
+    assert not (out / resume.NAME).exists()
+
+
+def test_resume_is_refused_for_other_settings(two_arms, tmp_path, capsys):
+    def interrupt(run):
+        if run.loss_scale != 1:
+            raise KeyboardInterrupt
+
+    settings = demo.Settings(epochs=1, scales=(10.0,), scale_epochs=1)
+    assert run(settings, tmp_path, interrupt)[0] == 130
+    before = (tmp_path / resume.NAME).read_bytes()
+    assert cli.main(["demo", "--resume", "--epochs", "3", "--out", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert f"{resume.NAME} is of a demo with epochs = 1, not 3: give it the same arg" in error
+    assert (tmp_path / resume.NAME).read_bytes() == before
+    (tmp_path / resume.NAME).write_bytes(before[:500])
+    assert cli.main(["demo", "--resume", "--epochs", "1", "--out", str(tmp_path)]) == 2
+    assert f"{resume.NAME} (500 bytes) is incomplete" in capsys.readouterr().err
+
+
+def test_resume_reaches_the_demo(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(demo, "demo", lambda *args, results: calls.append(results) or 0)
+    # what is to resume is there, or nothing is
+    assert cli.main(["demo", "--resume", "--out", str(tmp_path), "--device", "cpu"]) == 0
+    results = demo.Results([demo.Run("SGD", 0.1, None, 1.0, "finished", losses=[math.inf])])
+    resume.keep(results, demo.Settings(), tmp_path / resume.NAME)
+    assert cli.main(["demo", "--resume", "--out", str(tmp_path), "--device", "cpu"]) == 0
+    assert calls[0] == demo.Results()
+    assert repr(calls[1]) == repr(results)
+
+
+def test_a_new_demo_forgets_what_was_left(two_arms, tmp_path):
+    path = tmp_path / resume.NAME
+    resume.keep(demo.Results(), TINY, path)
+    seen = []
+    run(TINY, tmp_path, lambda run: seen.append(path.exists()))
+    # the first run of the new one has finished before its second
+    assert seen[:2] == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["--epochs", "0"], "--epochs must be >= 1, got 0"),
+        (["--epochs", "two"], "invalid int value: 'two'"),
+        (["--seed", "-1"], "--seed must be in [0, 2**63), got -1"),
+        (["--target-loss", "nan"], "--target-loss must be finite and > 0, got nan"),
+        (["--target-loss", "0"], "--target-loss must be finite and > 0, got 0.0"),
+        (["--device", "abacus"], "--device 'abacus' cannot be used: "),
+        (["--device", "meta"], "--device 'meta' cannot be used: "),
+        (["--out", "taken/inner"], "--out taken/inner cannot be written: "),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_bad_arguments(arguments, text, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "taken").write_text("a file")
+    assert cli.main(["demo", *arguments]) == 2
+    assert text in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["taken"]
+
+
+def test_arguments_reach_the_demo(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(demo, "demo", lambda *args, results: calls.append((args, results)) or 7)
+    given = ["--device", "cpu", "--seed", "3", "--epochs", "4", "--target-loss", "0.5"]
+    assert cli.main(["demo", *given, "--out", str(tmp_path / "a" / "b")]) == 7
+    assert calls == [((demo.Settings("cpu", 3, 4, 0.5), tmp_path / "a" / "b"), None)]
+    assert (tmp_path / "a" / "b").is_dir()
+
+
+def test_missing_package(tmp_path, monkeypatch, capsys):
+    for module in ("run", "tasks"):
+        monkeypatch.delitem(sys.modules, f"bngd_triton.demo.{module}")
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    assert cli.main(["demo", "--out", str(tmp_path)]) == 1
+    assert capsys.readouterr().err == (
+        "bngd: error: sklearn is not installed: pip install 'bngd-triton[demo]'\n"
+    )
+
+
+def test_no_command(capsys):
+    assert cli.main([]) == 2
+    assert "command" in capsys.readouterr().err
+
+
+def test_python_m():
+    done = subprocess.run(
+        [sys.executable, "-m", "bngd_triton", "--version"], capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout) == (0, f"bngd-triton {bngd_triton.__version__}\n")

@@ -1,0 +1,87 @@
+"""The README's code runs, and its figures are those of the committed results."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+import pytest
+import torch
+
+from support.checkout import ROOT
+
+pytestmark = pytest.mark.skipif(
+    not (ROOT / "README.md").exists(), reason="the tests run without the checkout around them"
+)
+
+
+def tables() -> list[list[list[str]]]:
+    """The README's tables, as rows of cells without header and rule."""
+    found: list[list[list[str]]] = [[]]
+    for line in (ROOT / "README.md").read_text().splitlines():
+        if line.startswith("|"):
+            found[-1].append([cell.strip() for cell in line.strip("|").split("|")])
+        elif found[-1]:
+            found.append([])
+    return [table[2:] for table in found if table]
+
+
+def results() -> list[dict[str, Any]]:
+    folder = ROOT / "bench" / "results" / "demo-cpu"
+    return [json.loads((folder / f"seed{seed}.json").read_text()) for seed in range(3)]
+
+
+def test_accuracies_on_the_exploding_network() -> None:
+    runs = results()
+    want = []
+    for arm, run in enumerate(runs[0]["exploding"]):
+        finals = [seed["exploding"][arm]["accuracies"][-1] for seed in runs]
+        figures = " / ".join(f"{final:.1f}" for final in finals)
+        want.append([run["optimizer"], f"{run['lr']:g}", figures])
+    assert want in tables()
+
+
+def test_accuracies_by_loss_scale() -> None:
+    runs = results()
+    want = []
+    for scale in runs[0]["settings"]["scales"]:
+        row = [f"{scale:g}"]
+        for name in dict.fromkeys(run["optimizer"] for run in runs[0]["loss_scale"]):
+            finals = [
+                run["accuracies"][-1]
+                for seed in runs
+                for run in seed["loss_scale"]
+                if run["optimizer"] == name and run["loss_scale"] == scale
+            ]
+            broken = None in finals
+            row.append("NaN" if broken else f"{min(finals):.1f} to {max(finals):.1f}")
+        want.append(row)
+    assert want in tables()
+
+
+def test_the_example_trains() -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(3, 32), torch.nn.Tanh(), torch.nn.Linear(32, 1))
+    x = torch.randn(64, 3)
+    y = x.sin().sum(1, keepdim=True)
+    names: dict[str, Any] = {
+        "torch": torch,
+        "model": model,
+        "steps": 200,
+        "batches": [(x, y)] * 200,
+        "loss_fn": torch.nn.functional.mse_loss,
+    }
+    before = torch.nn.functional.mse_loss(model(x), y).item()
+    exec(code, names)
+    assert torch.nn.functional.mse_loss(model(x), y).item() < before / 10
+
+
+def test_both_commands_stand_on_lines_of_their_own() -> None:
+    lines = (ROOT / "README.md").read_text().splitlines()
+    setup = "python3 -m venv .venv && .venv/bin/pip install -q -c constraints.txt -e"
+    assert f"{setup} '.[demo]' && .venv/bin/bngd demo" in lines[:40]
+    assert (
+        f"{setup} '.[test]' && .venv/bin/python -m pytest -q -n auto --dist loadfile" in lines[:40]
+    )

@@ -1,0 +1,122 @@
+"""The formulas and tables of docs/scaling.md: against counted collectives, and worked out anew."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from bngd_triton.sharding import exchange
+from support.checkout import DOCS
+from support.sharded_cases import WORLDS
+from support.sharded_statistics import Transformer, visited
+
+PAGE = DOCS / "scaling.md"
+pytestmark = pytest.mark.skipif(
+    not PAGE.exists(), reason="the tests run without the checkout around them"
+)
+# the transformer that the worlds exchange, in the words of the page
+SMALL = {"tensors": 21, "vectors": 5, "rows": 2 * (2 * 5 + 2 * 3 + 2 * 7 + 5) + 2 * 11}
+# what the worlds do, and the lines of the page that speak of it
+WAYS = {
+    "tensor": ("tensor", "gathered"),
+    "tensor, dealt out": ("tensor", "dealt out"),
+    "row": ("row, `Shard(0)`", "gathered"),
+    "row, cut": ("row, other dimensions cut", "gathered"),
+    "row, cut, dealt out": ("row, other dimensions cut", "dealt out"),
+    "global": ("global", "gathered"),
+}
+
+
+def table(title: str) -> dict[str, list[str]]:
+    """The table whose header starts with `title`: cells by the first one of their line."""
+    lines = PAGE.read_text().splitlines()
+    (start,) = [i for i, line in enumerate(lines) if line.startswith(f"| {title} |")]
+    found = {}
+    for line in lines[start + 2 :]:
+        if not line.startswith("|"):
+            break
+        first, *rest = [cell.strip() for cell in line.strip("|").split("|")]
+        found[first] = rest
+    return found
+
+
+def worked_out(formula: str, **names: int) -> int:
+    value = eval(formula.strip("`"), {"ceil": math.ceil, **names})
+    assert value == int(value)
+    return int(value)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("way", WAYS)
+def test_formulas_are_what_collectives_carry(world: int, way: str) -> None:
+    line, how = WAYS[way]
+    slices = worked_out(table("granularity")[line][0], **SMALL)
+    collectives, given, received = (
+        worked_out(cell, T=slices, R=world) for cell in table("way")[how]
+    )
+    for result in visited(world):
+        travelled, log = result.transformer[way]
+        assert travelled == slices
+        assert len(log) == collectives
+        assert sum(each.sent for each in log) == given
+        assert sum(each.received for each in log) == received
+
+
+def models() -> dict[str, Transformer]:
+    return {
+        name: Transformer(*(int(cell.replace(" ", "")) for cell in cells[:5]))
+        for name, cells in table("model").items()
+    }
+
+
+def spaced(number: int) -> str:
+    return f"{number:,}".replace(",", " ")
+
+
+def test_models() -> None:
+    for name, cells in table("model").items():
+        shapes = models()[name].shapes()
+        matrices = [shape for shape in shapes if len(shape) == 2]
+        size = sum(math.prod(shape) for shape in shapes)
+        assert cells[5:] == [
+            f"{size / 1e9:.1f}e9",
+            spaced(len(shapes)),
+            spaced(len(shapes) - len(matrices)),
+            spaced(sum(shape[0] for shape in matrices)),
+        ]
+
+
+def size_of(number: int) -> str:
+    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if number >= factor:
+            return f"{number / factor:.3g} {unit}"
+    return f"{number} B"
+
+
+def test_bytes_by_model_and_ranks() -> None:
+    lines = PAGE.read_text().splitlines()
+    (header,) = [line for line in lines if line.startswith("| ranks |")]
+    names = [cell.strip() for cell in header.strip("|").split("|")][1:]
+    assert names == list(models())
+    found = table("ranks")
+    assert [int(ranks.replace(" ", "")) for ranks in found] == [1, 2, 8, 64, 512, 4096, 16384]
+    for ranks, cells in found.items():
+        count = int(ranks.replace(" ", ""))
+        want = []
+        for model in models().values():
+            slices = len(model.shapes())
+            gathered = worked_out(table("way")["gathered"][2], T=slices, R=count)
+            dealt = worked_out(table("way")["dealt out"][2], T=slices, R=count)
+            if count == 1:
+                want.append("0")
+            elif gathered <= exchange.GATHERED:
+                want.append(size_of(gathered))
+            else:
+                want.append(f"{size_of(dealt)} (not {size_of(gathered)})")
+        assert cells == want, ranks
+
+
+def test_the_bound_is_the_page_s() -> None:
+    assert f"`40 * T * R` above {spaced(exchange.GATHERED)}" in PAGE.read_text()

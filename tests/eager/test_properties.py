@@ -1,0 +1,413 @@
+"""What the definition guarantees for any gradient, on both paths."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from bngd_triton import BNGD, article_cdf, normalize_gradient
+from bngd_triton.kernels import fused_normalize_gradient
+from bngd_triton.reference import step_
+from bngd_triton.verify.oracle import normalized, oracle_step
+from bngd_triton.verify.tolerances import EPS, GHAT, ghat_bound, step_bounds
+from support.closeness import assert_within
+from support.paths import StepPath
+
+Make = Callable[[], Tensor]
+BIG = 3.4e38
+
+GRADIENTS: dict[str, Make] = {
+    "normal": lambda: torch.randn(40, 33),
+    "mean far above spread": lambda: torch.randn(40, 33) * 1e-3 + 10,
+    "heavy tail": lambda: torch.randn(40, 33) / torch.rand(40, 33).square(),
+    "one-hot": lambda: torch.eye(1320)[77].view(40, 33),
+    "subnormal 1e-45": lambda: (torch.rand(40, 33) < 0.5).float() * 1e-45,
+    "subnormal 1e-40": lambda: torch.randn(40, 33) * 1e-40,
+    "1e-30": lambda: torch.randn(40, 33) * 1e-30,
+    "1e30": lambda: torch.randn(40, 33) * 1e30,
+    "largest, alternating": lambda: BIG * (1 - 2 * (torch.arange(1320) % 2)).view(40, 33),
+    "all scales": lambda: torch.randn(40, 33) * torch.logspace(-40, 38, 1320).view(40, 33),
+    "two entries": lambda: torch.tensor([[1.0, 3.0]]),
+    "integers": lambda: torch.randint(-3, 9, (40, 33)).float(),
+}
+
+
+def ghat_of(path: StepPath, grad: Tensor, **options: Any) -> Tensor:
+    function = fused_normalize_gradient if path.fused else normalize_gradient
+    return function(grad.to(path.device), **options).cpu()
+
+
+gradients = pytest.mark.parametrize("name", GRADIENTS)
+
+
+@gradients
+@pytest.mark.parametrize(
+    "options",
+    [{"eps": 0.0}, {}, {"eps": 0.0, "centering": 0.0}, {"eps": 0.0, "normalizer": "cdf"}],
+    ids=["eps 0", "defaults", "RMS", "cdf"],
+)
+def test_equals_float64(path: StepPath, name: str, options: dict[str, Any]) -> None:
+    """At every scale float32 has: no overflow where the definition has none."""
+    grad = GRADIENTS[name]()
+    full = {"eps": 1e-8, "normalizer": "zscore", "centering": 1.0} | options
+    want = normalized(grad.double().flatten(), **full).view(grad.shape)
+    bound = ghat_bound(want, normalizer=full["normalizer"]) + split_mean(grad)
+    assert_within("ghat", ghat_of(path, grad, **options), want, bound)
+
+
+def split_mean(grad: Tensor) -> Tensor:
+    """The mean is subtracted as two float32: what is left of it is 2**-48 of mean / sigma."""
+    return 2.0**-48 * (grad.double().mean() / grad.double().std(correction=0)).abs()
+
+
+@gradients
+def test_long_slices_equal_float64(path: StepPath, name: str) -> None:
+    """As above beyond a tile of the kernels, where a second launch normalises."""
+    grad = GRADIENTS[name]().repeat(3, 1)
+    want = normalized(grad.double().flatten(), 0.0, "zscore", 1.0).view(grad.shape)
+    assert_within("ghat", ghat_of(path, grad, eps=0.0), want, ghat_bound(want) + split_mean(grad))
+
+
+@gradients
+def test_step_is_bounded(path: StepPath, name: str) -> None:
+    """RMS of a step <= lr from the first step on; entries <= sqrt(3) * lr under the CDF."""
+    lr = 2.0**-6
+    for options in ({}, {"granularity": "row"}, {"momentum": 0.0, "nesterov": False}):
+        weight = torch.zeros(GRADIENTS[name]().shape, device=path.device)
+        optimizer = BNGD([weight], lr, fused=path.fused, eps=0.0, **options)
+        for _ in range(3):
+            before = weight.clone()
+            weight.grad = GRADIENTS[name]().to(path.device)
+            optimizer.step()
+            rms = (weight - before).double().square().mean().sqrt()
+            assert rms <= lr * (1 + GHAT) + EPS * weight.abs().max()
+    step = ghat_of(path, GRADIENTS[name](), normalizer="cdf", eps=0.0)
+    assert step.abs().max() <= torch.tensor(math.sqrt(3)).float()
+
+
+@gradients
+@pytest.mark.parametrize("granularity", ["tensor", "row"])
+def test_powers_of_two_change_no_bit(path: StepPath, name: str, granularity: str) -> None:
+    grad = GRADIENTS[name]()
+    want = ghat_of(path, grad, eps=0.0, granularity=granularity)
+    for exponent in (-100, -7, 1, 30, 100):
+        scaled = torch.ldexp(grad.double(), torch.tensor(exponent)).float()
+        if not torch.equal(torch.ldexp(scaled.double(), torch.tensor(-exponent)), grad.double()):
+            continue  # over- or underflow
+        assert torch.equal(ghat_of(path, scaled, eps=0.0, granularity=granularity), want), exponent
+
+
+def test_weights_do_not_depend_on_the_loss_scale(path: StepPath) -> None:
+    grads = [torch.randn(20, 9) for _ in range(5)]
+    found = []
+    for scale in (1.0, 2.0**-60, 2.0**60):
+        weight = torch.ones(20, 9, device=path.device)
+        optimizer = BNGD([weight], 0.1, eps=0.0, weight_decay=0.01, fused=path.fused)
+        for grad in grads:
+            weight.grad = (grad * scale).to(path.device)
+            optimizer.step()
+        found.append(weight)
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+
+
+def test_other_factors_change_only_rounding(path: StepPath) -> None:
+    grad = torch.randn(40, 33)
+    want = ghat_of(path, grad, eps=0.0).double()
+    for factor in (3.0, 1e-20, 0.7e15):
+        # the factor's own rounding of each entry comes on top
+        bound = ghat_bound(want) + 2 * EPS * want.abs()
+        assert_within("ghat", ghat_of(path, grad * factor, eps=0.0), want, bound)
+
+
+@gradients
+def test_centred_slices_keep_their_sum(path: StepPath, name: str) -> None:
+    grad = GRADIENTS[name]()
+    for granularity in ("tensor", "row"):
+        ghat = ghat_of(path, grad, eps=0.0, granularity=granularity).double()
+        if granularity == "row":
+            # rows of equal entries are not centred
+            ghat = ghat[(grad != grad[:, :1]).any(1)]
+            assert (ghat.sum(1).abs() <= ghat.shape[1] * 1e-6).all()
+            assert (ghat.abs() <= math.sqrt(ghat.shape[1] - 1) * (1 + GHAT)).all()
+        else:
+            assert ghat.sum().abs() <= ghat.numel() * 1e-6
+            assert ghat.abs().max() <= math.sqrt(ghat.numel() - 1) * (1 + GHAT)
+
+
+@gradients
+def test_angle_to_the_gradient(path: StepPath, name: str) -> None:
+    """cos(g, ghat) = 1 / kappa, kappa = sqrt(1 + mu^2 / sigma^2)."""
+    grad = GRADIENTS[name]()
+    g = grad.double() / grad.abs().max().double()
+    ghat = ghat_of(path, grad, eps=0.0).double()
+    kappa = (1 + (g.mean() / g.std(correction=0)).square()).sqrt()
+    cosine = (g * ghat).sum() / (g.norm() * ghat.norm())
+    assert abs(float(cosine - 1 / kappa)) <= 1e-6
+
+
+@pytest.mark.parametrize("normalizer", ["zscore", "cdf"])
+@pytest.mark.parametrize("eps", [0.0, 0.5])
+@pytest.mark.parametrize("value", [0.0, 1e-45, -0.3, 3e38], ids=str)
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1), (5,), (4, 7), (300, 2)], ids=str)
+def test_slices_without_spread(
+    path: StepPath, normalizer: str, eps: float, value: float, shape: tuple[int, ...]
+) -> None:
+    """g / (|g| + eps), uncentred, under every normalizer; 0 for zeros; never NaN."""
+    grad = torch.full(shape, value)
+    stored = abs(float(torch.tensor(value).double()))
+    size = stored / (stored + eps) if stored else 0.0
+    want = torch.full(shape, math.copysign(size, value), dtype=torch.float64)
+    ghat = ghat_of(path, grad, normalizer=normalizer, eps=eps, center_1d=True)
+    assert_within("ghat", ghat, want, 2 * EPS * want.abs() + 2.0**-149)
+    if eps == 0:
+        assert torch.equal(ghat, grad.sign())
+
+
+def test_nearly_equal_values_are_a_real_spread(path: StepPath) -> None:
+    """sigma / mu = 1e-7 is no reason to stop centring."""
+    grad = torch.tensor([10000001.0, 10000003.0, 10000002.0])
+    ghat = ghat_of(path, grad, eps=0.0, center_1d=True)
+    torch.testing.assert_close(ghat, torch.tensor([-1.0, 1.0, 0.0]) * math.sqrt(1.5))
+    constant = torch.tensor([10000000.2] + [10000000.1, 10000000.3] * 500)
+    assert torch.equal(ghat_of(path, constant, eps=0.0, center_1d=True), torch.ones(1001))
+
+
+def test_zero_gradients_move_by_decay_and_past_momentum_only(path: StepPath) -> None:
+    weight = torch.ones(3, 4, device=path.device)
+    optimizer = BNGD([weight], 0.5, momentum=0.5, weight_decay=0.1, fused=path.fused)
+    weight.grad = torch.zeros_like(weight)
+    optimizer.step()
+    assert torch.equal(weight.cpu(), torch.full((3, 4), 1 - 0.05))
+
+
+def test_same_bits_run_after_run(path: StepPath) -> None:
+    grad = torch.randn(70, 71)
+    first = ghat_of(path, grad)
+    for _ in range(3):
+        assert torch.equal(ghat_of(path, grad), first)
+
+
+def test_dtype_and_layout_of_ghat(path: StepPath) -> None:
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        grad = torch.randn(6, 5, 4, 3).to(dtype).to(memory_format=torch.channels_last)
+        ghat = ghat_of(path, grad, granularity="row")
+        assert ghat.dtype == dtype
+        assert ghat.stride() == grad.stride()
+        rows = grad.double().flatten(1)
+        want = (rows - rows.mean(1, True)) / (rows.std(1, correction=0, keepdim=True) + 1e-8)
+        bound = want.abs() * torch.finfo(dtype).eps / 2 + ghat_bound(want)
+        assert_within("ghat", ghat.flatten(1), want, bound)
+
+
+@pytest.mark.parametrize("value", [torch.inf, torch.nan], ids=str)
+def test_nonfinite_ghat(path: StepPath, value: float) -> None:
+    grad = torch.randn(4, 5)
+    grad[1, 2] = value
+    assert ghat_of(path, grad).isnan().all()
+    skipped = ghat_of(path, grad, nonfinite="skip", granularity="row")
+    assert torch.equal(skipped[1], torch.zeros(5))
+    assert skipped[[0, 2, 3]].isfinite().all()
+    with pytest.raises(FloatingPointError, match="grad has an inf or a NaN"):
+        ghat_of(path, grad, nonfinite="raise")
+
+
+def test_float64_at_both_ends() -> None:
+    """Squares of these leave float64's range; statistics are scaled by a power of two."""
+    for scale in (5e-324, 1e-300, 1e-200, 1e200, 1e307):
+        grad = torch.randn(30, 7, dtype=torch.float64) * scale
+        unit = torch.randn(30, 7, dtype=torch.float64) if scale < 1e-320 else grad / scale
+        ghat = normalize_gradient(grad, eps=0.0)
+        assert abs(float(ghat.square().mean().sqrt()) - 1) < 1e-12
+        if scale > 1e-320:
+            want = normalized(unit.flatten(), 0.0, "zscore", 1.0).view(30, 7)
+            torch.testing.assert_close(ghat, want, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("scale", [1e-300, 1e-7, 1e150, 1e300])
+def test_eps_at_the_scale_of_a_float64_gradient(scale: float) -> None:
+    """eps is in the gradient's units, whatever power of two its statistics were scaled by."""
+    unit = torch.randn(30, 7, dtype=torch.float64)
+    ghat = normalize_gradient(unit * scale, eps=0.5 * scale)
+    want = normalized(unit.flatten(), 0.5, "zscore", 1.0).view(30, 7)
+    torch.testing.assert_close(ghat, want, rtol=1e-12, atol=1e-12)
+
+
+def test_rows_of_float64_at_every_scale() -> None:
+    """Each row has its own power of two, in more than one block of the CPU path."""
+    unit = torch.randn(200, 500, dtype=torch.float64)
+    scale = torch.logspace(-300, 300, 200, dtype=torch.float64).view(-1, 1)
+    ghat = normalize_gradient(unit * scale, eps=0.0, granularity="row")
+    want = (unit - unit.mean(1, True)) / unit.std(1, correction=0, keepdim=True)
+    torch.testing.assert_close(ghat, want, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("scale", [1e-300, 1.0, 1e200], ids=lambda c: f"{c:g}")
+def test_global_over_float32_and_float64(scale: float) -> None:
+    """One power of two for both, from the largest entry."""
+    grads = [torch.randn(3, 4), torch.randn(50, dtype=torch.float64) * scale]
+    for order in (grads, grads[::-1]):
+        params = [torch.zeros(grad.shape, dtype=torch.float64) for grad in order]
+        step_(params, order, None, lr=1.0, momentum=0.0, eps=0.0, granularity="global")
+        whole = torch.cat([grad.double().flatten() for grad in order])
+        want = -normalized(whole / whole.abs().max(), 0.0, "zscore", 1.0)
+        got = torch.cat([param.flatten() for param in params])
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+
+
+def test_a_spread_of_many_float64_units_is_real() -> None:
+    """sigma / mu = 1e-13 is a few hundred units of rounding, sigma / mu = 1e-16 less than one."""
+    steps = torch.arange(-500, 501, dtype=torch.float64)
+    ghat = normalize_gradient(1 + steps * 2.0**-52, eps=0.0, center_1d=True)
+    want = normalized(steps, 0.0, "zscore", 1.0)
+    # the mean is rounded to 2**-53 of itself, sigma is 289 * 2**-52
+    torch.testing.assert_close(ghat, want, rtol=0, atol=1 / 289)
+
+
+@pytest.mark.parametrize(
+    ("param_dtype", "grad_dtype", "scale"),
+    [
+        (torch.float32, torch.float64, 1e-60),
+        (torch.bfloat16, torch.float64, 1e60),
+        (torch.float64, torch.float32, 1.0),
+        (torch.float64, torch.bfloat16, 1.0),
+    ],
+    ids=["fp32 of fp64", "bf16 of fp64", "fp64 of fp32", "fp64 of bf16"],
+)
+def test_arithmetic_is_in_the_wider_dtype(
+    param_dtype: torch.dtype, grad_dtype: torch.dtype, scale: float
+) -> None:
+    param = torch.zeros(6, 7, dtype=param_dtype)
+    grad = (torch.randn(6, 7, dtype=torch.float64) * scale).to(grad_dtype)
+    want = -normalized(grad.double().flatten(), 0.0, "zscore", 1.0).view(6, 7)
+    step_([param], [grad], None, lr=1.0, momentum=0.0, eps=0.0)
+    unit = torch.finfo(param_dtype).eps / 2
+    assert_within("step", param, want, (unit + 8 * 2.0**-53) * (1 + want.abs()))
+
+
+def test_blocks_of_the_eager_path_agree_with_the_whole() -> None:
+    """More than one block of the CPU path, along and across slices."""
+    grad = torch.randn(300, 500) * 1e-3 + 1
+    for granularity in ("tensor", "row", "global"):
+        ghat = normalize_gradient(grad, granularity=granularity).double()
+        rows = grad.double().view(300 if granularity == "row" else 1, -1)
+        want = (rows - rows.mean(1, True)) / (rows.std(1, correction=0, keepdim=True) + 1e-8)
+        assert_within("ghat", ghat, want.view(300, 500), ghat_bound(want.view(300, 500)))
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "row"])
+def test_a_step_in_blocks_is_a_step_of_the_whole(granularity: str) -> None:
+    """Each block of a large parameter moves by its own gradient and its own momentum."""
+    param, grad, buffer = torch.randn(3, 300, 500).unbind()
+    options: dict[str, Any] = {"lr": 0.1, "granularity": granularity, "weight_decay": 0.1}
+    (want,), (want_buffer,) = oracle_step([param], [grad], [buffer], **options)
+    before = param.double()
+    step_([param], [grad], [buffer], **options)
+    theta, momentum = step_bounds(before, want, want_buffer, torch.float32, 0.1, False)
+    assert_within("momentum", buffer, want_buffer, momentum)
+    assert_within("parameter", param, want, theta)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_tensor_lr_gives_the_bits_of_a_float(dtype: torch.dtype) -> None:
+    """The decay is formed in float64 and rounded once, in both."""
+    found = []
+    rate = torch.tensor(0.7, dtype=dtype)
+    # 0-dim parameters: torch would promote their product with a 0-dim float64
+    shapes = [(1000,)] + [()] * 20
+    for lr in (rate, float(rate)):
+        torch.manual_seed(0)
+        params, grads = ([torch.randn(shape) for shape in shapes] for _ in range(2))
+        step_(params, grads, None, lr=lr, momentum=0.0, weight_decay=1.3)
+        found.append(torch.cat([param.flatten() for param in params]))
+    assert torch.equal(found[0], found[1])
+
+
+def test_article_cdf_is_no_optimizer() -> None:
+    """All-positive whatever the gradient, and quadratic in 1 / sigma."""
+    grad = torch.randn(10_000, dtype=torch.float64) * 1e-2
+    update = article_cdf(grad)
+    assert (update > 0).all()
+    cosine = update.sum() / (update.norm() * math.sqrt(update.numel()))
+    assert cosine > 0.9999
+    ratio = article_cdf(grad / 1000).mean() / update.mean()
+    assert abs(float(ratio) / 1e6 - 1) < 1e-3
+    # as written: cdf(g) / (std * sqrt(2 * pi)) * (1 / std), with the population's std of 2
+    g = torch.tensor([-1.0, 3.0], dtype=torch.float64)
+    want = (1 + torch.erf(g / math.sqrt(2))) / 2 / (4 * math.sqrt(2 * math.pi))
+    torch.testing.assert_close(article_cdf(g), want)
+
+
+def test_article_variant(path: StepPath) -> None:
+    """Plain standardised gradient descent: no momentum, vectors centred too."""
+    weight = torch.randn(3, 4, device=path.device)
+    bias = torch.randn(3, device=path.device)
+    scalar = torch.ones(1, device=path.device)
+    params = [weight, bias, scalar]
+    optimizer = BNGD.article(params, lr=0.1)
+    optimizer.fused = path.fused
+    before = [param.clone() for param in params]
+    for param in params:
+        param.grad = torch.randn_like(param)
+    optimizer.step()
+    for param, old in zip(params[:2], before):
+        g = param.grad.double()
+        want = old.double() - 0.1 * (g - g.mean()) / (g.std(correction=0) + 1e-8)
+        torch.testing.assert_close(param.double(), want, rtol=0, atol=1e-6)
+    torch.testing.assert_close(scalar, 1 - 0.1 * scalar.grad.sign(), rtol=0, atol=1e-6)
+    assert not any(optimizer.state[param] for param in params), "no momentum, no buffer"
+
+
+def test_golden_trajectory(path: StepPath) -> None:
+    """Losses of a small regression, as first computed by the eager path: a tripwire."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(64, 5, generator=generator)
+    y = x.sin().sum(1, keepdim=True)
+    layers = [torch.randn(8, 5, generator=generator), torch.randn(1, 8, generator=generator)]
+    x, y = x.to(path.device), y.to(path.device)
+    weights = [layer.to(path.device).requires_grad_() for layer in layers]
+    optimizer = BNGD(weights, 0.05, granularity="row", weight_decay=0.01, fused=path.fused)
+    losses = []
+    for step in range(30):
+        loss = ((x @ weights[0].T).tanh() @ weights[1].T - y).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if step % 10 == 9:
+            losses.append(float(loss.detach()))
+    assert losses == pytest.approx([2.690047, 1.208418, 0.513557], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "still"),
+    [
+        ({}, "nothing"),
+        ({"granularity": "row"}, "rows"),
+        ({"centering": 0.0}, "all"),
+        ({"granularity": "global"}, "nothing"),
+        ({"granularity": "global", "centering": 0.0}, "all"),
+    ],
+    ids=str,
+)
+def test_entries_without_gradient_move_where_they_are_centred(
+    options: dict[str, Any], still: str, path: StepPath
+) -> None:
+    """Rows that a batch did not use, and entries that are masked, as the README says."""
+    param = torch.nn.Parameter(torch.randn(6, 5, device=path.device))
+    optimizer = BNGD([param], lr=0.1, eps=0.0, fused=path.fused, **options)
+    before = param.detach().clone()
+    grad = torch.rand(6, 5, device=path.device) + 0.5
+    grad[4] = 0.0
+    grad[:4, 2] = 0.0
+    for _ in range(2):
+        param.grad = grad.clone()
+        optimizer.step()
+    moved = param.detach() != before
+    assert moved[4].any() == (still == "nothing")
+    assert moved[:4, 2].any() == (still != "all")
+    assert moved[:4, :2].all()

@@ -1,0 +1,278 @@
+"""Steps in CUDA graphs and in compiled functions."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from bngd_triton import BNGD, release_gradients
+from bngd_triton.kernels import launch
+from bngd_triton.verify.tolerances import CDF
+from support import capture
+from support.exact_runs import exact_gradient, give, make_params, state_of, take_steps
+
+
+def test_capture_refuses_what_it_could_not_replay(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a CUDA graph: nothing may be uploaded, and nothing changes when that is refused."""
+    param = Parameter(torch.randn(600, 5, device=device))
+    optimizer = BNGD([param], 1e-2, fused=True)
+    param.grad = torch.randn_like(param)
+    optimizer.step()
+    capture.pretend(monkeypatch)
+    optimizer.step()
+    before = param.detach().clone()
+    optimizer.param_groups[0]["lr"] = 1e-3
+    with pytest.raises(RuntimeError, match="sync_hyperparameters"):
+        optimizer.step()
+    optimizer.param_groups[0]["lr"] = 1e-2
+    held: list[Tensor] = [param.grad]
+    param.grad = param.grad.clone()
+    with pytest.raises(RuntimeError, match="a gradient moved"):
+        optimizer.step()
+    assert torch.equal(param, before)
+    assert held
+
+
+def test_capture_needs_a_step_before_and_every_gradient(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    params = [Parameter(torch.randn(16, device=device)) for _ in range(2)]
+    optimizer = BNGD([("weight", params[0]), ("head", params[1])], fused=True)
+    params[0].grad = torch.randn_like(params[0])
+    optimizer.step()
+    before = [param.detach().clone() for param in params]
+    capture.pretend(monkeypatch)
+    with pytest.raises(RuntimeError, match="head has no gradient while a CUDA graph"):
+        optimizer.step()
+    params[1].grad = torch.randn_like(params[1])
+    with pytest.raises(RuntimeError, match="must repeat the one before"):
+        optimizer.step()
+    for param, old in zip(params, before):
+        assert torch.equal(param, old)
+    assert params[1] not in optimizer.state
+
+
+CHANGES: list[dict[str, Any]] = [
+    {"lr": 1e-1},
+    {"lr": 0.0},
+    {"momentum": 0.5},
+    {"nesterov": True},
+    {"weight_decay": 0.5},
+    {"eps": 0.1},
+    {"centering": 0.3},
+    {"normalizer": "cdf"},
+    {"maximize": True},
+    {"nonfinite": "propagate"},
+]
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=str)
+def test_sync_hyperparameters_reaches_a_replay(
+    change: dict[str, Any], device: torch.device
+) -> None:
+    """A replay runs the launches alone; options reach it through the device table."""
+    params, twins = make_params(device), make_params(device)
+    optimizer = BNGD(params, 1e-2, fused=True)
+    eager = BNGD(twins, 1e-2, fused=False)
+    for one, its in ((optimizer, params), (eager, twins)):
+        take_steps(one, its, range(2))
+        one.param_groups[0].update(change)
+    step = optimizer._stepper.prepared
+    assert step is not None
+    optimizer.sync_hyperparameters()
+    for place, (param, twin) in enumerate(zip(params, twins)):
+        for one in (param, twin):
+            one.grad.copy_(exact_gradient(one, 200 + place))
+    # left alone unless it is to propagate
+    params[-1].grad[3] = twins[-1].grad[3] = torch.inf
+    assert step.point_at([param.grad.data_ptr() for param in params])
+    step.update_again(optimizer._inputs_of([True]))
+    eager.step()
+    # of an erf, which both have of their own
+    bound = CDF if "normalizer" in change else 0.0
+    same = {"rtol": 0.0, "atol": bound, "equal_nan": True}
+    torch.testing.assert_close(params, twins, **same)
+    torch.testing.assert_close(state_of(optimizer, params), state_of(eager, twins), **same)
+
+
+def replayed(optimizer: BNGD) -> None:
+    """What a graph's replay does: the captured launches, and nothing on the host."""
+    step = optimizer._stepper.captured[-1].prepared
+    for device in step._devices:
+        inputs = device.held[-1]
+        assert inputs is not None
+        launch.update(device.plan, inputs)
+
+
+def other_gradients(params: list[Parameter], optimizer: BNGD) -> None:
+    """An odd last batch."""
+    for place, param in enumerate(params):
+        give(param, exact_gradient(param, 300 + place))
+
+
+def one_gradient_less(params: list[Parameter], optimizer: BNGD) -> None:
+    params[1].grad = None
+
+
+def another_group(params: list[Parameter], optimizer: BNGD) -> None:
+    """One that the graph does not know of; the seeds' table is made anew."""
+    optimizer.add_param_group({"params": [Parameter(torch.ones(3, device=params[0].device))]})
+
+
+BETWEEN: list[Callable[[list[Parameter], BNGD], None]] = [
+    other_gradients, one_gradient_less, another_group,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("between", BETWEEN, ids=lambda between: between.__name__)
+def test_an_ordinary_step_leaves_a_captured_one_as_it_is(
+    between: Callable[[list[Parameter], BNGD], None],
+    device: torch.device,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    runs = []
+    for fused in (True, False):
+        params = make_params(device)
+        optimizer = BNGD(params, 1e-2, fused=fused)
+        take_steps(optimizer, params, range(2))
+        static = [param.grad for param in params]
+        with monkeypatch.context() as patch:
+            if fused:
+                capture.pretend(patch)
+            optimizer.step()
+        if fused:
+            # the graph's own, whatever the optimizer holds
+            (held,) = optimizer._stepper.captured
+            tables = [
+                weakref.ref(batch.grad_ptrs) for batch in held.prepared._devices[0].plan.batches
+            ]
+            del held
+        for _ in range(2):
+            between(params, optimizer)
+            optimizer.step()
+        gc.collect()
+        if fused:
+            assert all(table() is not None for table in tables)
+        for place, (param, grad) in enumerate(zip(params, static)):
+            param.grad = grad.copy_(exact_gradient(param, 400 + place))
+        if between is not another_group:
+            optimizer.param_groups[0]["lr"] = 3e-3
+            optimizer.sync_hyperparameters()
+        if fused:
+            replayed(optimizer)
+        else:
+            if between is another_group:
+                del optimizer.param_groups[1:]
+            optimizer.step()
+        runs.append((params, optimizer))
+    (params, optimizer), (twins, eager) = runs
+    torch.testing.assert_close(params, twins, rtol=0.0, atol=0.0)
+    torch.testing.assert_close(
+        state_of(optimizer, params), state_of(eager, twins), rtol=0.0, atol=0.0
+    )
+
+
+def test_gradients_of_a_captured_step_find_it_again(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch, layouts: Callable[[], int]
+) -> None:
+    """Eager steps between replays, on the graph's gradients and on others, in turns."""
+    params = make_params(device)
+    optimizer = BNGD(params, 1e-2, fused=True)
+    take_steps(optimizer, params, range(2))
+    static = [param.grad for param in params]
+    with monkeypatch.context() as patch:
+        capture.pretend(patch)
+        optimizer.step()
+    held = optimizer._stepper.captured[0].prepared
+    other_gradients(params, optimizer)
+    optimizer.step()
+    own = optimizer._stepper.prepared
+    assert own is not held
+    for param, grad in zip(params, static):
+        param.grad = grad
+    layouts()
+    optimizer.step()
+    # the other plan follows: the graph's stays as it was captured
+    assert layouts() == 0
+    assert optimizer._stepper.prepared is own
+    with monkeypatch.context() as patch:
+        capture.pretend(patch)
+        optimizer.step()
+    assert [one.prepared for one in optimizer._stepper.captured] == [held, own]
+
+
+def test_a_sync_reaches_every_captured_step_that_can_follow(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    params = make_params(device)
+    optimizer = BNGD(params, 1e-2, fused=True)
+    take_steps(optimizer, params, range(2))
+    tables = []
+    for _ in range(2):
+        with monkeypatch.context() as patch:
+            capture.pretend(patch)
+            optimizer.step()
+        tables.append(optimizer._stepper.captured[-1].prepared._devices[0].table)
+        other_gradients(params, optimizer)
+        optimizer.step()
+    optimizer.param_groups[0]["lr"] = 0.25
+    optimizer.sync_hyperparameters()
+    assert [float(table[0, 0]) for table in tables] == [0.25, 0.25]
+    optimizer.param_groups[0]["granularity"] = "row"
+    with pytest.raises(RuntimeError, match="cannot follow granularity of group 0"):
+        optimizer.sync_hyperparameters()
+
+
+def test_gradient_release_cannot_be_captured(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = torch.nn.Linear(4, 3, device=device)
+    optimizer = BNGD(model.parameters(), fused=True)
+    release_gradients(model, optimizer)
+    capture.pretend(monkeypatch)
+    before = model.weight.detach().clone()
+    with pytest.raises(RuntimeError, match="gradient release cannot be captured"):
+        model(torch.randn(2, 4, device=device)).sum().backward()
+    assert torch.equal(model.weight, before)
+
+
+def test_compiled_training_step(device: torch.device) -> None:
+    """torch.compile breaks its graph at `step`, and compiles once under any schedule."""
+    torch._dynamo.reset()
+    compiled = 0
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
+        nonlocal compiled
+        compiled += 1
+        return graph.forward
+
+    model = torch.nn.Linear(8, 8, device=device)
+    optimizer = BNGD(model.parameters(), 1e-2, fused=True, weight_decay=0.1)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 6)
+
+    @torch.compile(backend=backend)
+    def train(x: Tensor) -> Tensor:
+        loss = model(x).square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss
+
+    x = torch.randn(16, 8, device=device)
+    losses = [float(train(x).detach())]
+    losses += [float(train(x).detach())]
+    after_two = compiled
+    for _ in range(6):
+        schedule.step()
+        losses.append(float(train(x).detach()))
+    assert compiled == after_two > 0
+    assert losses[-1] < losses[0]

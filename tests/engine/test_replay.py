@@ -1,0 +1,331 @@
+"""Steps that repeat the one before: replayed, and never by mistake."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import Parameter
+
+from bngd_triton import BNGD
+from bngd_triton.engine.replay import same_kinds
+from support.changes import CHANGES, IN_PLACE, assert_same, give_gradients, pair, unaligned
+
+
+@pytest.fixture(params=["torch's guards", "in Python"])
+def _ways(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param == "in Python":
+        monkeypatch.setitem(sys.modules, "torch._C._dynamo.guards", None)
+
+
+def test_steps_in_a_row_are_laid_out_once(device: torch.device, layouts: Callable[[], int]) -> None:
+    (params, optimizer), (twins, reference) = pair(device, weight_decay=0.1)
+    for step in range(5):
+        for group, twin in zip(optimizer.param_groups, reference.param_groups):
+            group["lr"] = twin["lr"] = 1e-2 / (step + 1)
+        give_gradients(params, step)
+        give_gradients(twins, step)
+        optimizer.step()
+        assert layouts() == (step == 0)
+        reference.step()
+        layouts()
+        assert_same(params, twins)
+
+
+@pytest.mark.usefixtures("_ways")
+@pytest.mark.parametrize("stay", [False, True], ids=["new gradients", "gradients that stay"])
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+def test_a_change_is_noticed(
+    change: Callable[[list[Parameter], BNGD], None],
+    stay: bool,
+    device: torch.device,
+    layouts: Callable[[], int],
+) -> None:
+    done = []
+    for params, optimizer in pair(device):
+        give_gradients(params, 0)
+        for step in range(4):
+            if not stay:
+                give_gradients(params, step)
+            if step == 2:
+                layouts()
+                change(params, optimizer)
+            optimizer.step()
+            if step == 2:
+                # the reference reads gradients wherever they lie
+                assert layouts() == (optimizer.fused or change is not unaligned)
+        done.append(params)
+    assert_same(*done)
+
+
+@pytest.mark.usefixtures("_ways")
+@pytest.mark.parametrize("change", IN_PLACE, ids=lambda change: change.__name__)
+def test_another_layout_of_the_same_object_at_the_same_address_is_noticed(
+    change: Callable[[Parameter], None], device: torch.device, layouts: Callable[[], int]
+) -> None:
+    done = []
+    for fused in (True, False):
+        torch.manual_seed(0)
+        square = Parameter(torch.randn(8, 8, device=device))
+        rest = Parameter(torch.randn(16, device=device))
+        optimizer = BNGD([square, rest], 1e-2, granularity="row", fused=fused)
+        give_gradients([square, rest], 0)
+        for step in range(3):
+            optimizer.step()
+            assert layouts() == (step == 0)
+        addresses = square.data_ptr(), square.grad.data_ptr()
+        change(square)
+        assert (square.data_ptr(), square.grad.data_ptr()) == addresses
+        optimizer.step()
+        assert layouts() == 1
+        done.append([square, rest])
+    assert_same(*done)
+
+
+@pytest.mark.parametrize("size", [1, 8])
+def test_equal_values_are_not_the_same_momentum(
+    size: int, device: torch.device, layouts: Callable[[], int]
+) -> None:
+    param = Parameter(torch.randn(size, device=device))
+    optimizer = BNGD([param], fused=True)
+    give_gradients([param], 0)
+    for _ in range(2):
+        optimizer.step()
+    assert layouts() == 1
+    old = optimizer.state[param]["momentum_buffer"]
+    new = optimizer.state[param]["momentum_buffer"] = old.clone()
+    optimizer.step()
+    assert layouts() == 1
+    assert not torch.equal(new, old)
+
+
+@pytest.mark.parametrize("moved", range(20))
+def test_one_state_tensor_moved_by_data_is_noticed_at_once(
+    moved: int, device: torch.device, layouts: Callable[[], int]
+) -> None:
+    done = []
+    for fused in (True, False):
+        torch.manual_seed(0)
+        params = [Parameter(torch.randn(8, device=device)) for _ in range(20)]
+        optimizer = BNGD(params, fused=fused)
+        give_gradients(params, 0)
+        for _ in range(3):
+            optimizer.step()
+        layouts()
+        buffer = optimizer.state[params[moved]]["momentum_buffer"]
+        before = buffer.data
+        buffer.data, kept = torch.ones_like(buffer), before.clone()
+        optimizer.step()
+        assert layouts() == 1
+        assert torch.equal(before, kept)
+        done.append([*params, buffer])
+    assert_same(*done)
+
+
+def test_a_negated_view_after_plain_gradients(device: torch.device) -> None:
+    done = []
+    for params, optimizer in pair(device, momentum=0.0):
+        for step in range(5):
+            give_gradients(params, step)
+            if step > 1:
+                for param in params:
+                    assert param.grad is not None
+                    param.grad = torch._neg_view(param.grad)
+            optimizer.step()
+        done.append(params)
+    assert_same(*done)
+
+
+def test_an_empty_parameter_that_grows(device: torch.device, layouts: Callable[[], int]) -> None:
+    params = [Parameter(torch.randn(n, device=device)) for n in (8, 0)]
+    optimizer = BNGD(params, momentum=0.0, fused=True)
+    give_gradients(params, 0)
+    for _ in range(6):
+        optimizer.step()
+    assert layouts() == 1
+    params[1].data = torch.zeros(8, device=device)
+    params[1].grad = torch.arange(8.0, device=device)
+    optimizer.step()
+    assert layouts() == 1
+    assert params[1].abs().max() > 0
+
+
+def test_state_of_the_users_own(device: torch.device, layouts: Callable[[], int]) -> None:
+    param = Parameter(torch.randn(8, device=device))
+    optimizer = BNGD([param], fused=True)
+    optimizer.state["epoch"] = 3  # type: ignore[index]
+    give_gradients([param], 0)
+    for _ in range(3):
+        optimizer.step()
+    assert layouts() == 1
+
+
+@pytest.mark.parametrize("flatten", [None, False])
+@pytest.mark.parametrize("by", ["conversion", "loading"])
+def test_modules_are_changed_by_swapping(
+    by: str, flatten: bool | None, device: torch.device, layouts: Callable[[], int]
+) -> None:
+    """torch refuses to swap tensors that have weak references."""
+    model = torch.nn.Linear(4, 3, device=device)
+    optimizer = BNGD(model.parameters(), fused=True, flatten=flatten)
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        for _ in range(3):
+            give_gradients(list(model.parameters()), 0)
+            optimizer.step()
+        layouts()
+        optimizer.zero_grad()
+        if by == "conversion":
+            model.bfloat16()
+        else:
+            model.load_state_dict({k: torch.ones_like(v) for k, v in model.state_dict().items()})
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+    before = model.weight.detach().clone()
+    for param in model.parameters():
+        param.grad = torch.randn_like(param)
+    optimizer.step()
+    # a state dict is copied to the memory that the new objects share with the old
+    assert layouts() == (by == "conversion")
+    assert not torch.equal(model.weight, before)
+
+
+def test_a_late_gradient_is_noticed(device: torch.device, layouts: Callable[[], int]) -> None:
+    done = []
+    for params, optimizer in pair(device):
+        for step in range(4):
+            give_gradients(params, step)
+            if step < 2:
+                params[2].grad = None
+            optimizer.step()
+        done.append(params)
+    assert_same(*done)
+
+
+def test_an_option_changed_alone_or_with_the_rate(
+    device: torch.device, layouts: Callable[[], int]
+) -> None:
+    done = []
+    for params, optimizer in pair(device, weight_decay=0.1):
+        for step in range(8):
+            give_gradients(params, step)
+            first, second = optimizer.param_groups
+            if step in (2, 3):
+                first["lr"] = 1e-2 / step
+            if step == 4:
+                first["weight_decay"], second["lr"] = 0.3, 1e-2
+            if step == 5:
+                second["eps"], second["momentum"] = 1e-3, 0.5
+            if step == 6:
+                second["lr"] = torch.tensor(2e-3)
+            if step == 7:
+                second["lr"].fill_(4e-3)
+            layouts()
+            optimizer.step()
+            assert layouts() == (step == 0)
+        done.append(params)
+    assert_same(*done)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "error"),
+    [("lr", True, TypeError), ("lr", -1.0, ValueError), ("lr", float("nan"), ValueError),
+     ("eps", True, TypeError), ("centering", 2, ValueError), ("maximize", 1.5, TypeError)],
+)  # fmt: skip
+def test_a_bad_option_between_steps_is_refused(
+    name: str, value: Any, error: type[Exception], device: torch.device
+) -> None:
+    """Also one that equals the good one before it, as True equals 1."""
+    param = Parameter(torch.randn(16, device=device))
+    optimizer = BNGD([param], lr=1.0, eps=1.0, fused=True)
+    give_gradients([param], 0)
+    for _ in range(3):
+        optimizer.step()
+    group, before = optimizer.param_groups[0], param.detach().clone()
+    good, group[name] = group[name], value
+    with pytest.raises(error, match=name):
+        optimizer.step()
+    with pytest.raises(error, match=name):
+        optimizer.sync_hyperparameters()
+    assert torch.equal(param, before)
+    group[name] = good
+    optimizer.step()
+    assert not torch.equal(param, before)
+
+
+def test_tensor_learning_rate_changed_in_place(
+    device: torch.device, layouts: Callable[[], int]
+) -> None:
+    lr = torch.tensor(1e-2, device=device)
+    param = Parameter(torch.zeros(600, 5, device=device))
+    optimizer = BNGD([param], lr, momentum=0.0, fused=True)
+    sizes = []
+    for value in (1e-2, 1e-1, 0.0):
+        lr.fill_(value)
+        before = param.detach().clone()
+        param.grad = torch.randn_like(param)
+        optimizer.step()
+        sizes.append(float((param.detach() - before).square().mean().sqrt()))
+    assert sizes == pytest.approx([1e-2, 1e-1, 0.0], rel=1e-4)
+    assert layouts() == 1
+
+
+@pytest.mark.parametrize("shift", [1, 2, 3])
+def test_unaligned_gradients_that_move_are_replayed(
+    shift: int, device: torch.device, layouts: Callable[[], int]
+) -> None:
+    """As views of a DDP bucket behind a parameter of odd length."""
+    done = []
+    for params, optimizer in pair(device):
+        held = []
+        for step in range(5):
+            give_gradients(params, step)
+            for param in params[1:]:
+                memory = torch.empty(param.numel() + shift, device=device)
+                held.append(memory)
+                param.grad = memory[shift:].view_as(param).copy_(param.grad)
+            optimizer.step()
+            assert layouts() == (step == 0)
+        # 16 divides again what it did not: other kernels, which sum in another order
+        give_gradients(params, 5)
+        optimizer.step()
+        assert layouts() == bool(optimizer.fused)
+        done.append(params)
+    assert_same(*done)
+
+
+def test_gradients_are_not_held(device: torch.device) -> None:
+    params = [Parameter(torch.randn(16, device=device)) for _ in range(2)]
+    optimizer = BNGD(params, fused=True)
+    for _ in range(3):
+        give_gradients(params, 0)
+        optimizer.step()
+    memory = [
+        torch.multiprocessing.reductions.StorageWeakRef(param.grad.untyped_storage())
+        for param in params
+    ]
+    optimizer.zero_grad()
+    assert [one.expired() for one in memory] == [True, True]
+
+
+@pytest.mark.usefixtures("_ways")
+@pytest.mark.parametrize(
+    ("other", "desc"),
+    [
+        (torch.ones(3, 3).half(), "dtype"),
+        (torch.ones(3, 4), "shape"),
+        (torch.ones(3, 4)[:, :3], "strides"),
+        (torch.ones(3, 3).to_sparse(), "layout"),
+        (torch.ones(3, 3, device="meta"), "device"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_another_kind(other: torch.Tensor, desc: str) -> None:
+    one, two = torch.ones(3, 3), torch.ones(2)
+    same = same_kinds([one, two])
+    assert same(torch.zeros(3, 3), torch.zeros(2))
+    assert not same(other, two), desc
+    assert not same(two, one)

@@ -1,0 +1,95 @@
+"""Gradients that lie where a step writes are those from before the step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from bngd_triton import BNGD, reference
+from bngd_triton.kernels import fused_step_
+from support.paths import StepPath
+from support.steps import assert_equal, take_steps, values
+
+# above a block of the eager step, 32767 entries, and above the kernels' chunks
+SHAPE = (190, 190)
+
+
+def make(path: StepPath) -> list[Parameter]:
+    generator = torch.Generator().manual_seed(1)
+    memory = torch.randn(190 * 190 + 64, generator=generator).to(path.device)
+    other = torch.randn(SHAPE, generator=generator).to(path.device)
+    # two parameters; the second has room before and behind it
+    return [Parameter(other), Parameter(memory[32:-32].view(SHAPE))]
+
+
+def shifted(tensor: Tensor, by: int) -> Tensor:
+    return tensor.detach().as_strided(SHAPE, (190, 1), tensor.storage_offset() + by)
+
+
+Sharing = Callable[[BNGD, list[Parameter]], tuple[Tensor, Tensor]]
+SHARING: dict[str, Sharing] = {
+    "itself": lambda o, p: (p[0].detach(), p[1].detach()),
+    "transposed": lambda o, p: (p[0].detach().t(), p[1].detach().t()),
+    "the_other": lambda o, p: (p[1].detach(), p[0].detach()),
+    "shifted_up": lambda o, p: (p[0].detach().clone(), shifted(p[1], 17)),
+    "shifted_down": lambda o, p: (p[0].detach().clone(), shifted(p[1], -17)),
+    "momentum": lambda o, p: (
+        o.state[p[0]]["momentum_buffer"].t(),
+        o.state[p[0]]["momentum_buffer"],
+    ),
+}
+
+
+@pytest.mark.parametrize(("groups", "steps"), [(2, 0), (1, 2)], ids=["early", "when_steps_repeat"])
+@pytest.mark.parametrize("sharing", SHARING)
+def test_a_step_reads_gradients_before_it_writes(
+    sharing: str, steps: int, groups: int, path: StepPath
+) -> None:
+    if sharing == "momentum" and not steps:
+        pytest.skip("there is none yet")
+    runs = []
+    for copied in (False, True):
+        params = make(path)
+        given: list[Any] = (
+            [{"params": params}] if groups == 1 else [{"params": [p]} for p in params]
+        )
+        optimizer = BNGD(given, lr=0.1, fused=path.fused, flatten=False)
+        for _ in range(steps):
+            for param in params:
+                # of small whole numbers, whose statistics are the same in every order
+                param.grad = torch.arange(36_100.0, device=path.device).view(SHAPE) % 7
+            optimizer.step()
+        # twice: the second step might be taken for one that repeats the first
+        for _ in range(2):
+            grads = SHARING[sharing](optimizer, params)
+            for param, grad in zip(params, grads):
+                param.grad = grad.clone() if copied else grad
+            optimizer.step()
+        runs.append(values(params))
+    assert_equal(runs[0], runs[1])
+
+
+@pytest.mark.parametrize("sharing", ["transposed", "the_other", "shifted_up", "shifted_down"])
+def test_so_do_the_functions(sharing: str, path: StepPath) -> None:
+    step_ = fused_step_ if path.fused else reference.step_
+    runs = []
+    for copied in (False, True):
+        params = make(path)
+        grads: tuple[Tensor, ...] = SHARING[sharing](BNGD(params), params)
+        if copied:
+            grads = tuple(grad.clone() for grad in grads)
+        step_([p.detach() for p in params], grads, None, lr=0.1, momentum=0.0)
+        runs.append(values(params))
+    assert_equal(runs[0], runs[1])
+
+
+def test_gradients_apart_are_not_copied(path: StepPath, monkeypatch: pytest.MonkeyPatch) -> None:
+    params = make(path)
+    optimizer = BNGD(params, lr=0.1, fused=path.fused)
+    monkeypatch.setattr(Tensor, "clone", None)
+    take_steps(optimizer, params, range(2))

@@ -1,0 +1,140 @@
+"""The table of sizes: which row a device gets."""
+
+from __future__ import annotations
+
+import ast
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from bngd_triton.kernels import devices
+from bngd_triton.kernels.devices import (
+    TABLE,
+    releases_wait,
+    row_for,
+    tuning_for,
+)
+from support.checkout import ROOT
+
+GPU = torch.device("cuda", 5)
+CACHED = (devices.architecture_of, tuning_for, releases_wait)
+
+
+@pytest.fixture
+def pretend(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Makes `GPU` a device of the given kind."""
+
+    def become(
+        capability: tuple[int, int] = (9, 0),
+        gfx: str | None = None,
+        wave: int = 32,
+        l2: int = 60 << 20,
+    ) -> None:
+        for cached in CACHED:
+            cached.cache_clear()
+        properties = SimpleNamespace(gcnArchName=gfx, warp_size=wave, L2_cache_size=l2)
+        monkeypatch.setattr(torch.version, "hip", "7.0" if gfx else None)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+
+    yield become
+    for cached in CACHED:
+        cached.cache_clear()
+
+
+def compiled_targets() -> dict[str, int]:
+    """Names and lanes of the targets of `aot.py`, which cannot be imported beside the tests."""
+    tree = ast.parse((ROOT / "tests" / "aot.py").read_text())
+    (table,) = (
+        node.value
+        for node in tree.body
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "TARGETS"
+    )
+    assert isinstance(table, ast.Dict)
+    return {
+        ast.literal_eval(key): ast.literal_eval(value.args[2])  # type: ignore[arg-type, attr-defined]
+        for key, value in zip(table.keys, table.values)
+    }
+
+
+@pytest.mark.parametrize("name", compiled_targets())
+def test_what_is_compiled_ahead_of_time_has_a_row_of_its_own(name: str) -> None:
+    # a program has as many threads whatever the lanes of a wave
+    assert TABLE[name].tuning.warps * compiled_targets()[name] == 128
+    assert TABLE[name].reason
+
+
+@pytest.mark.parametrize(
+    ("capability", "wide"),
+    [
+        ((8, 0), True),
+        ((8, 6), False),
+        ((8, 7), False),
+        ((8, 9), False),
+        ((9, 0), True),
+        ((10, 0), True),
+        ((10, 3), False),
+        ((12, 0), False),
+    ],
+)
+def test_nvidia(pretend: Any, capability: tuple[int, int], wide: bool) -> None:
+    pretend(capability)
+    assert tuning_for(GPU).wide is wide
+    assert tuning_for(GPU).warps == 4
+
+
+@pytest.mark.parametrize(
+    ("name", "wave", "wide"),
+    [
+        ("gfx90a:sramecc+:xnack-", 64, True),
+        ("gfx942:sramecc+", 64, True),
+        ("gfx950", 64, True),
+        ("gfx908", 64, False),
+        ("gfx1100", 32, False),
+    ],
+)
+def test_amd(pretend: Any, name: str, wave: int, wide: bool) -> None:
+    pretend(gfx=name, wave=wave)
+    assert tuning_for(GPU).wide is wide
+    assert tuning_for(GPU).warps * wave == 128
+
+
+@pytest.mark.parametrize(
+    ("l2_mib", "wave_mib"),
+    [(126, 8), (60, 8), (50, 8), (40, 4), (8, 1), (6, 1), (4, 0.5)],
+)
+def test_three_waves_fit_the_l2(pretend: Any, l2_mib: int, wave_mib: float) -> None:
+    """Twice, where an L2 in two halves may hold everything twice."""
+    pretend(l2=l2_mib << 20)
+    assert tuning_for(GPU).wave == wave_mib * 2**20
+    assert 6 * tuning_for(GPU).wave <= l2_mib << 20
+
+
+def test_others_and_the_interpreter() -> None:
+    assert tuning_for(torch.device("cpu")) is TABLE["interpreter"].tuning
+    assert not tuning_for(torch.device("xpu")).wide
+    assert row_for("sm_999") is devices.OTHERS[32]
+
+
+@pytest.mark.parametrize(
+    ("gfx", "version", "waits"),
+    [
+        (None, "3.7.1", True),
+        ("gfx942", "3.6.0+rocm7.1", False),
+        ("gfx942", "3.7.1", False),
+        ("gfx90a", "3.8.0", False),
+        ("gfx942", "3.9.0", True),
+        ("gfx942", "3.10.0+git1", True),
+        ("gfx942", "4.0.0", True),
+    ],
+)
+def test_on_amd_a_release_waits_from_triton_3_9_on(
+    gfx: str | None, version: str, waits: bool, pretend: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("triton")
+    pretend(gfx=gfx)
+    monkeypatch.setattr("triton.__version__", version)
+    assert releases_wait(GPU) is waits
+    assert releases_wait(torch.device("cpu"))

@@ -1,0 +1,306 @@
+"""What only a GPU can show: graphs that replay, programs that run at the same time.
+
+Without one the same lines run in the interpreter, on less and with an ordinary call for a replay: a
+rehearsal, so that the first run on a GPU does not fail for a reason of the test's own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from bngd_triton import BNGD
+from bngd_triton.kernels import fused_step, fused_step_, launch
+from bngd_triton.kernels.devices import tuning_for
+from bngd_triton.kernels.fused_step import FusedStep
+from bngd_triton.options import Options
+from support.exact_runs import assert_bits, make_params, state_of, take_steps
+from support.handmade_plans import member, nothing_new
+from support.kernel_cases import LANES, LR
+from support.processes import through_a_queue
+
+GPU = torch.cuda.is_available()
+# ordinary iterations before a capture, replays after it, batches of an iteration that learns
+WARM, REPLAYS, BATCHES = (3, 6, 10) if GPU else (1, 2, 3)
+# of a captured and an ordinary backward pass, whose matrix products may be summed differently
+PRODUCTS = 2.0**-12
+
+
+def captured(iteration: Callable[[], Any]) -> Callable[[], Any]:
+    """The replay of a graph of one iteration, after three ordinary ones."""
+    if not GPU:
+        for _ in range(WARM):
+            iteration()
+        return iteration
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.stream(side):
+        for _ in range(WARM):
+            iteration()
+        side.synchronize()
+        with torch.cuda.graph(graph, stream=side):
+            iteration()
+    torch.cuda.current_stream().wait_stream(side)
+    return graph.replay
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"weight_decay": 0.1},
+        {"granularity": "row", "nesterov": True},
+        {"granularity": "global", "normalizer": "cdf"},
+        {"dtype": torch.bfloat16},
+        {"dtype": torch.bfloat16, "master_weights": "stochastic"},
+        {"tensor_lr": True},
+        {"tuning": {"form": "single-launch"}},
+    ],
+    ids=str,
+)
+def test_a_captured_step_follows_a_schedule(
+    options: dict[str, Any], device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Replays equal ordinary steps bit for bit, at learning rates set after the capture."""
+    more = dict(options)
+    tuning = more.pop("tuning", {})
+    usual = fused_step.tuning_for
+    monkeypatch.setattr(
+        fused_step, "tuning_for", lambda device: dataclasses.replace(usual(device), **tuning)
+    )
+    dtype, tensor_lr = more.pop("dtype", torch.float32), more.pop("tensor_lr", False)
+    shapes = [(300, 70), (70,), (5,), (3, 2048), (200_000,)] if GPU else [(9, 7), (70,), (2500,)]
+    start = [torch.randn(shape, device=device).to(dtype) for shape in shapes]
+    runs = []
+    for graphed in (False, True):
+        torch.manual_seed(1)
+        params = [nn.Parameter(value.clone()) for value in start]
+        lr = torch.tensor(LR, device=device) if tensor_lr else LR
+        optimizer = BNGD(params, lr, fused=True, **more)
+        for param in params:
+            param.grad = torch.randn_like(param)
+        if graphed:
+            replay = captured(optimizer.step)
+        else:
+            for _ in range(WARM):
+                optimizer.step()
+            replay = optimizer.step
+        for step in range(REPLAYS):
+            rate = LR * (REPLAYS - step) / REPLAYS
+            if isinstance(lr, Tensor):
+                lr.fill_(rate)
+            else:
+                optimizer.param_groups[0]["lr"] = rate
+            optimizer.sync_hyperparameters()
+            for param in params:
+                param.grad.copy_(torch.randn_like(param))
+            if step == REPLAYS // 2:
+                params[1].grad[2] = torch.inf
+            replay()
+        runs.append((params, optimizer))
+    for a, b in zip(runs[0][0], runs[1][0]):
+        assert torch.equal(a, b)
+    assert runs[0][1].skipped == runs[1][1].skipped > 0
+
+
+def test_ordinary_steps_between_replays_leave_the_graph_as_it_is(device: torch.device) -> None:
+    """An odd last batch has gradients of its own, and one without a gradient another plan."""
+    shapes = [(300, 70), (70,), (200_000,)] if GPU else [(9, 7), (70,), (2500,)]
+    start = [torch.randn(shape, device=device) for shape in shapes]
+    runs = []
+    for graphed in (False, True):
+        torch.manual_seed(1)
+        params = [nn.Parameter(value.clone()) for value in start]
+        optimizer = BNGD(params, LR, fused=True)
+        for param in params:
+            param.grad = torch.randn_like(param)
+        static = [param.grad for param in params]
+        if graphed:
+            replay = captured(optimizer.step)
+        else:
+            for _ in range(WARM):
+                optimizer.step()
+            replay = optimizer.step
+        for step in range(REPLAYS):
+            for place, param in enumerate(params):
+                odd = step % 2 and place == 1
+                param.grad = None if odd else torch.randn_like(param)
+            optimizer.step()
+            # what a freed table would be filled with
+            filled = [torch.full((n,), -1, device=device) for n in (64, 512, 4096)]
+            for param, grad in zip(params, static):
+                param.grad = grad.copy_(torch.randn_like(grad))
+            optimizer.param_groups[0]["lr"] = LR / (step + 1)
+            optimizer.sync_hyperparameters()
+            replay()
+            del filled
+        runs.append(params)
+    for a, b in zip(*runs):
+        assert torch.equal(a, b)
+
+
+def test_a_whole_training_iteration_is_captured(device: torch.device) -> None:
+    data = torch.randn(BATCHES, 32, 24, device=device)
+    losses = []
+    for graphed in (False, True):
+        torch.manual_seed(2)
+        model = nn.Sequential(nn.Linear(24, 64), nn.GELU(), nn.Linear(64, 24)).to(device)
+        optimizer = BNGD(model.parameters(), 1e-2, fused=True)
+        x, loss = data[0].clone(), torch.zeros((), device=device)
+
+        def iteration(model=model, optimizer=optimizer, x=x, loss=loss) -> None:
+            optimizer.zero_grad(set_to_none=False)
+            found = (model(x) - x).square().mean()
+            found.backward()
+            optimizer.step()
+            loss.copy_(found.detach())
+
+        if graphed:
+            run = captured(iteration)
+        else:
+            for _ in range(WARM):
+                iteration()
+            run = iteration
+        seen = []
+        for batch in data:
+            x.copy_(batch)
+            run()
+            seen.append(float(loss))
+        losses.append(seen)
+    assert losses[1] == pytest.approx(losses[0], rel=PRODUCTS)
+    assert losses[1][-1] < losses[1][0]
+
+
+def test_a_hundred_runs_give_the_same_bits(device: torch.device) -> None:
+    shapes = [(1000, 1000), (3000,), (64, 3, 3, 3), (300_001,)] if GPU else [(50, 60), (9, 3)]
+    torch.manual_seed(3)
+    start = [torch.randn(shape, device=device) for shape in shapes]
+    grads = [torch.randn_like(value) for value in start]
+    first: list[Tensor] | None = None
+    for _ in range(100 if GPU else 3):
+        params = [nn.Parameter(value.clone()) for value in start]
+        for param, grad in zip(params, grads):
+            param.grad = grad
+        optimizer = BNGD(params, LR, fused=True)
+        optimizer.step()
+        optimizer.step()
+        found = [param.detach() for param in params]
+        first = first or found
+        assert all(torch.equal(a, b) for a, b in zip(found, first))
+
+
+@pytest.mark.parametrize("granularity", ["row", "tensor"])
+def test_every_thread_of_a_slice_sees_the_window_that_it_found(
+    granularity: str, device: torch.device
+) -> None:
+    """Windows in which each first and last micro-batch counts, bit for bit with the reference."""
+    # slices of which several warps hold a part
+    if granularity == "row":
+        shapes = [(1000 if GPU else 3, n) for n in (200, 2000)]
+    else:
+        shapes = [(n,) for n in (130, 200, 1000, 2000)] * (100 if GPU else 3)
+    runs = []
+    for fused in (False, True):
+        params = make_params(device, shapes=shapes)
+        optimizer = BNGD(
+            params, LR, granularity=granularity, accumulation_steps=4, center_1d=True, fused=fused
+        )
+        take_steps(optimizer, params, range(12))
+        runs.append([*params, *state_of(optimizer, params)])
+    assert_bits(*runs)
+
+
+# the work of the device's sizes are a few dozen items, and more programs than items never run
+@pytest.mark.parametrize(
+    ("small", "programs"),
+    [(False, 1), (False, 7), (False, 10_000)] + [(True, n) for n in (1, 2, 7, 132, 1000, 10_000)],
+)
+def test_waiting_programs_always_end(
+    small: bool, programs: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The single launch beside a busy stream, against two launches."""
+    options = Options(LR)
+    base = LANES if small else tuning_for(device)
+    base = dataclasses.replace(base, wave=1 << 16 if GPU else 1 << 9, programs_per_sm=programs)
+    monkeypatch.setattr(launch, "processors", lambda device: 1)
+    forms = [dataclasses.replace(base, form=form) for form in launch.FORMS]
+    torch.manual_seed(4)
+    sizes = (400_003, 17, 5000, 90_000, 3, 16_384) if GPU else (1003, 17, 300)
+    tensors = [torch.randn(n, device=device) for n in sizes]
+    steps = []
+    for form in forms:
+        members = [member(t.clone(), t.roll(1), torch.zeros_like(t)) for t in tensors]
+        steps.append((members, FusedStep(members, [options], form)))
+    busy = contextlib.nullcontext()
+    if GPU:
+        beside = torch.cuda.Stream()
+        beside.wait_stream(torch.cuda.current_stream())
+        busy = torch.cuda.stream(beside)
+    noise = torch.randn(2048 if GPU else 8, 2048 if GPU else 8, device=device)
+    for _ in range(20 if GPU else 2):
+        with busy:
+            noise = (noise @ noise).tanh()
+        for members, step in steps:
+            step.update(members, [options], nothing_new(device))
+    if GPU:
+        torch.cuda.synchronize()
+    for a, b in zip(steps[0][0], steps[1][0]):
+        assert torch.equal(a.param, b.param)
+        assert torch.equal(a.momentum, b.momentum)
+
+
+@pytest.mark.parametrize("flatten", [False, True])
+def test_parameters_reach_another_process(flatten: bool, device: torch.device) -> None:
+    """CUDA IPC goes by the allocator's blocks, in which flat parameters lie somewhere."""
+    params = [nn.Parameter(torch.randn(shape, device=device)) for shape in ((300, 7), (70,))]
+    twins = [nn.Parameter(param.detach().clone()) for param in params]
+    optimizers = [BNGD(some, LR, fused=True, flatten=flatten) for some in (params, twins)]
+    for param, twin in zip(params, twins):
+        try:
+            found = through_a_queue(param)
+        except RuntimeError as error:
+            found = str(error)
+        refused = flatten and "invalid device pointer" in found
+        assert refused or found == param.tolist()
+        param.grad = torch.randn_like(param)
+        twin.grad = param.grad.clone()
+    # what was sent is trained on
+    for optimizer in optimizers:
+        optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(params, twins))
+
+
+def test_more_entries_than_32_bits_can_count(device: torch.device) -> None:
+    """Every entry of a step over 2.2e9 of them, half of which a signed 32-bit index cannot reach.
+
+    In bfloat16: 18 GB of tensors, and what the comparison of a piece takes.
+    """
+    n, piece = (2_200_000_000, 1 << 27) if GPU else (22_000, 1 << 12)
+    if GPU and torch.cuda.mem_get_info()[0] < 24e9:
+        pytest.skip("needs 24 GB of free memory")
+    param, grad, momentum = (torch.empty(n, dtype=torch.bfloat16, device=device) for _ in range(3))
+    for tensor in (param, grad):
+        for part in tensor.split(piece):
+            part.normal_()
+    # an offset that the mean must remove, and that wraps around if an index does
+    for part in grad[n // 2 :].split(piece):
+        part.add_(0.5)
+    before, lr = param.clone(), 0.5
+    total = sum(part.double().sum() for part in grad.split(piece))
+    squares = sum(part.double().square().sum() for part in grad.split(piece))
+    mean = total / n
+    std = (squares / n - mean * mean).sqrt()
+    momentum.zero_()
+    with torch.no_grad():
+        fused_step_([param], [grad], [momentum], lr=lr, center_1d=True)
+    for got, start, g in zip(param.split(piece), before.split(piece), grad.split(piece)):
+        moved = ((g.double() - mean) / std * 0.1).float()
+        want = start.float() - lr * moved
+        # one rounding at the store, of 8 bits
+        assert ((got.float() - want).abs() <= 2.0**-8 * want.abs() + 2.0**-20).all()

@@ -1,0 +1,295 @@
+"""The kernels against the eager reference, and both against float64."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from bngd_triton import reference
+from bngd_triton.eager import eager_step
+from bngd_triton.eager.factors import Factors, factors_from
+from bngd_triton.eager.moments import Moments
+from bngd_triton.kernels import Tuning, fused_step_
+from bngd_triton.kernels import fused_step as prepared_module
+from bngd_triton.kernels.build_plan import build
+from bngd_triton.kernels.device import measure, update
+from bngd_triton.kernels.device.update import store_as
+from bngd_triton.kernels.fused_step import FusedStep
+from bngd_triton.options import Options
+from bngd_triton.records import StepTensor
+from bngd_triton.verify.oracle import oracle_step
+from bngd_triton.verify.tolerances import step_bounds
+from support.closeness import assert_within
+from support.handmade_plans import member, nothing_new
+from support.kernel_cases import (
+    FEW,
+    HOW,
+    LANES,
+    LR,
+    OPTIONS,
+    SHAPES,
+    TILES,
+    assert_guards,
+    blocks,
+    make,
+)
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("tuning", [LANES, TILES], ids=["lanes", "tiles"])
+def test_float32_step(options: dict[str, Any], tuning: Tuning, device: torch.device) -> None:
+    everywhere = options in ({}, {"momentum": 0.0}, {"granularity": "row"})
+    shapes = SHAPES if everywhere else FEW
+    check_step(options, tuning, torch.float32, torch.float32, device, shapes)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "grad_dtype"),
+    [
+        (torch.bfloat16, torch.bfloat16),
+        (torch.float16, torch.float16),
+        (torch.bfloat16, torch.float32),
+        (torch.float32, torch.bfloat16),
+    ],
+    ids=["bf16", "fp16", "bf16 with fp32 gradients", "fp32 with bf16 gradients"],
+)
+@pytest.mark.parametrize("granularity", ["tensor", "row"])
+def test_other_dtypes(
+    dtype: torch.dtype, grad_dtype: torch.dtype, granularity: str, device: torch.device
+) -> None:
+    options = {"granularity": granularity, "weight_decay": 0.1}
+    check_step(options, LANES, dtype, grad_dtype, device, FEW)
+
+
+def check_step(
+    options: dict[str, Any],
+    tuning: Tuning,
+    dtype: torch.dtype,
+    grad_dtype: torch.dtype,
+    device: torch.device,
+    shapes: list[tuple[int, ...]],
+) -> None:
+    params, grads, buffers, guarded = make(dtype, grad_dtype, device, shapes)
+    before = [param.double().cpu() for param in params]
+    eager = [param.clone() for param in params], [buffer.clone() for buffer in buffers]
+    want, want_buffers = oracle_step(params, grads, buffers, lr=LR, **options)
+    reference.step_(eager[0], grads, eager[1], lr=LR, **options)
+    fused_step_(params, grads, buffers, lr=LR, tuning=tuning, **options)
+    assert_guards(guarded)
+    cdf = options.get("normalizer") == "cdf"
+    for i, shape in enumerate(shapes):
+        theta, momentum = step_bounds(before[i], want[i], want_buffers[i], dtype, LR, cdf)
+        for name, got, got_buffer in (
+            ("reference", eager[0][i], eager[1][i]),
+            ("kernels", params[i], buffers[i]),
+        ):
+            assert_within(f"{name}, momentum {shape}", got_buffer, want_buffers[i], momentum)
+            assert_within(f"{name}, parameter {shape}", got, want[i], theta)
+
+
+# every two of the three together
+@pytest.mark.parametrize(
+    ("granularity", "tuning", "dtype"),
+    [
+        pytest.param(granularity, (LANES, TILES)[(i + j) % 2], dtype)
+        for i, granularity in enumerate(("tensor", "row", "global"))
+        for j, dtype in enumerate((torch.float32, torch.bfloat16, torch.float16))
+    ],
+    ids=str,
+)
+def test_same_statistics_give_the_same_bits(
+    granularity: str, tuning: Tuning, dtype: torch.dtype, device: torch.device
+) -> None:
+    options = Options(LR, nesterov=True, weight_decay=0.1, granularity=granularity, centering=0.7)
+    shapes = [(1,), (2,), (17,), (129,), (1009,), (), (5, 7), (3, 272), (2, 3, 4, 5)]
+    params, grads, buffers, _ = make(dtype, dtype, device, shapes)
+    members = [member(p, g, m) for p, g, m in zip(params, grads, buffers)]
+    eager = [
+        one._replace(param=one.param.clone(), momentum=one.momentum.clone()) for one in members
+    ]
+    prepared = without_tiles(members, options, tuning)
+    (device_part,) = prepared._devices
+    prepared.update(members, [options], nothing_new(device))
+    done = device_part.plan
+    # slices lie in the order of the tensors; a global group has one
+    end = 0
+    for one, twin, walk in zip(members, eager, device_part.walks):
+        param = twin.param
+        first = 0 if granularity == "global" else end
+        end += walk.rows
+        rows = slice(first, first + walk.rows)
+        # a global group's is that of its first tensor
+        record = members[0].record if granularity == "global" else one.record
+        n = int(done.slices[first, 2])
+        mean, std = (record[: walk.rows, k : k + 1] for k in (0, 1))
+        m2 = std.square() * n
+        up, more, high, low, inverse, mode = done.factors[rows, :6].split(1, 1)
+        if tuning.wide:
+            # blocks of float32 find equal values by their least and greatest, not by sigma
+            centering = options.centering if options.centres(param.dim()) else 0.0
+            own = factors_from(Moments(n, mean, m2, 0), options, centering, torch.float32)
+            for field, value in zip(Factors._fields, (up, more, high, low, inverse)):
+                # through std and back, M2 is right to a rounding of float64
+                torch.testing.assert_close(
+                    getattr(own, field), value, rtol=2.0**-23, atol=1e-12, msg=field
+                )
+        moves = mode != 0
+        beta = torch.full_like(inverse, options.momentum)
+        factors = Factors(up, more, high, low, inverse, mode != 2, moves, beta, moves)
+        (runs,) = eager_step.EagerStep([twin], options)._families.values()
+        new = nothing_new(device)
+        eager_step._update(
+            runs, [[twin]], [[twin.grad]], factors, options, new, eager_step.Scratch()
+        )
+        assert torch.equal(param, one.param)
+        assert torch.equal(twin.momentum, one.momentum)
+
+
+def without_tiles(members: list[StepTensor], options: Options, tuning: Tuning) -> FusedStep:
+    """A prepared step in which every slice has its statistics in the tables."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prepared_module, "build", lambda *args, **_: build(*args, tiles=False))
+        return FusedStep(members, [options], tuning)
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "global"])
+@pytest.mark.parametrize("tuning", [LANES, TILES], ids=["lanes", "tiles"])
+def test_order_of_arrival_does_not_change_a_bit(
+    tuning: Tuning, granularity: str, device: torch.device
+) -> None:
+    """One slice over both tensors, or two whose spans arrive interleaved."""
+    grads = [torch.randn(n, device=device) for n in (700, 301)]
+    options = Options(LR, granularity=granularity, center_1d=True)
+    found = []
+    for seed in (None, 1, 2):
+        params = [torch.zeros_like(grad) for grad in grads]
+        members = [member(p, g, torch.zeros_like(p)) for p, g in zip(params, grads)]
+        prepared = FusedStep(members, [options], tuning)
+        (batch,) = prepared._devices[0].plan.batches
+        if seed is not None:
+            torch.manual_seed(seed)
+            batch.spans = batch.spans[torch.randperm(batch.n_spans)]
+            batch.chunks = batch.chunks[torch.randperm(batch.n_chunks)]
+        for _ in range(2):
+            prepared.update(members, [options], nothing_new(device))
+        done = prepared._devices[0].plan
+        assert not done.arrived.any(), "counters are left at zero"
+        # float64, in which a sum shows its order
+        found.append(torch.cat([*params, *(m.record.nan_to_num().flatten() for m in members)]))
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+
+
+def test_updates_start_where_the_statistics_ended(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Programs start in the order of their numbers: what was read last is still in L2."""
+    if device.type != "cpu":
+        pytest.skip("compiled programs cannot be watched")
+    params, grads = ([torch.randn(n, device=device) for n in (700, 301)] for _ in range(2))
+    members = [member(p, g, torch.zeros_like(p)) for p, g in zip(params, grads)]
+    prepared = FusedStep(members, [Options(LR)], LANES)
+    (batch,) = prepared._devices[0].plan.batches
+
+    def watch(module: Any, name: str, table: Tensor) -> list[list[int]]:
+        seen: list[list[int]] = []
+        do = getattr(module, name)
+
+        def noting(row: Any, *args: Any) -> Any:
+            at = (row.handle.data.item() - table.data_ptr()) // table[0].nbytes
+            seen.append(table[at, :3].tolist())
+            return do(row, *args)
+
+        monkeypatch.setattr(module, name, noting)
+        return seen
+
+    measured = watch(measure, "measure_span", batch.spans)
+    moved = watch(update, "update_chunk", batch.chunks)
+    prepared.update(members, [Options(LR)], nothing_new(device))
+    assert [start for _, start, _ in measured] == [*range(0, 700, 128), 0, 128, 256]
+    # tensor, first element, elements
+    assert moved == [[1, 256, 45], [1, 0, 256], [0, 512, 188], [0, 256, 256], [0, 0, 256]]
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "row", "global"])
+@pytest.mark.parametrize("nonfinite", ["skip", "propagate"])
+@pytest.mark.parametrize(
+    ("value", "tuning"),
+    [
+        pytest.param(torch.inf, LANES, id="inf, lanes"),
+        pytest.param(-torch.inf, TILES, id="-inf, tiles"),
+        pytest.param(torch.nan, LANES, id="nan, lanes"),
+        pytest.param(torch.nan, TILES, id="nan, tiles"),
+    ],
+)
+def test_nonfinite(
+    granularity: str, nonfinite: str, value: float, tuning: Tuning, device: torch.device
+) -> None:
+    """In a tile, in the last entries of a slice, and in one of many spans."""
+    shapes = [(5, 20), (2, 300), (1001,), (40,), (3, 7)]
+    params = [torch.randn(shape, device=device) for shape in shapes]
+    grads = [torch.randn(shape, device=device) for shape in shapes]
+    buffers = [torch.randn(shape, device=device) for shape in shapes]
+    grads[0][1, 3] = grads[1][1, 299] = grads[2][500] = value
+    options = {"granularity": granularity, "nonfinite": nonfinite, "weight_decay": 0.1}
+    before = [param.double().cpu() for param in params]
+    eager = [param.clone() for param in params], [buffer.clone() for buffer in buffers]
+    want, want_buffers = oracle_step(params, grads, buffers, lr=LR, **options)
+    counts = [
+        int(reference.step_(eager[0], grads, eager[1], lr=LR, **options)),
+        int(fused_step_(params, grads, buffers, lr=LR, tuning=tuning, **options)),
+    ]
+    expected = {"tensor": 3, "row": 3, "global": 1}[granularity] if nonfinite == "skip" else 0
+    assert counts == [expected, expected]
+    for i in range(len(shapes)):
+        theta, momentum = step_bounds(
+            before[i], want[i].nan_to_num(), want_buffers[i].nan_to_num(), torch.float32, LR, False
+        )
+        for got, got_buffer in ((eager[0][i], eager[1][i]), (params[i], buffers[i])):
+            assert_within("momentum", got_buffer, want_buffers[i], momentum)
+            assert_within("parameter", got, want[i], theta)
+    if nonfinite == "skip" and granularity == "row":
+        assert torch.equal(params[0][1].double().cpu(), before[0][1]), "bits, not only values"
+
+
+@triton.jit
+def _store_kernel(x_ptr, out_ptr, SOFT: tl.constexpr, BLOCK: tl.constexpr):
+    offsets = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + offsets)
+    tl.store(out_ptr + offsets, store_as(x, out_ptr.dtype.element_ty, SOFT))
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered in cast:RuntimeWarning")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_stores_round_to_nearest_even(dtype: torch.dtype, device: torch.device) -> None:
+    """Every upper half of a float32 with lower halves around a tie; NaNs of any payload."""
+    upper = torch.arange(2**16).view(-1, 1) << 16
+    lower = torch.tensor([0, 1, 0x0FFF, 0x1000, 0x7FFF, 0x8000, 0x8001, 0xFFFF])
+    x = (upper | lower).flatten().to(torch.int32).view(torch.float32)
+    got = torch.empty(x.shape, dtype=dtype, device=device)
+    _store_kernel[blocks(x)](x.to(device), got, **HOW)
+    got, want = got.cpu(), x.to(dtype)
+    assert torch.equal(got.isnan(), x.isnan())
+    assert torch.equal(got.nan_to_num(0.0), want.nan_to_num(0.0))
+    assert torch.equal(got.isinf(), want.isinf())
+
+
+@pytest.mark.parametrize("nonfinite", ["skip", "propagate"])
+@pytest.mark.parametrize("tuning", [LANES, TILES], ids=["lanes", "tiles"])
+def test_nan_among_equal_entries(nonfinite: str, tuning: Tuning, device: torch.device) -> None:
+    """Equal but for a NaN, which an extreme drops: zeros where units are dead, for instance."""
+    grads = [torch.full((n,), value, device=device) for n in (3, 40, 300) for value in (0.0, 2.0)]
+    grads += [grad.clone() for grad in grads]
+    for i, grad in enumerate(grads):
+        grad[0 if i < len(grads) // 2 else -1] = torch.nan
+    params = [torch.ones_like(grad) for grad in grads]
+    options = {"lr": LR, "momentum": 0.0, "nonfinite": nonfinite, "tuning": tuning}
+    skipped = int(fused_step_(params, grads, None, **options))
+    assert skipped == (len(grads) if nonfinite == "skip" else 0)
+    for param in params:
+        assert (param == 1 if nonfinite == "skip" else param.isnan()).all()

@@ -1,0 +1,156 @@
+"""The tables of a step: every entry once, and at the addresses that wide accesses need."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+
+from bngd_triton import reference
+from bngd_triton.kernels import Tuning, launch
+from bngd_triton.kernels.build_plan import build
+from bngd_triton.kernels.plan import Entry
+from bngd_triton.options import Options
+from support.handmade_plans import entry, inputs
+from support.kernel_cases import LANES, SHAPES, SMALL
+
+
+def test_past_two_to_the_31(device: torch.device) -> None:
+    """The last items of a tensor of 2**31 + 100 entries; memory is committed only where touched."""
+    n = 2**31 + 100
+    grad = torch.empty(n, dtype=torch.float16, device=device)
+    param = torch.empty(n, dtype=torch.float16, device=device)
+    tuning = Tuning(wide=True, span=65536, chunk=65536, update_block=4096, block=4096, unroll=1)
+    whole = build([entry(param, grad)], tuning)
+    (batch,) = whole.batches
+    for table, size in ((batch.spans, batch.n_spans), (batch.chunks, batch.n_chunks)):
+        assert len(table) == size
+        assert int(table[0, 1]) == 0
+        assert torch.equal(table[1:, 1], table[:-1, 1] + table[:-1, 2])
+        assert int(table[-1, 1] + table[-1, 2]) == n
+        assert int(table[:, 2].max()) < 2**31
+    assert whole.partials.shape[1] <= tuning.max_spans
+
+    tail = 100 + 5000
+    grad[-tail:] = torch.randn(tail, device=device)
+    param[-tail:] = 0
+    batch.spans = torch.tensor([[0, n - tail, tail, 0, 0]], device=device)
+    batch.chunks = torch.tensor([[0, n - tail, tail, 0]], device=device)
+    batch.n_spans = batch.n_chunks = 1
+    whole.slices[0, :4] = torch.tensor([0, 1, tail, 1], device=device)
+    whole.point_at([grad.data_ptr()])
+    options = Options(lr=1.0, momentum=0.0, maximize=True)
+    launch.update(whole, inputs(device, options))
+    want = reference.normalize_gradient(grad[-tail:], center_1d=True)
+    assert torch.equal(param[-tail:], want)
+
+
+def test_shape_of_a_plan(device: torch.device) -> None:
+    """Every entry is in exactly one span or tile, and in exactly one chunk or tile."""
+    shapes = [shape for shape in SHAPES if 0 not in shape]
+    for granularity in ("tensor", "row"):
+        entries = []
+        for shape in shapes:
+            tensor = torch.randn(shape, device=device)
+            rows = shape[0] if granularity == "row" and len(shape) > 1 else 1
+            entries.append(entry(tensor, tensor, None, rows, centred=False))
+        found = build(entries, LANES)
+        for batch in found.batches:
+            sizes = {at: entries[i].param.numel() for at, i in enumerate(batch.order)}
+            covered: dict[str, dict[int, int]] = {"spans": {}, "chunks": {}}
+            for name, table in (("spans", batch.spans), ("chunks", batch.chunks)):
+                for tensor, _, length, *_ in table.tolist():
+                    covered[name][tensor] = covered[name].get(tensor, 0) + length
+            for first, count, start, listed, columns in batch.tiles.tolist():
+                for row in range(count):
+                    at = first + row * listed
+                    length = int(batch.rows[at, 0])
+                    assert length <= columns
+                    assert start + row < entries[batch.order[at]].rows or listed
+                    for part in covered.values():
+                        part[at] = part.get(at, 0) + length
+            assert covered == {"spans": sizes, "chunks": sizes}
+
+
+# the narrowest of 32, 128, 512 and 2048 columns that holds a row, and as many rows as fill a block
+# of 512: first tensor, rows, first row, whether every row is a tensor, columns
+TILES = {
+    "300 tensors of 16": (
+        [(16,)] * 300,
+        1,
+        [[first, 16, 0, 1, 32] for first in range(0, 288, 16)] + [[288, 12, 0, 1, 32]],
+    ),
+    "5 tensors of 100": ([(100,)] * 5, 1, [[0, 4, 0, 1, 128], [4, 1, 0, 1, 128]]),
+    "3 tensors of 1000": ([(1000,)] * 3, 1, [[i, 1, 0, 1, 2048] for i in range(3)]),
+    "70 rows of 16": (
+        [(70, 16)],
+        70,
+        [[0, 16, first, 0, 32] for first in range(0, 64, 16)] + [[0, 6, 64, 0, 32]],
+    ),
+    "3 rows of 1000": ([(3, 1000)], 3, [[0, 1, row, 0, 2048] for row in range(3)]),
+}
+
+
+@pytest.mark.parametrize(("shapes", "rows", "expected"), TILES.values(), ids=TILES)
+def test_rows_share_tiles(
+    shapes: list[tuple[int, ...]], rows: int, expected: list[list[int]], device: torch.device
+) -> None:
+    tensors = [torch.zeros(shape, device=device) for shape in shapes]
+    tuning = Tuning(block=512, tile=2048)
+    (batch,) = build([entry(t, t, None, rows) for t in tensors], tuning).batches
+    assert batch.tiles.tolist() == expected
+    assert batch.n_tiles == len(expected)
+    assert batch.n_spans == batch.n_chunks == 0
+
+
+def test_lengths_that_cut_an_access(device: torch.device) -> None:
+    """In aligned tensors: they have spans."""
+    tensors = [torch.zeros(n, device=device) for n in (10, 1, 33, 36)]
+    (batch,) = build([entry(t, t) for t in tensors], Tuning(block=512, tile=2048)).batches
+    assert batch.kind.aligned
+    lengths = [tensors[i].numel() for i in batch.order]
+    assert [lengths[row[0]] for row in batch.tiles.tolist()] == [36]
+    assert [lengths[row[0]] for row in batch.spans.tolist()] == [10, 1, 33]
+
+
+def test_aligned_batches_are_aligned(device: torch.device) -> None:
+    """What the hints for 16-byte accesses promise: only a GPU acts on them, or faults."""
+
+    def tensor(shape: tuple[int, ...], dtype: torch.dtype, offset: int) -> Tensor:
+        n = torch.Size(shape).numel()
+        return torch.zeros(n + 8, dtype=dtype, device=device)[offset : offset + n].view(shape)
+
+    narrow, wide = torch.bfloat16, torch.float32
+    offsets = ((0, 0, 0), (1, 0, 0), (0, 4, 0), (0, 0, 2))
+    shapes = [((6,), 1), ((8,), 1), ((20,), 1), ((1000,), 1), ((1001,), 1)]
+    shapes += [((3, n), 3) for n in (4, 7, 8, 300, 304)]
+    entries = [
+        entry(*map(tensor, [shape] * 3, dtypes, offset), rows, centred=False)
+        for dtypes in itertools.product((narrow, wide), repeat=3)
+        for offset in offsets
+        for shape, rows in shapes
+    ]
+    # neither the span nor a third of 1 000 is a multiple of an access
+    tuning = Tuning(**SMALL | {"span": 100, "chunk": 104, "max_spans": 3})
+    for batch in build(entries, tuning).batches:
+        mine = [entries[i] for i in batch.order]
+        for at, one in enumerate(mine):
+            length = one.param.numel() // one.rows
+            starts = [row * length for row in range(one.rows)]
+            assert batch.kind.aligned == all(starts_access(one, start) for start in starts)
+            if batch.kind.aligned:
+                for table in (batch.spans, batch.chunks):
+                    assert all(starts_access(one, k) for i, k, *_ in table.tolist() if i == at)
+        if batch.kind.aligned:
+            # the kernel's GRANULE: a row's end cuts no access either
+            granule = 4 if set(batch.kind[:3]) == {wide} else 8
+            for first, count, _, listed, _ in batch.tiles.tolist():
+                assert not (batch.rows[first : first + (count if listed else 1), 0] % granule).any()
+
+
+def starts_access(entry: Entry, element: int) -> bool:
+    """Whether an element is at a multiple of 16 bytes in all three tensors."""
+    tensors = (entry.param, entry.grad, entry.momentum)
+    return not any((t.data_ptr() + element * t.element_size()) % 16 for t in tensors)

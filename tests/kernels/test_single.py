@@ -1,0 +1,327 @@
+"""The single-launch step against the two-launch step, bit for bit, and the order of its work."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from bngd_triton.kernels import Tuning, fused_step_, launch
+from bngd_triton.kernels.build_plan import build
+from bngd_triton.kernels.fused_step import FusedStep
+from bngd_triton.kernels.plan import Plan
+from bngd_triton.kernels.tables import CHUNK_ITEM, SPAN_ITEM, TILE_ITEM
+from bngd_triton.options import Options
+from bngd_triton.records import StepTensor, skipped_slices
+from bngd_triton.verify.oracle import oracle_step
+from bngd_triton.verify.tolerances import step_bounds
+from support.closeness import assert_within
+from support.handmade_plans import entry, inputs, member, nothing_new
+from support.kernel_cases import LANES, LR, OPTIONS, SMALL, TILES, assert_guards, make
+
+# a few slices to a wave, and slices longer than one
+WAVE = 1024
+SINGLE = {"form": "single-launch", "wave": WAVE}
+
+both_tunings = pytest.mark.parametrize("tuning", [LANES, TILES], ids=["lanes", "tiles"])
+
+
+class Twins:
+    """The same step prepared in both forms, on equal tensors that lie as the first ones do."""
+
+    def __init__(
+        self, tensors: list[tuple[Tensor, Tensor, Tensor]], options: Options, tuning: Tuning,
+        programs: int,
+    ) -> None:  # fmt: skip
+        self.options = options
+        self.device = tensors[0][0].device
+        self.steps: list[tuple[list[StepTensor], FusedStep]] = []
+        one = dataclasses.replace(tuning, programs_per_sm=programs, **SINGLE)
+        for form in (dataclasses.replace(tuning, form="two-launch"), one):
+            members = [
+                member(like(p), like(g), like(m) if options.momentum else None)
+                for p, g, m in tensors
+            ]
+            prepared = FusedStep(members, [options], form)
+            self.steps.append((members, prepared))
+
+    @property
+    def plan(self) -> Plan:
+        """The single launch's."""
+        (part,) = self.steps[1][1]._devices
+        return part.plan
+
+    def step(self) -> None:
+        """Take a step in both forms, and compare all bits."""
+        for members, prepared in self.steps:
+            prepared.update(members, [self.options], nothing_new(self.device))
+        for two, one in zip(self.steps[0][0], self.steps[1][0]):
+            assert_same_bits(two.param, one.param)
+            if two.momentum is not None:
+                assert_same_bits(two.momentum, one.momentum)
+            assert_same_bits(two.record, one.record)
+        (part,) = self.steps[0][1]._devices
+        assert_same_bits(part.plan.factors, self.plan.factors)
+        assert_zero(self.plan)
+
+    def new_gradients(self) -> None:
+        for two, one in zip(self.steps[0][0], self.steps[1][0]):
+            two.grad.normal_()
+            one.grad.copy_(two.grad)
+
+
+def like(tensor: Tensor) -> Tensor:
+    """A copy at an address with the same remainder modulo 16."""
+    offset = tensor.data_ptr() % 16 // tensor.element_size()
+    whole = torch.empty(tensor.numel() + 16, dtype=tensor.dtype, device=tensor.device)
+    copy = whole[offset : offset + tensor.numel()].view(tensor.shape).copy_(tensor)
+    assert copy.data_ptr() % 16 == tensor.data_ptr() % 16
+    return copy
+
+
+def assert_same_bits(one: Tensor, other: Tensor) -> None:
+    kind = {2: torch.int16, 4: torch.int32, 8: torch.int64}[one.element_size()]
+    assert torch.equal(one.view(kind), other.view(kind))
+
+
+def assert_zero(plan: Plan) -> None:
+    assert not plan.arrived.any()
+    for batch in plan.batches:
+        assert not batch.work(plan.tuning).counters.any()
+
+
+def random_tensors(
+    shapes: list[tuple[int, ...]], device: torch.device, dtype: torch.dtype = torch.float32
+) -> list[tuple[Tensor, Tensor, Tensor]]:
+    params, grads, buffers, _ = make(dtype, dtype, device, shapes)
+    return list(zip(params, grads, buffers))
+
+
+# one form of the statistics with each: what becomes of them is the same code
+@pytest.mark.parametrize(
+    ("options", "tuning"),
+    [
+        pytest.param(*case.values, tuning, id=f"{case.id}, {('tiles', 'lanes')[tuning.wide]}")
+        for case, tuning in zip(OPTIONS, itertools.cycle((LANES, TILES)))
+    ],
+)
+def test_same_bits_as_two_launches(
+    options: dict[str, Any], tuning: Tuning, device: torch.device
+) -> None:
+    shapes = [(1,), (17,), (500,), (), (5, 8), (2, 300)]
+    twins = Twins(random_tensors(shapes, device), Options(LR, **options), tuning, programs=5)
+    assert launch.form_for(twins.plan) == "single-launch" or twins.plan.spanning
+    twins.step()
+
+
+@pytest.mark.parametrize(
+    ("programs", "granularity", "dtype"),
+    [
+        (1, "row", torch.bfloat16),
+        (2, "tensor", torch.float32),
+        (5, "global", torch.float32),
+        (5, "row", torch.bfloat16),
+        (9, "tensor", torch.float32),
+        (9, "global", torch.float32),
+    ],
+)
+def test_several_steps_with_any_number_of_programs(
+    programs: int, granularity: str, dtype: torch.dtype, device: torch.device
+) -> None:
+    """Tiles, slices of one span and of many; counters are left as the next step wants them."""
+    tensors = random_tensors([(901,), (5, 16), (2, 304), (40,)], device, dtype)
+    tensors += [(p[1:], g[1:], m[1:]) for p, g, m in random_tensors([(400,)], device, dtype)]
+    options = Options(LR, granularity=granularity, nesterov=True, weight_decay=0.1)
+    # in one batch, so that a global group does not take two launches
+    if granularity == "global":
+        tensors = tensors[:-1]
+    twins = Twins(tensors, options, LANES, programs)
+    assert launch.form_for(twins.plan) == "single-launch"
+    if granularity != "global":
+        assert [batch.kind.aligned for batch in twins.plan.batches] == [True, False]
+    for _ in range(2):
+        twins.new_gradients()
+        twins.step()
+
+
+@pytest.mark.parametrize("nonfinite", ["skip", "propagate"])
+@both_tunings
+def test_nonfinite(nonfinite: str, tuning: Tuning, device: torch.device) -> None:
+    """A skipped slice raises its flag too; a tile, a long and a short slice are skipped."""
+    tensors = random_tensors([(1001,), (300,), (16,), (1200,)], device)
+    for _, grad, _ in tensors[:3]:
+        grad[7] = torch.nan
+    twins = Twins(tensors, Options(LR, nonfinite=nonfinite), tuning, programs=2)
+    twins.step()
+    assert int(skipped_slices(twins.steps[1][0])) == (3 if nonfinite == "skip" else 0)
+
+
+@pytest.mark.parametrize(
+    ("shapes", "kinds"),
+    [
+        ([(16,), (32,), (8, 4)], {TILE_ITEM}),
+        ([(1500,), (901,)], {SPAN_ITEM, CHUNK_ITEM}),
+        ([(7,)], {SPAN_ITEM, CHUNK_ITEM}),
+    ],
+    ids=["tiles only", "spans only", "one item of each"],
+)
+def test_kinds_of_work(
+    shapes: list[tuple[int, ...]], kinds: set[int], device: torch.device
+) -> None:
+    twins = Twins(random_tensors(shapes, device), Options(LR), LANES, programs=5)
+    (batch,) = twins.plan.batches
+    assert set(batch.work(twins.plan.tuning).items[:, 0].tolist()) == kinds
+    twins.step()
+
+
+def test_empty_work(device: torch.device) -> None:
+    """Tables without rows give an empty list."""
+    tensor = torch.randn(16, device=device)
+    plan = plan_of([tensor], LANES)
+    (batch,) = plan.batches
+    for name in ("spans", "tiles", "chunks"):
+        setattr(batch, name, getattr(batch, name)[:0])
+    work = batch.work(plan.tuning)
+    assert work.items.shape == (0, 6)
+    assert work.counters.tolist() == [0]
+    fused_step_([], [], [], lr=LR, tuning=Tuning(form="single-launch"))
+
+
+def plan_of(tensors: list[Tensor], tuning: Tuning) -> Plan:
+    return build([entry(t, t) for t in tensors], tuning)
+
+
+def test_order_of_the_work(device: torch.device) -> None:
+    """Each item once; a slice's spans before its chunks; waves overlap by one."""
+    tuning = Tuning(**{**SMALL, "wave": WAVE})
+    long = 3 * WAVE // 4
+    sizes = (100, 200, long, 272, 17, 3, 1009, 300, 64)
+    tensors = [torch.randn(size, device=device) for size in sizes]
+    entries = [entry(t, t) for t in tensors]
+    # rows are slices of their own, a global group is one of several tensors that are apart
+    rows = torch.randn(4, 280, device=device)
+    entries.insert(1, entry(rows, rows, None, 4))
+    for at in (0, 4, 8):
+        shared = torch.randn(200, device=device)
+        entries.insert(at, entry(shared, shared, shared=0))
+    plan = build(entries, tuning)
+    (batch,) = plan.batches
+    work = batch.work(tuning)
+    assert batch.work(tuning) is work
+    items = work.items.tolist()
+
+    for kind, table in (
+        (SPAN_ITEM, batch.spans), (TILE_ITEM, batch.tiles), (CHUNK_ITEM, batch.chunks),
+    ):  # fmt: skip
+        listed = [item[1 : 1 + table.shape[1]] for item in items if item[0] == kind]
+        assert sorted(listed) == sorted(table.tolist())
+    assert len(items) == batch.n_spans + batch.n_tiles + batch.n_chunks
+
+    slices = {item[5] for item in items if item[0] == SPAN_ITEM}
+    assert work.first_slice == min(slices)
+    assert len(work.counters) == 1 + max(slices) - min(slices) + 1
+    last_span = {item[5]: at for at, item in enumerate(items) if item[0] == SPAN_ITEM}
+    waited = [at - last_span[item[4]] for at, item in enumerate(items) if item[0] == CHUNK_ITEM]
+    assert min(waited) > 0
+
+    # the waves, found from the tables alone
+    size, wave_of = 0, {}
+    for index in sorted(slices):
+        wave_of[index] = size // (WAVE // 4)
+        size += sum(item[3] for item in items if item[0] == SPAN_ITEM and item[5] == index)
+    numbers = {wave: at for at, wave in enumerate(sorted(set(wave_of.values())))}
+    assert len(numbers) >= 4
+
+    def turn(item: list[int]) -> int:
+        if item[0] == SPAN_ITEM:
+            return 2 * numbers[wave_of[item[5]]]
+        return 2 * numbers[wave_of[item[4]]] + 3 if item[0] == CHUNK_ITEM else 1
+
+    turns = [turn(item) for item in items]
+    assert turns == sorted(turns)
+    for index in slices:
+        starts = [(i[1], i[2]) for i in items if i[0] == CHUNK_ITEM and i[4] == index]
+        assert starts == sorted(starts, reverse=True), "newest first"
+
+
+def test_which_form_runs(device: torch.device, launched: list[str]) -> None:
+    grads = [torch.randn(500, device=device), torch.randn(500, device=device).bfloat16()]
+    params = [grad.clone() for grad in grads]
+
+    def names(tuning: Tuning, form: str | None = None) -> list[str]:
+        plan = plan_of(params, tuning)
+        options = Options(LR, momentum=0.0)
+        plan.point_at([grad.data_ptr() for grad in grads])
+        launched.clear()
+        launch.update(plan, inputs(device, options), form)
+        return launched.copy()
+
+    two = ["_statistics_kernel"] * 2 + ["_update_kernel"] * 2
+    one = ["_single_kernel"] * 2
+    single_tuning = dataclasses.replace(LANES, form="single-launch")
+    assert names(LANES) == two, "the default"
+    assert names(single_tuning) == one
+    assert names(LANES, "single-launch") == one
+    assert names(single_tuning, "two-launch") == two
+    # 500 float32 and 500 bfloat16 are 3000 bytes
+    for least, end, expected in (
+        (0, 3000, two),
+        (0, 3001, one),
+        (3000, 9999, one),
+        (3001, 9999, two),
+    ):
+        assert names(dataclasses.replace(LANES, single_from=least, single_to=end)) == expected
+    sized = dataclasses.replace(LANES, single_to=3001)
+    assert names(sized, "two-launch") == names(dataclasses.replace(sized, form="two-launch")) == two
+    with pytest.raises(ValueError, match="must be one of two-launch, single-launch, got 'three'"):
+        names(LANES, "three")
+
+
+def test_no_flag_is_trusted_that_is_raised_too_early(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where releases do not wait: refused by name if asked for, never chosen, nothing moved."""
+    monkeypatch.setattr(launch, "releases_wait", lambda device: False)
+    param = torch.randn(500, device=device)
+    before, grad = param.clone(), torch.randn_like(param)
+    asked = dataclasses.replace(LANES, form="single-launch")
+    with pytest.raises(RuntimeError, match=r"'single-launch' needs Triton 3\.9 .*; got Triton 3"):
+        fused_step_([param], [grad], None, lr=LR, momentum=0.0, tuning=asked)
+    assert torch.equal(param, before)
+    with pytest.raises(RuntimeError, match="'single-launch' needs"):
+        launch.form_for(plan_of([param], LANES), "single-launch")
+    chosen = dataclasses.replace(LANES, single_to=1 << 30)
+    assert launch.form_for(plan_of([param], chosen)) == "two-launch"
+    assert launch.form_for(plan_of([param], asked), "two-launch") == "two-launch"
+    # sharded steps never take one launch
+    FusedStep([member(param, grad, None)], [Options(LR)], asked, apart=True)
+
+
+@pytest.mark.parametrize("form", launch.FORMS)
+def test_a_global_group_across_dtypes_takes_two_launches(
+    form: str, device: torch.device, launched: list[str]
+) -> None:
+    params = [torch.randn(700, device=device), torch.randn(900, device=device).bfloat16()]
+    grads = [torch.randn_like(param) * 3 + 1 for param in params]
+    buffers = [torch.zeros(param.shape, device=device) for param in params]
+    before = [param.double().cpu() for param in params]
+    want, want_buffers = oracle_step(params, grads, buffers, lr=LR, granularity="global")
+    tuning = dataclasses.replace(LANES, form=form)
+    fused_step_(params, grads, buffers, lr=LR, granularity="global", tuning=tuning)
+    assert launched == ["_statistics_kernel"] * 2 + ["_update_kernel"] * 2
+    for i, param in enumerate(params):
+        theta, momentum = step_bounds(before[i], want[i], want_buffers[i], param.dtype, LR, False)
+        assert_within("momentum", buffers[i], want_buffers[i], momentum)
+        assert_within("parameter", param, want[i], theta)
+
+
+def test_nothing_outside_is_touched(device: torch.device) -> None:
+    shapes = [(1,), (271,), (272,), (1009,), (70, 16), (3, 0)]
+    params, grads, buffers, guarded = make(torch.float32, torch.float32, device, shapes)
+    tuning = dataclasses.replace(LANES, **SINGLE)
+    fused_step_(params, grads, buffers, lr=LR, tuning=tuning)
+    assert_guards(guarded)

@@ -1,0 +1,196 @@
+"""Parameters without a gradient: of any kind, and not looked at before one comes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import Parameter
+
+from bngd_triton import BNGD
+from support.paths import StepPath
+from support.snapshots import snapshot
+from support.steps import assert_equal, make_params, set_grads, take_steps, values
+
+COMPLEX = torch.complex64
+WAY_OUT = r".*; without a gradient \(requires_grad_\(False\), \.grad = None\) it is left alone$"
+
+
+class Odd(NamedTuple):
+    """A parameter of a kind that no step knows."""
+
+    desc: str
+    make: Callable[[], Tensor]
+    error: type[Exception]
+    match: str
+
+
+def no_grad(tensor: Tensor) -> Parameter:
+    return Parameter(tensor, requires_grad=False)
+
+
+ODD = [
+    Odd("uint8", lambda: no_grad(torch.ones(3).byte()), TypeError, r"has dtype torch\.uint8"),
+    Odd("int8", lambda: no_grad(torch.ones(3).char()), TypeError, r"has dtype torch\.int8"),
+    Odd("bool", lambda: no_grad(torch.ones(3).bool()), TypeError, r"has dtype torch\.bool"),
+    Odd(
+        "float8",
+        lambda: no_grad(torch.ones(3).to(torch.float8_e4m3fn)),
+        TypeError,
+        r"dtype torch\.float8_e4m3fn; BNGD takes float16, bfloat16, float32, float64",
+    ),
+    Odd(
+        "complex",
+        lambda: Parameter(torch.ones(3, dtype=COMPLEX)),
+        TypeError,
+        r"dtype torch\.complex64.*last dimension of 2, and use torch\.view_as_complex\(parameter\)",
+    ),
+    Odd(
+        "sparse",
+        lambda: no_grad(torch.eye(3).to_sparse()),
+        TypeError,
+        r"is torch\.sparse_coo; BNGD needs dense",
+    ),
+    Odd(
+        "expanded",
+        lambda: no_grad(torch.ones(1, 3).expand(4, 3)),
+        ValueError,
+        r"overlaps itself in memory",
+    ),
+    Odd(
+        "overlapping",
+        lambda: Parameter(torch.ones(9).as_strided((3, 3), (1, 1))),
+        ValueError,
+        r"overlaps itself in memory",
+    ),
+]
+odd_ones = pytest.mark.parametrize("odd", ODD, ids=[odd.desc for odd in ODD])
+
+
+@odd_ones
+@pytest.mark.parametrize(
+    ("way", "options"), [("constructor", {}), ("add_param_group", {"granularity": "global"})]
+)
+def test_parameters_of_any_kind_are_left_alone_until_a_gradient_comes(
+    options: dict[str, Any], way: str, odd: Odd, path: StepPath
+) -> None:
+    params, alone = make_params(path.device), make_params(path.device)
+    one = odd.make()
+    if way == "constructor":
+        optimizer = BNGD([*params, one], lr=0.1, fused=path.fused, **options)
+    else:
+        optimizer = BNGD([no_grad(torch.ones(1))], lr=0.1, fused=path.fused, **options)
+        optimizer.add_param_group({"params": [*params, one]})
+    index = len(optimizer.param_groups) - 1
+    plain = BNGD(alone, lr=0.1, fused=path.fused, **options)
+    for seed in range(4):
+        take_steps(optimizer, params, [seed])
+        take_steps(plain, alone, [seed])
+    assert_equal(params, alone)
+    assert one not in optimizer.state
+    optimizer.load_state_dict(optimizer.state_dict())
+
+    set_grads(params, 9)
+    one.grad = one.detach().clone()
+    before = snapshot(optimizer, params)
+    match = rf"^param_groups\[{index}\]\['params'\]\[3\] .*{odd.match}{WAY_OUT}"
+    with pytest.raises(odd.error, match=match):
+        optimizer.step()
+    assert snapshot(optimizer, params) == before
+    # the way out
+    one.grad = None
+    optimizer.step()
+
+
+@odd_ones
+def test_the_kernels_may_be_insisted_on_beside_frozen_parameters(
+    odd: Odd, device: torch.device
+) -> None:
+    params, one = make_params(device), odd.make().requires_grad_(False)
+    address = None if one.is_sparse else one.data_ptr()
+    optimizer = BNGD([*params, one], lr=0.1, fused=True, flatten=True)
+    optimizer.add_param_group({"params": [odd.make().requires_grad_(False)]})
+    take_steps(optimizer, params, range(3))
+    assert one.is_sparse or one.data_ptr() == address
+
+
+def test_frozen_float64_beside_the_kernels(device: torch.device) -> None:
+    params, frozen = make_params(device), no_grad(torch.ones(3, dtype=torch.float64).to(device))
+    optimizer = BNGD([*params, frozen], lr=0.1, fused=True, flatten=True)
+    take_steps(optimizer, params, range(3))
+    set_grads([*params, frozen], 4)
+    with pytest.raises(RuntimeError, match=r"fused=True cannot serve .*\[3\]: .*got torch.float64"):
+        optimizer.step()
+    # and it is no reason against the kernels in a group of one slice
+    optimizer = BNGD([*make_params(device), frozen], granularity="global", fused=True)
+
+
+def test_a_frozen_parameter_on_another_device_in_a_group_of_one_slice(path: StepPath) -> None:
+    params = make_params(path.device)
+    frozen = no_grad(torch.ones(3, device="meta"))
+    optimizer = BNGD([*params, frozen], lr=0.1, granularity="global", fused=path.fused)
+    before = values(params)
+    take_steps(optimizer, params, range(3))
+    assert not any(map(torch.equal, params, before))
+
+
+def test_a_real_parameter_seen_as_complex_is_trained(path: StepPath) -> None:
+    """The way out that the refusal of complex parameters names."""
+    param = Parameter(torch.randn(4, 3, 2, device=path.device))
+    optimizer = BNGD([param], lr=0.01, fused=path.fused)
+    target = torch.randn(4, 3, dtype=COMPLEX, device=path.device)
+    losses = []
+    for _ in range(300):
+        loss = (torch.view_as_complex(param) - target).abs().square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] / 4
+
+
+@pytest.mark.parametrize("options", [{}, {"granularity": "global"}, {"accumulation_steps": 2}])
+def test_lazy_modules_are_served_once_they_have_shapes(
+    options: dict[str, Any], path: StepPath
+) -> None:
+    def make() -> nn.Sequential:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.LazyLinear(4), nn.ReLU(), nn.Linear(4, 2)).to(path.device)
+
+    x = torch.randn(8, 6, device=path.device)
+    early, late = make(), make()
+    a = BNGD(early.named_parameters(), lr=0.1, fused=path.fused, **options)
+    a.add_param_group({"params": [("spare", nn.LazyLinear(2).weight)]})
+    assert a.state_dict()["state"] == {}
+    for model in (early, late):
+        torch.manual_seed(1)
+        model(x)
+    b = BNGD(late.named_parameters(), lr=0.1, fused=path.fused, **options)
+    for _ in range(4):
+        for model, optimizer in ((early, a), (late, b)):
+            optimizer.zero_grad()
+            model(x).square().mean().backward()
+            optimizer.step()
+    assert_equal(list(early.parameters()), list(late.parameters()))
+    assert not torch.equal(early[0].weight, make()(x).detach())
+
+
+def test_lazy_parameters_have_no_place_in_a_flat_buffer(device: torch.device) -> None:
+    params = list(nn.LazyLinear(4).to(device).parameters())
+    with pytest.raises(RuntimeError, match=r"flatten=True cannot move .* before one forward pass"):
+        BNGD(params, fused=True, flatten=True)
+
+
+def test_state_for_a_lazy_parameter_waits_for_its_shape(path: StepPath) -> None:
+    model, again = nn.LazyLinear(4).to(path.device), nn.LazyLinear(4).to(path.device)
+    optimizer = BNGD(model.parameters(), fused=path.fused)
+    model(torch.ones(2, 3, device=path.device)).sum().backward()
+    optimizer.step()
+    loaded = BNGD(again.named_parameters(), fused=path.fused)
+    with pytest.raises(ValueError, match=r"weight has no shape yet.*one forward pass"):
+        loaded.load_state_dict(optimizer.state_dict())
+    again(torch.ones(2, 3, device=path.device))
+    loaded.load_state_dict(optimizer.state_dict())

@@ -1,0 +1,119 @@
+"""What an optimizer lets go of: parameters that left its groups, and records of other slices."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn import Parameter
+
+from bngd_triton import BNGD
+from support.paths import StepPath
+
+
+def step(optimizer: BNGD) -> None:
+    for group in optimizer.param_groups:
+        for param in group["params"]:
+            param.grad = torch.randn_like(param)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def made(path: StepPath, **options: Any) -> tuple[list[Parameter], BNGD]:
+    params = [Parameter(torch.randn(6, 4, device=path.device)) for _ in range(4)]
+    groups = [{"params": params[:2]}, {"params": params[2:]}]
+    return params, BNGD(groups, fused=path.fused, **options)
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "global"])
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_a_replaced_parameter_is_freed_with_its_buffer(
+    momentum: float, granularity: str, path: StepPath
+) -> None:
+    """As Gaussian splatting does: its state goes, and another takes its place."""
+    params, optimizer = made(path, momentum=momentum, granularity=granularity)
+    for _ in range(2):
+        step(optimizer)
+    old = [weakref.ref(param) for param in params[:2]]
+    memory = [StorageWeakRef(param.untyped_storage()) for param in params[:2]]
+    for i in range(2):
+        optimizer.state.pop(params[i], None)
+        optimizer.param_groups[0]["params"][i] = Parameter(torch.randn(3, 4, device=path.device))
+    del params
+    step(optimizer)
+    gc.collect()
+    assert [one() for one in old] == [None, None]
+    assert [one.expired() for one in memory] == [True, True]
+
+
+def test_a_removed_group_is_freed(path: StepPath) -> None:
+    params, optimizer = made(path)
+    for _ in range(2):
+        step(optimizer)
+    old = [weakref.ref(param) for param in params[2:]]
+    for param in optimizer.param_groups.pop()["params"]:
+        del optimizer.state[param]
+    del param, params
+    step(optimizer)
+    gc.collect()
+    assert [one() for one in old] == [None, None]
+
+
+def test_parameters_that_the_kernels_leave_are_freed(path: StepPath) -> None:
+    """The last kernels' step must not hold what only the reference serves now."""
+    params, optimizer = made(path)
+    step(optimizer)
+    optimizer.fused = False
+    old = weakref.ref(params[0])
+    optimizer.state.pop(params[0])
+    optimizer.param_groups[0]["params"].pop(0)
+    del params
+    step(optimizer)
+    gc.collect()
+    assert old() is None
+
+
+def test_skips_of_what_is_gone_still_count(path: StepPath) -> None:
+    params, optimizer = made(path, granularity="row")
+    for param in params:
+        param.grad = torch.ones_like(param)
+        param.grad[0, 0] = param.grad[5, 1] = torch.inf
+    optimizer.step()
+    assert optimizer.skipped == 8
+    optimizer.zero_grad()
+    optimizer.state.pop(params[0])
+    optimizer.param_groups[0]["params"][0] = Parameter(torch.randn(3, 4, device=path.device))
+    step(optimizer)
+    assert optimizer.skipped == 8
+    optimizer.param_groups.pop()
+    step(optimizer)
+    assert optimizer.skipped == 8
+
+
+def test_changes_of_granularity_leave_a_number_behind(path: StepPath) -> None:
+    params, optimizer = made(path)
+    sizes, want = [], 0
+    for turn in range(9):
+        granularity = ("tensor", "row", "global")[turn % 3]
+        for group in optimizer.param_groups:
+            group["granularity"] = granularity
+        for param in params:
+            param.grad = torch.randn_like(param)
+            param.grad[0, 0] = torch.nan
+        optimizer.step()
+        want += 2 if granularity == "global" else 4
+        assert optimizer.skipped == want
+        gc.collect()
+        sizes.append(
+            sum(
+                one.numel()
+                for one in gc.get_objects()
+                if type(one) is Tensor and one.dtype is torch.float64 and one.shape[-1:] == (3,)
+            )
+        )
+    assert sizes[6:9] == sizes[3:6]

@@ -1,0 +1,248 @@
+"""Checkpoint files: whole or not there, and checked before they are used."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pytest
+import torch
+from torch import Tensor, nn
+
+from bngd_triton import BNGD, load_checkpoint, save_checkpoint
+from support.checkout import ROOT
+from support.time_limits import patience
+
+
+class Unknown:
+    """What `torch.load` reads with weights_only=False alone."""
+
+
+def assert_same(got: Any, want: Any, where: str = "") -> None:
+    """Equal to the bit, all the way down."""
+    assert type(got) is type(want), where
+    if isinstance(want, dict):
+        assert set(got) == set(want), where
+        for key in want:
+            assert_same(got[key], want[key], f"{where}/{key}")
+    elif isinstance(want, list | tuple):
+        assert len(got) == len(want), where
+        for i, (a, b) in enumerate(zip(got, want)):
+            assert_same(a, b, f"{where}/{i}")
+    elif isinstance(want, Tensor):
+        assert got.dtype == want.dtype, where
+        assert torch.equal(got, want), where
+    else:
+        assert got == want, where
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked")
+@pytest.mark.parametrize("way", ["eager", "fused"])
+def test_a_killed_run_ends_as_one_that_was_not(way: str, tmp_path: Path) -> None:
+    # on the CPU everywhere: a process that is killed every few steps has no time to open a GPU
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", "support.killed_training", str(tmp_path), way],
+        cwd=ROOT / "tests",
+        capture_output=True, text=True, env=environment, timeout=patience(300),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    counts = json.loads(done.stdout)
+    assert counts["never"] == [0, 0]
+    assert counts["random"][0] >= (6 if way == "eager" else 2)
+    # four of the six stages have begun a file that is not in place yet
+    assert counts["saves"] == [6, 4]
+    want = load_checkpoint(tmp_path / "never.pt")
+    states, groups = want["optimizer"]["state"].values(), want["optimizer"]["param_groups"]
+    assert {key for state in states for key in state} == {
+        "momentum_buffer",
+        "master_remainder",
+        "window",
+    }
+    assert groups[1]["rounding_steps"] > 0
+    assert groups[0]["lr"] < groups[0]["initial_lr"]
+    for name in ("random", "saves"):
+        assert_same(load_checkpoint(tmp_path / f"{name}.pt"), want)
+        assert not (tmp_path / f"{name}.pt.tmp").exists()
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    """A checkpoint of a tensor, a generator and a number."""
+    path = tmp_path / "run.pt"
+    generator = torch.Generator().manual_seed(7)
+    save_checkpoint(path, weights=torch.arange(200.0), order=generator, step=3)
+    return path
+
+
+def content() -> dict[str, Any]:
+    order = torch.Generator().manual_seed(7).get_state()
+    return {"weights": torch.arange(200.0), "order": order, "step": 3}
+
+
+def test_content(path: Path) -> None:
+    assert_same(load_checkpoint(path), content())
+    assert_same(torch.load(path, weights_only=True), content())
+    assert os.listdir(path.parent) == ["run.pt"]
+
+
+def test_objects_are_saved_by_their_state_dicts(tmp_path: Path) -> None:
+    model = nn.Linear(3, 2)
+    optimizer = BNGD(model.parameters(), lr=torch.tensor(0.1), momentum_dtype=torch.bfloat16)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=9)
+    model(torch.randn(4, 3)).sum().backward()
+    optimizer.step()
+    schedule.step()
+    save_checkpoint(tmp_path / "a.pt", model=model, optimizer=optimizer, schedule=schedule)
+    saved = load_checkpoint(tmp_path / "a.pt")
+    assert_same(saved["model"], model.state_dict())
+    assert_same(saved["optimizer"], optimizer.state_dict())
+    assert_same(saved["schedule"], schedule.state_dict())
+
+
+@pytest.mark.parametrize("size", [0, 1, 100, 0.3, 0.9, -1])
+def test_a_truncated_file_is_refused(path: Path, size: float) -> None:
+    whole = path.read_bytes()
+    cut = int(size * len(whole)) if isinstance(size, float) else size
+    path.write_bytes(whole[:cut])
+    with pytest.raises(ValueError, match=r"run\.pt \(\d+ bytes\) is incomplete, or no checkpoint"):
+        load_checkpoint(path)
+
+
+def test_a_changed_byte_is_refused_or_changes_nothing(path: Path) -> None:
+    whole = path.read_bytes()
+    # those of the tensors' entries; headers have names, dates and padding that nobody reads
+    start = whole.index(torch.arange(200.0).numpy().tobytes())
+    refused = dict.fromkeys(range(0, len(whole), 13), False)
+    for place in refused:
+        damaged = bytearray(whole)
+        damaged[place] ^= 1 << place % 8
+        path.write_bytes(damaged)
+        try:
+            saved = load_checkpoint(path)
+        except ValueError:
+            refused[place] = True
+        else:
+            assert_same(saved, content())
+    assert all(refused[place] for place in refused if start <= place < start + 800)
+
+
+def test_checksums_are_written_where_they_are_switched_off(path: Path) -> None:
+    torch.serialization.set_crc32_options(False)
+    try:
+        save_checkpoint(path, weights=torch.arange(200.0))
+        assert not torch.serialization.get_crc32_options()
+    finally:
+        torch.serialization.set_crc32_options(True)
+    assert_same(load_checkpoint(path)["weights"], torch.arange(200.0))
+
+
+def test_what_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.pt"
+    path.write_bytes(pickle.dumps({"step": 3}))
+    with pytest.raises(ValueError, match=r"a\.pt .* no checkpoint: File is not a zip file; resume"):
+        load_checkpoint(path)
+    torch.save([1, 2], path)
+    with pytest.raises(ValueError, match=r"a\.pt holds a list, no objects by name"):
+        load_checkpoint(path)
+    torch.save({"a": Unknown()}, path)
+    with pytest.raises(ValueError, match=r"a\.pt cannot be read: Unsupported global: .*Unknown"):
+        load_checkpoint(path)
+    with pytest.raises(FileNotFoundError):
+        load_checkpoint(tmp_path / "missing.pt")
+
+
+@pytest.mark.parametrize(
+    "value",
+    [Unknown(), lambda: None, threading.Lock(), numpy.float64(1.0)],
+    ids=["class", "lambda", "lock", "numpy"],
+)
+def test_what_would_not_load_is_refused_and_the_last_file_stays(path: Path, value: Any) -> None:
+    with pytest.raises(ValueError, match=r"run\.pt was not written, since it would not load again"):
+        save_checkpoint(path, step=4, other=value)
+    assert_same(load_checkpoint(path), content())
+    assert os.listdir(path.parent) == ["run.pt"]
+
+
+def test_nothing_to_save_is_refused(path: Path) -> None:
+    with pytest.raises(ValueError, match="there is nothing to save"):
+        save_checkpoint(path)
+    assert_same(load_checkpoint(path), content())
+
+
+def full(*_: Any) -> None:
+    raise OSError(28, "No space left on device")
+
+
+class FullDisk:
+    """A file that takes 1000 bytes."""
+
+    def __init__(self, file: Any) -> None:
+        self.file, self.taken = file, 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.file, name)
+
+    def write(self, data: bytes) -> int:
+        self.taken += len(data)
+        if self.taken > 1000:
+            full()
+        written: int = self.file.write(data)
+        return written
+
+
+def test_a_full_disk_leaves_the_last_file(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = torch.save
+    monkeypatch.setattr(torch, "save", lambda what, file: real(what, FullDisk(file)))
+    with pytest.raises(OSError, match="No space left"):
+        save_checkpoint(path, weights=torch.zeros(10_000))
+    assert_same(load_checkpoint(path), content())
+    assert os.listdir(path.parent) == ["run.pt"]
+
+
+@pytest.mark.parametrize("function", ["fsync", "replace"])
+def test_an_error_on_the_way_leaves_the_last_file(
+    path: Path, monkeypatch: pytest.MonkeyPatch, function: str
+) -> None:
+    monkeypatch.setattr(os, function, full)
+    with pytest.raises(OSError, match="No space left"):
+        save_checkpoint(path, step=4)
+    assert_same(load_checkpoint(path), content())
+    assert os.listdir(path.parent) == ["run.pt"]
+
+
+def test_a_missing_folder_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        save_checkpoint(tmp_path / "nowhere" / "a.pt", step=1)
+
+
+def test_the_file_is_on_the_disk_before_its_name_is(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+
+    def note(name: str, real: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *args: (calls.append(name), real(*args))[1]
+
+    for name in ("fsync", "replace"):
+        monkeypatch.setattr(os, name, note(name, getattr(os, name)))
+    save_checkpoint(path, step=4)
+    # the file, its name, and the folder that holds the name
+    assert calls == ["fsync", "replace", "fsync"][: 3 if os.name == "posix" else 2]
+
+
+def test_a_link_keeps_pointing_where_it_did(path: Path) -> None:
+    link = path.with_name("last.pt")
+    link.symlink_to(path)
+    save_checkpoint(link, step=4)
+    assert link.is_symlink()
+    assert_same(load_checkpoint(path), {"step": 4})

@@ -1,0 +1,233 @@
+"""Statistics of sharded tensors against exact arithmetic on the whole tensor, on 2 to 4 ranks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from fractions import Fraction
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from bngd_triton.sharding.exchange import Exchange, merge
+from support.exact_statistics import exact
+from support.sharded_cases import CASES, RUNS, SPOILT, WORLDS, Case, whole
+from support.sharded_statistics import Found, visited
+
+# float64 sums of a few hundred entries are off by some units of 2**-53, 1e-16
+CLOSE = 1e-12
+EVERY = [pytest.param(w, c, id=f"{w}: {c.desc}") for w in WORLDS for c in CASES[w] + SPOILT[w]]
+
+
+def assert_statistics(found: Found, want: Sequence[Tensor]) -> None:
+    """One slice's values for each item of `found`."""
+    assert len(found.mean) == len(found.std) == len(found.table) == len(want)
+    for mean, std, row, values in zip(found.mean, found.std, found.table, want):
+        assert found.n == row[0] == values.numel()
+        if not values.isfinite().all():
+            assert not (math.isfinite(mean) and math.isfinite(std))
+            continue
+        want_mean, want_std = exact(values)
+        bound = CLOSE * (abs(want_mean) + Fraction(want_std))
+        assert abs(Fraction(mean) - want_mean) <= bound
+        assert abs(std - want_std) <= CLOSE * want_std
+        if values.numel():
+            assert row[3] == values.double().min()
+            assert row[4] == values.double().max()
+
+
+@pytest.mark.parametrize(("world", "case"), EVERY)
+@pytest.mark.parametrize("run", ["tensor", "dealt out"])
+def test_tensor_statistics(world: int, case: Case, run: str) -> None:
+    for result in visited(world):
+        assert_statistics(result.found[run, case.desc], [whole(case)])
+
+
+@pytest.mark.parametrize(("world", "case"), EVERY)
+@pytest.mark.parametrize("run", ["row", "rows dealt out"])
+def test_row_statistics(world: int, case: Case, run: str) -> None:
+    full = whole(case)
+    for result in visited(world):
+        slices = [full]
+        if full.dim() >= 2:
+            slices = [full[row] for row in result.rows[case.desc].tolist()]
+        assert_statistics(result.found[run, case.desc], slices)
+
+
+@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("run", [run for run in RUNS if run.startswith("global")])
+def test_global_statistics_span_meshes_and_plain_tensors(world: int, run: str) -> None:
+    takes = RUNS[run][1]
+    for result in visited(world):
+        values = [whole(case) for case in CASES[world] + SPOILT[world] if takes(case)]
+        values += result.gradients.values()
+        union = torch.cat([value.double().flatten() for value in values])
+        for (other, _), found in result.found.items():
+            if other == run:
+                assert_statistics(found, [union])
+
+
+@pytest.mark.slow
+def test_fsdp_over_tensor_parallelism() -> None:
+    for result in visited(4):
+        assert len(result.gradients) == 6
+        for name, full in result.gradients.items():
+            assert_statistics(result.found["tensor", name], [full])
+            rows = full[result.rows[name]] if full.dim() >= 2 else [full]
+            assert_statistics(result.found["row", name], list(rows))
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_every_rank_has_the_same_bits(world: int) -> None:
+    results = visited(world)
+    compared = 0
+    for run, desc in results[0].found:
+        seen: dict[int, Tensor] = {}
+        for result in results:
+            table = result.found[run, desc].table.view(torch.int64)
+            by_row = RUNS[run][0] == "row" and desc in result.rows
+            rows = result.rows[desc].tolist() if by_row else [0]
+            for row, bits in zip(rows, table):
+                compared += row in seen
+                assert torch.equal(bits, seen.setdefault(row, bits)), (run, desc)
+    assert compared > 100
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_repeats_bit_for_bit_and_reads_nothing_on_the_host(world: int) -> None:
+    for result in visited(world):
+        assert result.repeated
+        assert result.reads == 0
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_torch_agrees(world: int) -> None:
+    for result in visited(world):
+        assert len(result.eager) > 8
+        for desc, (mean, std) in result.eager.items():
+            found = result.found["tensor", desc]
+            # torch's own sums: float64, without a reference point
+            assert found.mean[0] == pytest.approx(mean, rel=1e-9, abs=1e-9)
+            assert found.std[0] == pytest.approx(std, rel=1e-9, abs=1e-9)
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_equal_entries_have_no_spread(world: int) -> None:
+    for case in CASES[world]:
+        full = whole(case)
+        if full.numel() < 2 or full.min() != full.max():
+            continue
+        for run in RUNS:
+            if run.startswith("global"):
+                continue
+            for result in visited(world):
+                found = result.found[run, case.desc]
+                assert set(found.std) <= {0.0}
+                assert set(found.mean) <= {full.double().min().item()}
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_parts_are_where_they_belong(world: int) -> None:
+    for result in visited(world):
+        assert result.placed
+        assert all(result.placed.values()), result.placed
+
+
+# mesh dimensions over which slices are cut: those of the mesh of four, of the grid, or of both
+CUTTING = {2: 1, 3: 1, 4: 3}
+
+
+@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("run", RUNS)
+def test_one_collective_per_mesh_dimension(world: int, run: str) -> None:
+    for result in visited(world):
+        names = [collective.name for collective in result.collectives[run]]
+        if "dealt" in run:
+            assert names == ["all-to-all", "all-gather"] * CUTTING[world]
+        else:
+            assert names == ["all-gather"] * CUTTING[world]
+        # two exchanges, and nothing else behind them
+        assert result.commands[run] == 2 * len(names)
+
+
+SHARES: dict[str, tuple[tuple[int, ...], int]] = {
+    "plain": ((), 15),
+    "on a line of four": ((0,), 30),
+    "hybrid": ((1,), 35),
+    "outer only": ((0,), 35),
+    "replicated twice": ((), 6),
+    "rows and columns": ((0, 1), 35),
+    "rows twice": ((0, 1), 45),
+    "model 0.weight": ((0, 1), 60),
+    "model 2.bias": ((0,), 3),
+    "model 3.weight": ((0,), 3),
+}
+ROW_SHARES: dict[str, tuple[tuple[int, ...], int]] = {
+    "hybrid": ((), 5),
+    "hybrid, columns": ((1,), 7),
+    "rows and columns": ((1,), 5),
+    "columns and rows": ((0,), 5),
+    "rows twice": ((), 5),
+    "columns twice": ((0, 1), 9),
+    "vector": ((0,), 7),
+    "model 0.weight": ((), 6),
+    "model 2.weight": ((1,), 10),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("run", "desc", "want"),
+    [("tensor", *item) for item in SHARES.items()]
+    + [("row", *item) for item in ROW_SHARES.items()],
+)
+def test_which_mesh_dimensions_cut_a_slice(run: str, desc: str, want: Any) -> None:
+    for result in visited(4):
+        found = result.found[run, desc]
+        assert (found.cut, found.n) == want
+
+
+@pytest.mark.parametrize(
+    ("desc", "words"),
+    [
+        ("plain gradient", "TypeError: w is a DTensor, its gradient a plain tensor: distribute"),
+        ("plain parameter", "TypeError: w is a plain tensor, its gradient a DTensor: distribute"),
+        ("shape", "ValueError: the gradient of w has shape (4, 3), the parameter (4, 2)"),
+        ("mesh", "ValueError: the gradient of w is on DeviceMesh"),
+        ("partial parameter", "NotImplementedError: w is placed by (Partial(sum),)"),
+        ("state", "ValueError: this rank's part of the parameter has shape"),
+    ],
+)
+def test_refusals_on_a_mesh(desc: str, words: str) -> None:
+    for result in visited(2):
+        assert result.refusals[desc].startswith(words)
+
+
+def test_refuses_a_process_outside_the_mesh() -> None:
+    inside, outside = visited(2)
+    assert "outside" not in inside.refusals
+    assert outside.refusals["outside"].startswith(
+        "ValueError: this process has no place in the mesh of w"
+    )
+
+
+def test_nothing_to_exchange() -> None:
+    assert Exchange([]).run([]) == []
+
+
+def test_rows_without_entries_are_ignored_whatever_they_hold() -> None:
+    real = torch.tensor([[[2.0, 5.0, 1.0, 4.5, 5.5]]]).double()
+    empty = torch.tensor([[[0.0, torch.nan, torch.inf, torch.nan, -7.0]]]).double()
+    for wide in (None, torch.tensor([True])):
+        for parts in ([empty, real], [real, empty], [empty, empty, real]):
+            assert torch.equal(merge(torch.cat(parts), wide), real[0])
+
+
+@pytest.mark.parametrize("value", [0.1, 0.7])
+def test_equal_parts_merge_without_rounding(value: float) -> None:
+    # with these counts sum(n * value) / sum(n) is not value
+    filled = [[[n, value, 0.0, value, value]] for n in (5.0, 9.0, 19.0)]
+    merged = merge(torch.tensor([[[0.0] * 5], *filled], dtype=torch.float64))
+    assert merged.tolist() == [[33.0, value, 0.0, value, value]]

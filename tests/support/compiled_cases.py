@@ -1,0 +1,175 @@
+"""What is compiled ahead of time, and the registers and cache hints that each of it may have."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import re
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+from support.machine_code import VERSION
+
+# one of each vendor, in every form
+ALWAYS = ["sm_90", "gfx942"]
+# parameter, gradient, momentum
+COMBINATIONS = (
+    ("fp32", "fp32", "fp32"),
+    ("bf16", "bf16", "fp32"),
+    ("fp16", "fp16", "fp32"),
+    ("bf16", "fp32", "fp32"),
+)
+# with the storage types for which each is the default or is asked for
+MASTER_COMBINATIONS = (
+    ("remainder", ("bf16", "bf16", "fp32")),
+    ("remainder", ("bf16", "fp32", "fp32")),
+    ("master", ("fp16", "fp16", "fp32")),
+    ("stochastic", ("bf16", "bf16", "bf16")),
+    ("stochastic", ("fp16", "fp16", "fp32")),
+)
+# kernels of one form: module, constants, warps
+SIMPLE_KERNELS: dict[str, tuple[str, dict[str, Any], int]] = {
+    "column_moments": ("columns", {"UNROLL": 8, "COLUMNS": 32}, 1),
+    "standardize": ("columns", {"SOFT": False, "ROWS": 64, "COLUMNS": 32}, 4),
+    "publish": ("publish", {"WIDE": True, "WINDOWS": True}, 1),
+    "rates": ("rates", {}, 1),
+}
+# Registers per thread: the largest count over targets and dtypes, rounded up to ptxas's step of 8;
+# aligned, and not aligned, where every element has an address of its own. With 128 threads to a
+# program, 48 registers leave 10 programs to an SM of sm_90, 80 leave 6, 96 leave 5.
+BUDGETS = {
+    "update": (48, 56),
+    "lanes": (80, 80),
+    "lanes+tiles": (96, 160),
+    "stream": (80, 88),
+    "stream+tiles": (112, 160),
+    "column_moments": (56, 56),
+    "standardize": (80, 80),
+    "publish": (64, 64),
+    "rates": (24, 24),
+    # the loop over tickets keeps values for every kind of item; 128 leave 4 programs, 168 leave 3
+    "single lanes": (120, 144),
+    "single lanes+tiles": (168, 232),
+    "single stream": (136, 168),
+    "single stream+tiles": (168, 240),
+}
+# where other versions of Triton need more. Without a program less: 128 leave 4 to an SM, as 120 do,
+# and all up to 256 leave 2 waves to a SIMD of gfx942. 88 leave 5 where 80 leave 6
+OTHER_BUDGETS: dict[tuple[int, ...], dict[str, tuple[int, int]]] = {
+    (3, 6): {"single lanes": (128, 144)},
+    (3, 8): {"lanes": (88, 88)},
+    (3, 9): {"single lanes+tiles": (168, 240), "single stream+tiles": (168, 248)},
+}
+# more where parameters have a master or are rounded stochastically, or with micro-batches
+MASTER_REGISTERS = 24
+# the update reads again what statistics load: evict_last on each row of a trip and on the rest
+READ_AGAIN = {"lanes": 5, "stream": 1}
+# nothing reads again what moves: evict_first on the loads of gradient, parameter and momentum and
+# on the stores of the last two; once for each shape of a tile, or in the update's loop and after it
+MOVED = {"tiles": 4, "update": 2, "single": 2}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One compilation."""
+
+    kernel: str
+    target: str
+    param: str
+    grad: str
+    buffer: str
+    aligned: bool = True
+    wide: bool = True
+    tiles: bool = False
+    master: str = "plain"
+    windows: bool = False
+    tables: bool = False
+
+    @property
+    def variant(self) -> str:
+        """The kernel and its form: a key of `BUDGETS`."""
+        if self.kernel == "update" or self.kernel in SIMPLE_KERNELS:
+            return self.kernel
+        form = "single " if self.kernel == "single" else ""
+        return form + ("lanes" if self.wide else "stream") + ("+tiles" if self.tiles else "")
+
+    @property
+    def budget(self) -> int:
+        """Registers it may take."""
+        extra = MASTER_REGISTERS if self.master != "plain" or self.windows else 0
+        budgets = BUDGETS | OTHER_BUDGETS.get(VERSION, {})
+        return budgets[self.variant][0 if self.aligned else 1] + extra
+
+    @property
+    def windowed(self) -> bool:
+        """Whether it opens and closes windows."""
+        return self.kernel == "publish" or (self.windows and self.kernel != "update")
+
+    @property
+    def hints(self) -> Counter[str]:
+        """How many accesses ask for which eviction policy."""
+        parts = re.split("[ +]", self.variant)
+        again = sum(READ_AGAIN.get(part, 0) for part in parts)
+        moved = sum(MOVED.get(part, 0) for part in parts)
+        master = self.master in ("remainder", "master")
+        wanted = {
+            "load evict_last": again,
+            "load evict_first": (3 + master) * moved,
+            "store evict_first": (2 + master) * moved,
+        }
+        return +Counter(wanted)
+
+    def __str__(self) -> str:
+        kind = "aligned" if self.aligned else "any"
+        dtypes = ",".join((self.param, self.grad, self.buffer))
+        extras = f"{self.master}{' windows' if self.windows else ''}"
+        return f"{self.variant:19s} {dtypes:14s} {extras:18s} {kind:7s} {self.target:6s}"
+
+
+def cases(quick: bool, targets: list[str], only: list[str]) -> Iterator[Case]:
+    """What to compile, the longest first."""
+    combinations = COMBINATIONS[:2] if quick else COMBINATIONS
+    unaligned = () if quick else ALWAYS
+    # the longest to compile, and together of nothing but what the others check by themselves
+    skipped = ("stream+tiles", "single stream", "single lanes+tiles", "single stream+tiles")
+    variants: list[dict[str, Any]] = [
+        {"kernel": kernel, "wide": wide, "tiles": tiles}
+        for kernel in ("single", "statistics")
+        for tiles in (True, False)
+        for wide in (True, False)
+    ]
+    variants += [{"kernel": kernel} for kernel in ("update", *SIMPLE_KERNELS)]
+    for variant in variants:
+        for target, dtypes in itertools.product(targets, combinations):
+            named = dict(zip(("param", "grad", "buffer"), dtypes))
+            case = Case(target=target, **named, **variant)
+            if case.variant not in only or (quick and case.variant in skipped):
+                continue
+            if case.kernel in ("single", *SIMPLE_KERNELS) and dtypes not in COMBINATIONS[:2]:
+                continue
+            yield case
+            narrow = target in unaligned and case.kernel not in SIMPLE_KERNELS
+            if narrow and set(dtypes) == {"fp32"}:
+                yield dataclasses.replace(case, aligned=False)
+    yield from narrow_cases(quick, targets, only)
+    for target in targets if "lanes" in only else ():
+        for form in ({"tables": True}, {"windows": True}):
+            yield Case("statistics", target, "fp32", "fp32", "fp32", **form)
+
+
+def narrow_cases(quick: bool, targets: list[str], only: list[str]) -> Iterator[Case]:
+    """With masters, stochastic rounding or micro-batches."""
+    kinds = [(*kind, False) for kind in MASTER_COMBINATIONS[: 1 if quick else None]]
+    if not quick:
+        kinds += [("plain", COMBINATIONS[0], True), (*MASTER_COMBINATIONS[0], True)]
+    for kernel, (master, dtypes, windows) in itertools.product(("statistics", "update"), kinds):
+        tiles = kernel == "statistics"
+        # tiles take up to a minute each
+        for target in targets:
+            if tiles and target not in ALWAYS:
+                continue
+            named = dict(zip(("param", "grad", "buffer"), dtypes))
+            case = Case(kernel, target, **named, tiles=tiles, master=master, windows=windows)
+            if case.variant in only and not (quick and tiles):
+                yield case

@@ -1,0 +1,224 @@
+"""Distributed checkpoints on 4 ranks: one start saves and loads on 4, on 2 of them, and on one."""
+
+from __future__ import annotations
+
+import functools
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint import FileSystemWriter
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    get_state_dict,
+    set_state_dict,
+)
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
+
+from bngd_triton import BNGD
+from bngd_triton.tensors import local
+from support import processes
+from support.checkout import EXAMPLES
+from support.sharded_model import Block, Parts, gradients, indices, initial
+from support.sharded_steps import BF16, F32
+
+# saved in the middle of a window; on fewer ranks, training goes on to the middle of the next
+SAVED, HANDED, LAST = 3, 5, 7
+GROUPS: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
+    "micro": (F32, {"accumulation_steps": 2, "weight_decay": 0.1}),
+    "micro_row": (BF16, {"accumulation_steps": 2, "granularity": "row"}),
+    "narrow": (F32, {"momentum_dtype": BF16, "granularity": "row"}),
+    "stochastic": (BF16, {"master_weights": "stochastic", "normalizer": "cdf"}),
+}
+NESTED = StateDictOptions()
+FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
+FORMS = {"nested": NESTED, "flat": FLAT}
+
+
+class Run(NamedTuple):
+    """A model on some ranks, or whole; the values of its parameters are not yet any good."""
+
+    model: nn.Module
+    optimizer: BNGD
+    parts: list[Parts]
+    mesh: DeviceMesh | None
+
+    def train(self, start: int, stop: int) -> None:
+        for step in range(start, stop):
+            for part in self.parts:
+                part.give(gradients(step))
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+
+    def save(self, folder: Path, form: str) -> None:
+        weights, state = get_state_dict(self.model, self.optimizer, options=FORMS[form])
+        dcp.save({"model": weights, "optimizer": state}, checkpoint_id=folder, **self.place())
+
+    def load(self, folder: Path, form: str) -> None:
+        weights, state = get_state_dict(self.model, self.optimizer, options=FORMS[form])
+        saved = {"model": weights, "optimizer": state}
+        dcp.load(saved, checkpoint_id=folder, **self.place())
+        set_state_dict(
+            self.model, self.optimizer, options=FORMS[form],
+            model_state_dict=saved["model"], optim_state_dict=saved["optimizer"],
+        )  # fmt: skip
+
+    def place(self) -> dict[str, Any]:
+        if self.mesh is None:
+            return {"no_dist": True}
+        return {"process_group": self.mesh.get_group()}
+
+    @torch.no_grad()
+    def snapshot(self) -> Snapshot:
+        kept = {
+            f"{name} {key}": local(tensor).clone()
+            for name, param in self.model.named_parameters()
+            for key, tensor in {**self.optimizer.state.get(param, {}), "value": param}.items()
+        }
+        places = {
+            name: index
+            for (name, _), index in zip(
+                self.model.named_parameters(), [i for part in self.parts for i in part.indices]
+            )
+        }
+        groups = self.optimizer.state_dict()["param_groups"]
+        return Snapshot(kept, places, [{**group, "params": None} for group in groups])
+
+
+class Snapshot(NamedTuple):
+    """Parameters and state as a rank holds them; which entries those are; the groups."""
+
+    kept: dict[str, Tensor]
+    indices: dict[str, Tensor]
+    groups: list[dict[str, Any]]
+
+
+def made(mesh: DeviceMesh | None, value: float = 1.0) -> Run:
+    """A model of constant weights; `initial_values` are those that are trained."""
+
+    def cut(block: nn.Module) -> None:
+        if mesh is not None:
+            fully_shard(block, mesh=mesh)
+
+    model, parts = nn.ModuleDict(), []
+    for name, (dtype, _) in GROUPS.items():
+        model[name] = Block().to(dtype)
+        cut(model[name])
+        parts.append(Parts(list(model[name].parameters()), indices(cut)))
+        parts[-1].place([torch.full_like(whole, value) for whole in initial()])
+    groups = [
+        {"params": list(model[name].named_parameters()), **options}
+        for name, (_, options) in GROUPS.items()
+    ]
+    return Run(model, BNGD(groups, lr=1e-2, fused=False), parts, mesh)
+
+
+def started(mesh: DeviceMesh | None) -> Run:
+    run = made(mesh)
+    for part in run.parts:
+        part.place(initial())
+    return run
+
+
+class Result(NamedTuple):
+    """What one rank saw."""
+
+    uninterrupted: Snapshot
+    saving: Snapshot
+    # whether asking a fresh optimizer for its state changed nothing, and what it then counts
+    fresh: bool
+    counts: list[dict[str, Any]]
+    resumed: dict[str, Snapshot]
+    back: dict[str, Snapshot]
+    # the place in the window after a first micro-batch with lr 0 and a gradient of zeros
+    after_warm_up: int
+
+
+def visit(folder: Path) -> Result:
+    meshes = {size: DeviceMesh("cpu", list(range(size))) for size in (4, 2)}
+    rank = dist.get_rank()
+
+    def resume(mesh: DeviceMesh | None, path: str, form: str, start: int, stop: int) -> Run:
+        run = made(mesh, value=3.0)
+        run.load(folder / path, form)
+        run.train(start, stop)
+        return run
+
+    uninterrupted = started(meshes[4])
+    uninterrupted.train(0, LAST)
+
+    saving = started(meshes[4])
+    before = saving.snapshot().kept
+    get_optimizer_state_dict(saving.model, saving.optimizer)
+    fresh = saving.snapshot()
+    same = all(torch.equal(fresh.kept[key], value) for key, value in before.items())
+    saving.train(0, SAVED)
+    for form in FORMS:
+        saving.save(folder / f"four {form}", form)
+    saving.train(SAVED, LAST)
+    resumed = {
+        form: resume(meshes[4], f"four {form}", form, SAVED, LAST).snapshot() for form in FORMS
+    }
+
+    if rank < 2:
+        resume(meshes[2], "four flat", "flat", SAVED, HANDED).save(folder / "two", "nested")
+    if rank == 0:
+        resume(None, "four nested", "nested", SAVED, HANDED).save(folder / "one", "flat")
+    dist.barrier()
+    back = {
+        "two": resume(meshes[4], "two", "nested", HANDED, LAST).snapshot(),
+        "one": resume(meshes[4], "one", "flat", HANDED, LAST).snapshot(),
+    }
+    return Result(
+        uninterrupted.snapshot(), saving.snapshot(), same, fresh.groups, resumed, back,
+        warmed_up(meshes[4]),
+    )  # fmt: skip
+
+
+def warmed_up(mesh: DeviceMesh) -> int:
+    """A first micro-batch with lr 0 whose gradients are all 0."""
+    run = made(mesh)
+    for group in run.optimizer.param_groups:
+        group["lr"] = 0.0
+    for part in run.parts:
+        part.give([torch.zeros_like(whole) for whole in initial()])
+    run.optimizer.step()
+    return int(run.optimizer.param_groups[0]["micro_step"])
+
+
+@functools.cache
+def visited(folder: Path) -> list[Result]:
+    return processes.run(4, visit, folder)
+
+
+def killed_while_saving(folder: Path) -> None:
+    """The second checkpoint of the example's model, in which a rank dies with its data written."""
+    sys.path.insert(0, str(EXAMPLES))
+    import train_fsdp2 as example
+
+    model = example.make_model()
+    fully_shard(model, mesh=DeviceMesh("cpu", [0, 1]))
+    optimizer, text = example.make_optimizer(model), example.corpus()
+
+    def write_and_die(self: Any, *args: Any) -> None:
+        written(self, *args)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    written = FileSystemWriter.write_data
+    for step in range(2):
+        example.train_step(model, optimizer, text, step, 2, dist.get_rank(), 2)
+        dies = step == 1 and dist.get_rank() == 1
+        with mock.patch.object(FileSystemWriter, "write_data", write_and_die if dies else written):
+            example.save(folder, step + 1, 2, model, optimizer)
+        weights = [param.full_tensor() for param in model.parameters()]
+        if dist.get_rank() == 0:
+            torch.save(weights, folder / "weights.pt")

@@ -1,0 +1,203 @@
+"""Repeated steps of sharded parameters on every rank, and what changes between two of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Partial, Replicate
+from torch.nn import Parameter
+
+from bngd_triton import BNGD
+from bngd_triton.engine.step import Stepper
+from bngd_triton.tensors import local
+from support.sharded_model import NAMES, Parts, gradients, initial, like, mesh_of, parts
+
+# three, so that some ranks have no entry of some parameters
+WORLD = 3
+STEPS = 4
+CHANGED = 2
+# "lone" has one row; the last parameter is whole on every rank
+NAMED = ("up.weight", "down.bias", "lone")
+UP, LONE, WHOLE = 0, 2, 3
+
+
+class Run(NamedTuple):
+    """One optimizer on one rank: layouts of each step, what its tensors are in the end."""
+
+    layouts: list[int]
+    tensors: list[Tensor]
+
+
+def nothing(params: list[Tensor], optimizer: BNGD) -> None:
+    pass
+
+
+def other_rates(params: list[Tensor], optimizer: BNGD) -> None:
+    for group in optimizer.param_groups:
+        group["lr"], group["weight_decay"] = 3e-3, 0.2
+
+
+def other_memory(params: list[Tensor], optimizer: BNGD) -> None:
+    """As `fully_shard` does when a state dict is assigned."""
+    with torch.no_grad():
+        params[UP]._local_tensor = params[UP].to_local().clone()
+
+
+def momentum_on_one_rank(params: list[Tensor], optimizer: BNGD) -> None:
+    if dist.get_rank() == 1:
+        entry = optimizer.state[params[UP]]
+        entry["momentum_buffer"] = like(params[UP], local(entry["momentum_buffer"]).clone())
+
+
+def no_gradient(params: list[Tensor], optimizer: BNGD) -> None:
+    params[UP].grad = None
+
+
+def no_gradient_where_empty(params: list[Tensor], optimizer: BNGD) -> None:
+    """Of the parameter of which two ranks hold nothing."""
+    params[LONE].grad = None
+
+
+def replicated_gradient(params: list[Tensor], optimizer: BNGD) -> None:
+    grad = params[UP].grad
+    assert isinstance(grad, DTensor)
+    params[UP].grad = grad.redistribute(placements=[Replicate()])
+
+
+def partial_gradient(params: list[Tensor], optimizer: BNGD) -> None:
+    """Shaped here as the reduced one is."""
+    part = local(params[WHOLE].grad) * (dist.get_rank() + 1)
+    params[WHOLE].grad = DTensor.from_local(part, mesh_of((WORLD,)), [Partial()])
+
+
+def strided_on_one_rank(params: list[Tensor], optimizer: BNGD) -> None:
+    if dist.get_rank() == 2:
+        grad = local(params[UP].grad)
+        params[UP].grad = like(params[UP], grad.t().contiguous().t())
+
+
+def by_row(params: list[Tensor], optimizer: BNGD) -> None:
+    optimizer.param_groups[0]["granularity"] = "row"
+
+
+def overflow_elsewhere(params: list[Tensor], optimizer: BNGD) -> None:
+    """A GradScaler's first step."""
+    optimizer.grad_scale, optimizer.found_inf = torch.ones(1), torch.zeros(1)
+
+
+class Change(NamedTuple):
+    """What is done before a step, the ranks that must notice, and the group's options."""
+
+    make: Callable[[list[Tensor], BNGD], None]
+    ranks: tuple[int, ...] = (0, 1, 2)
+    options: dict[str, Any] = {}  # noqa: RUF012
+
+    @property
+    def name(self) -> str:
+        """Of the change, and where it is not the default of the granularity."""
+        return f"{self.make.__name__} {self.options.get('granularity', '')}".strip()
+
+
+ROW = {"granularity": "row", "nesterov": True}
+GLOBAL = {"granularity": "global", "weight_decay": 0.1}
+CHANGES = [
+    Change(nothing, ()), Change(nothing, (), ROW), Change(nothing, (), GLOBAL),
+    Change(other_rates, ()), Change(other_memory), Change(momentum_on_one_rank, (1,)),
+    Change(momentum_on_one_rank, (1,), ROW), Change(no_gradient),
+    Change(no_gradient_where_empty), Change(no_gradient_where_empty, options=ROW),
+    Change(replicated_gradient), Change(partial_gradient), Change(strided_on_one_rank, (2,)),
+    Change(by_row), Change(overflow_elsewhere),
+]  # fmt: skip
+
+
+def held() -> Parts:
+    """The named parameters of a block, as this rank holds them."""
+    made = parts("fsdp", WORLD, torch.float32)
+    made.place(initial())
+    chosen = [NAMES.index(name) for name in NAMED]
+    whole = Parameter(DTensor.from_local(torch.ones(4, 3), mesh_of((WORLD,)), [Replicate()]))
+    return Parts(
+        [*(made.params[i] for i in chosen), whole],
+        [*(made.indices[i] for i in chosen), torch.arange(12).view(4, 3)],
+    )
+
+
+def give(one: Parts, step: int) -> None:
+    found = dict(zip(NAMES, gradients(step)))
+    one.give([*(found[name] for name in NAMED), torch.arange(12.0).sub(step).square()])
+
+
+def run(change: Change, *, recognise: bool) -> Run:
+    made = held()
+    optimizer = BNGD(made.params, 1e-2, fused=True, **change.options)
+    layouts = []
+    for step in range(STEPS):
+        give(made, step)
+        if step == CHANGED:
+            change.make(made.params, optimizer)
+        if not recognise:
+            optimizer._stepper.replay = None
+        layouts.append(counted(optimizer))
+    records = [optimizer._records[param] for param in made.params]
+    momenta = [optimizer.state[param]["momentum_buffer"] for param in made.params]
+    return Run(layouts, [local(tensor).clone() for tensor in (*made.params, *momenta, *records)])
+
+
+def counted(optimizer: BNGD) -> int:
+    """Step, and say how often it was laid out."""
+    full, count = Stepper.lay_out_and_step, 0
+
+    def counting(*arguments: object) -> None:
+        nonlocal count
+        count += 1
+        full(*arguments)  # type: ignore[arg-type]
+
+    Stepper.lay_out_and_step = counting  # type: ignore[method-assign,assignment]
+    try:
+        with torch.no_grad():
+            optimizer.step()
+    finally:
+        Stepper.lay_out_and_step = full  # type: ignore[method-assign]
+    return count
+
+
+def freed() -> list[bool]:
+    """Whether gradients are, once they are dropped after repeated steps."""
+    made = held()
+    optimizer = BNGD(made.params, 1e-2, fused=True)
+    memory = []
+    for step in range(3):
+        give(made, step)
+        memory += [
+            torch.multiprocessing.reductions.StorageWeakRef(local(param.grad).untyped_storage())
+            for param in made.params
+            if param.grad is not None
+        ]
+        optimizer.step()
+        optimizer.zero_grad()
+    return [one.expired() for one in memory]
+
+
+def stayed() -> Run:
+    """Gradients that are the same tensors in every step, with new values."""
+    made = held()
+    optimizer = BNGD(made.params, 1e-2, fused=True)
+    give(made, 0)
+    layouts = []
+    for _ in range(STEPS):
+        for param in made.params:
+            local(param.grad).mul_(-1.5)
+        layouts.append(counted(optimizer))
+    return Run(layouts, [local(param).clone() for param in made.params])
+
+
+def on_every_rank() -> tuple[list[tuple[Run, Run]], list[bool], Run]:
+    """Each change, with recognition and without; what `freed` and `stayed` say."""
+    mesh_of((WORLD,))
+    with torch.no_grad():
+        runs = [(run(c, recognise=True), run(c, recognise=False)) for c in CHANGES]
+        return runs, freed(), stayed()

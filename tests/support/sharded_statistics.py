@@ -1,0 +1,304 @@
+"""What every rank finds out about the gradients of `sharded_cases`.
+
+Every world starts once and exchanges all its cases together, as a step would.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
+from torch.distributed.tensor.debug import CommDebugMode
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from bngd_triton.sharding import exchange, placements
+from bngd_triton.sharding.exchange import Exchange, Share, local_table
+from support import processes
+from support.sharded_cases import CASES, GRID, RUNS, S0, S1, SPOILT, TWO, Case, R, whole
+
+
+class Found(NamedTuple):
+    """What one rank found about one tensor; an item of the lists per local slice."""
+
+    n: int
+    mean: list[float]
+    std: list[float]
+    table: Tensor
+    # mesh dimensions over which a slice is cut
+    cut: tuple[int, ...]
+
+
+class Collective(NamedTuple):
+    name: str
+    ranks: int
+    sent: int
+    received: int
+
+
+class Result(NamedTuple):
+    """What one rank returns."""
+
+    found: dict[tuple[str, str], Found]
+    collectives: dict[str, list[Collective]]
+    # all that torch saw, and values read on the host
+    commands: dict[str, int]
+    reads: int
+    repeated: bool
+    rows: dict[str, Tensor]
+    # whether rows have the right index, and whether a write to a part reaches the parameter
+    placed: dict[str, bool]
+    eager: dict[str, tuple[float, float]]
+    # of the model, which has no case
+    gradients: dict[str, Tensor]
+    refusals: dict[str, str]
+    # slices that travel, and what carries them
+    transformer: dict[str, tuple[int, list[Collective]]]
+
+
+class HostReads(TorchDispatchMode):
+    """Counts values read on the host, each of which would wait for a GPU."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def recording(log: list[Collective]) -> Iterator[None]:
+    """Notes what goes through the collectives that an exchange may use."""
+
+    def wrap(name: str, original: Any) -> Any:
+        def call(output: Tensor, given: Tensor, group: Any) -> None:
+            log.append(Collective(name, dist.get_world_size(group), given.nbytes, output.nbytes))
+            original(output, given, group=group)
+
+        return call
+
+    gather = wrap("all-gather", exchange.all_gather)
+    deal = wrap("all-to-all", dist.all_to_all_single)
+    with (
+        mock.patch.object(exchange, "all_gather", gather),
+        mock.patch.object(dist, "all_to_all_single", deal),
+    ):
+        yield
+
+
+def sharded(case: Case, mesh: DeviceMesh) -> tuple[Tensor, Tensor]:
+    """A parameter and its gradient, whose Partial terms are 0 but for the last one."""
+    full = whole(case)
+    if case.placements is None:
+        return torch.zeros_like(full), full
+    param = distribute_tensor(torch.zeros_like(full), mesh, case.placements, src_data_rank=None)
+    placements = case.gradient or case.placements
+    partial = [i for i, p in enumerate(placements) if p.is_partial()]
+    kept = [R if i in partial else p for i, p in enumerate(placements)]
+    grad = distribute_tensor(full, mesh, kept, src_data_rank=None)
+    if partial:
+        last = all(mesh.get_local_rank(i) == mesh.size(i) - 1 for i in partial)
+        local = grad.to_local() * (1.0 if last else 0.0)
+        grad = DTensor.from_local(
+            local, mesh, placements, run_check=False, shape=full.shape, stride=full.stride()
+        )
+    return param, grad
+
+
+def share_of(name: str, param: Tensor, grad: Tensor, granularity: str) -> Share:
+    """As a step would have it of a group of all."""
+    share = placements.share_of(name, param, grad, granularity)
+    return share._replace(union=0) if granularity == "global" else share
+
+
+def cutting(param: Tensor, share: Share) -> tuple[int, ...]:
+    """The mesh dimensions of a share's process groups, which must be innermost first."""
+    mesh = getattr(param, "device_mesh", None)
+    dims = {mesh.get_group(i).group_name: i for i in range(mesh.ndim)} if mesh else {}
+    cut = [dims[group.group_name] for group in share.groups]
+    assert cut == sorted(cut, reverse=True)
+    return tuple(sorted(cut))
+
+
+@torch.no_grad()
+def global_rows(param: Tensor) -> Tensor:
+    """The indices of dimension 0 that this rank holds, in the order of its local rows."""
+    rows = torch.arange(param.shape[0])
+    if not isinstance(param, DTensor):
+        return rows
+    kept = [p if getattr(p, "dim", None) == 0 else R for p in param.placements]
+    # without a source rank every rank cuts its own copy: no collective
+    return distribute_tensor(rows, param.device_mesh, kept, src_data_rank=None).to_local()
+
+
+def model_on(mesh: DeviceMesh) -> nn.Module:
+    """FSDP over tensor parallelism, with gradients: `_StridedShard`, and a layer without TP."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 10), nn.GELU(), nn.Linear(10, 3), nn.LayerNorm(3))
+    parallelize_module(model, mesh["tp"], {"0": ColwiseParallel(), "2": RowwiseParallel()})
+    fully_shard(model, mesh=mesh["dp"])
+    x = torch.randn(4, 6) * (1 + mesh.get_local_rank("dp"))
+    model(x).square().mul(torch.arange(3.0)).sum().backward()
+    return model
+
+
+def visit(world: int) -> Result:
+    """Everything that is asked of one world, on one rank."""
+    cases = {case.desc: case for case in CASES[world] + SPOILT[world]}
+    meshes = {case.mesh: None for case in cases.values()}
+    on = {shape: init_device_mesh("cpu", shape, mesh_dim_names=("dp", "tp")[: len(shape)])
+          for shape in meshes}  # fmt: skip
+    tensors = {desc: sharded(case, on[case.mesh]) for desc, case in cases.items()}
+    gradients = {}
+    if GRID in on:
+        for name, param in model_on(on[GRID]).named_parameters():
+            tensors[f"model {name}"] = (param, param.grad)
+            gradients[f"model {name}"] = param.grad.full_tensor()
+    parts = {desc: placements.local_parts(desc, *pair) for desc, pair in tensors.items()}
+
+    found: dict[tuple[str, str], Found] = {}
+    collectives: dict[str, list[Collective]] = {}
+    commands: dict[str, int] = {}
+    reads, repeated = HostReads(), True
+    for run, (granularity, takes) in RUNS.items():
+        names = [desc for desc in tensors if desc not in cases or takes(cases[desc])]
+        shares = [share_of(d, *tensors[d], granularity) for d in names]
+        plan = Exchange(shares)
+        log: list[Collective] = []
+        bound = 0 if "dealt" in run else exchange.GATHERED
+        with mock.patch.object(exchange, "GATHERED", bound), CommDebugMode() as counter:
+            with recording(log), reads:
+                tables = [local_table(parts[d][1], granularity) for d in names]
+                merged = plan.run(tables)
+            again = plan.run(tables)
+        collectives[run] = log
+        commands[run] = counter.get_total_counts()
+        for i, (desc, share, table, same) in enumerate(zip(names, shares, merged, again)):
+            repeated &= torch.equal(table.view(torch.int64), same.view(torch.int64))
+            m = plan.moments(i, table)
+            down = -torch.as_tensor(m.exponent)
+            std = (m.m2 / max(1, m.n)).sqrt()
+            assert m.mean.shape == (share.slices, 1)
+            found[run, desc] = Found(
+                m.n,
+                torch.ldexp(m.mean, down).flatten().tolist(),
+                torch.ldexp(std, down).flatten().tolist(),
+                table,
+                cutting(tensors[desc][0], share),
+            )
+
+    rows, placed, eager = {}, {}, {}
+    for desc, (param, grad) in tensors.items():
+        if param.dim():
+            rows[desc] = global_rows(param)
+            shape = (-1, *[1] * (param.dim() - 1))
+            spread = rows[desc].view(shape).expand(parts[desc][0].shape).contiguous()
+            if isinstance(param, DTensor):
+                spread = placements.like(param, spread).full_tensor()
+            placed[desc] = torch.equal(
+                spread, torch.arange(param.shape[0]).view(shape).expand(param.shape)
+            )
+        with torch.no_grad():
+            before = (param.full_tensor() if isinstance(param, DTensor) else param).clone()
+            parts[desc][0].add_(1)
+            after = param.full_tensor() if isinstance(param, DTensor) else param
+        placed[f"{desc}, written"] = torch.equal(after, before + 1)
+        if desc in cases and cases[desc].eager and isinstance(grad, DTensor):
+            values = grad.redistribute(param.device_mesh, param.placements).double()
+            statistics = (values.mean(), values.std(correction=0))
+            mean, std = (float(value.full_tensor()) for value in statistics)
+            eager[desc] = (mean, std)
+    return Result(
+        found, collectives, commands, reads.count, repeated, rows, placed, eager, gradients,
+        refused(on[TWO]) if world == 2 else {}, transformer_on(on[(world,)]),
+    )  # fmt: skip
+
+
+class Transformer(NamedTuple):
+    """A Llama: sizes of its layers."""
+
+    layers: int
+    width: int
+    inner: int
+    keys: int
+    vocabulary: int
+
+    def shapes(self) -> list[tuple[int, ...]]:
+        width, inner, keys = self.width, self.inner, self.keys
+        square = [(width, width)] * 2 + [(keys, width)] * 2
+        layer = [*square, *[(inner, width)] * 2, (width, inner), (width,), (width,)]
+        ends = [(self.vocabulary, width)] * 2 + [(width,)]
+        return layer * self.layers + ends
+
+
+def transformer_on(mesh: DeviceMesh) -> dict[str, tuple[int, list[Collective]]]:
+    """The exchanges of one step over a line of ranks."""
+    shapes = Transformer(2, 5, 7, 3, 11).shapes()
+    ways: dict[str, tuple[str, Shard]] = {
+        "tensor": ("tensor", S0),
+        "tensor, dealt out": ("tensor", S0),
+        "row": ("row", S0),
+        "row, cut": ("row", S1),
+        "row, cut, dealt out": ("row", S1),
+        "global": ("global", S0),
+    }
+    counted = {}
+    for way, (granularity, placement) in ways.items():
+        grads = [
+            distribute_tensor(
+                torch.ones(shape), mesh, [placement if len(shape) > 1 else S0], src_data_rank=None
+            )
+            for shape in shapes
+        ]
+        shares = [share_of(way, grad, grad, granularity) for grad in grads]
+        tables = [local_table(grad.to_local(), granularity) for grad in grads]
+        log: list[Collective] = []
+        bound = 0 if "dealt" in way else exchange.GATHERED
+        with mock.patch.object(exchange, "GATHERED", bound), recording(log):
+            Exchange(shares).run(tables)
+        counted[way] = (sum(share.slices for share in shares if share.groups), log)
+    return counted
+
+
+def refused(mesh: DeviceMesh) -> dict[str, str]:
+    """What is refused on a mesh, in which words."""
+    full = torch.zeros(4, 2)
+    other = init_device_mesh("cpu", (mesh.size(), 1))
+    first = DeviceMesh("cpu", [0])
+    cut = distribute_tensor(full, mesh, [S0], src_data_rank=None)
+    outside = DTensor.from_local(
+        full, first, [R], run_check=False, shape=full.shape, stride=full.stride()
+    )
+    wide = distribute_tensor(torch.zeros(4, 3), mesh, [S0], src_data_rank=None)
+    elsewhere = distribute_tensor(full, other, [S0, R], src_data_rank=None)
+    partial = DTensor.from_local(full, mesh, [Partial()], run_check=False)
+    calls: dict[str, Callable[[], Any]] = {
+        "plain gradient": lambda: placements.local_parts("w", cut, full),
+        "plain parameter": lambda: placements.local_parts("w", full, cut),
+        "shape": lambda: placements.local_parts("w", cut, wide),
+        "mesh": lambda: placements.local_parts("w", cut, elsewhere),
+        "partial parameter": lambda: placements.local_parts("w", partial, partial),
+        "outside": lambda: placements.share_of("w", outside, full, "tensor"),
+        "state": lambda: placements.like(cut, torch.zeros(9, 2)),
+    }
+    words = {}
+    for desc, call in calls.items():
+        try:
+            call()
+        except (TypeError, ValueError, NotImplementedError) as error:
+            words[desc] = f"{type(error).__name__}: {error}"
+    return words
+
+
+@functools.cache
+def visited(world: int) -> list[Result]:
+    return processes.run(world, visit, world)

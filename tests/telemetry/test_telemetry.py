@@ -1,0 +1,333 @@
+"""`GradStatsLogger`, its log, TensorBoard's calls and the picture."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from bngd_triton import BNGD, GradStats, GradStatsLog, GradStatsLogger, plot_grad_stats
+from bngd_triton.telemetry.log import COLUMNS, LoggedStep
+from bngd_triton.telemetry.plot import _cells
+from support.paths import StepPath
+
+NAN, INF = math.nan, math.inf
+
+
+class Writer:
+    """Keeps what it is told, as TensorBoard would."""
+
+    def __init__(self) -> None:
+        self.scalars: dict[tuple[str, int], float] = {}
+        self.histograms: dict[tuple[str, int], Tensor] = {}
+
+    def add_scalar(self, tag: str, value: float, step: int) -> None:
+        self.scalars[tag, step] = value
+
+    def add_histogram(self, tag: str, values: Tensor, step: int) -> None:
+        assert values.numel()
+        assert values.isfinite().all()
+        self.histograms[tag, step] = values
+
+
+class Given:
+    """An optimizer whose statistics are given: mean, std and skips by name."""
+
+    def __init__(self, **stats: tuple[Any, Any, Any]) -> None:
+        self.stats = stats
+
+    def grad_stats(self) -> dict[str, GradStats]:
+        found = {}
+        for name, values in self.stats.items():
+            mean, std, skipped = (torch.tensor(value, dtype=torch.float64) for value in values)
+            rms = torch.hypot(mean, std)
+            found[name] = GradStats(mean, std, rms, rms / std, skipped)
+        return found
+
+
+def logged(*stats: dict[str, tuple[Any, Any, Any]]) -> GradStatsLog:
+    """A log of one step each."""
+    given = Given()
+    logger = GradStatsLogger(given, every=1)
+    for each in stats:
+        given.stats = each
+        logger.step()
+    return logger.log
+
+
+def make(path: StepPath, granularity: str) -> tuple[BNGD, list[Parameter]]:
+    params = [Parameter(torch.randn(size, device=path.device)) for size in ((5, 7), (5,), (3, 5))]
+    named = list(zip(("first.weight", "first.bias", "second.weight"), params))
+    return BNGD(named, lr=1e-2, granularity=granularity, fused=path.fused), params
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "row"])
+def test_rows_of_numbers_are_those_of_the_gradients(granularity: str, path: StepPath) -> None:
+    optimizer, params = make(path, granularity)
+    logger = GradStatsLogger(optimizer, every=1)
+    for param in params:
+        # rows far apart: their means belong to the spread of the whole
+        rows = torch.arange(len(param), device=path.device).view(-1, *[1] * (param.dim() - 1))
+        param.grad = torch.randn_like(param) + 10 * rows
+    optimizer.step()
+    logger.step()
+    (step,) = logger.log.steps
+    assert step.step == 0
+    assert step.names == ("first.weight", "first.bias", "second.weight")
+    assert (step.values.dtype, step.values.device.type) == (torch.float64, "cpu")
+    for param, values in zip(params, step.values):
+        assert param.grad is not None
+        grad = param.grad.double().cpu()
+        mean, std, rms = grad.mean(), grad.std(correction=0), grad.square().mean().sqrt()
+        want = torch.stack([mean, std, rms, rms / std, torch.zeros_like(std)])
+        # the kernels' statistics are float32 tiles merged in float64
+        torch.testing.assert_close(values, want, rtol=1e-6, atol=0)
+
+
+def test_every_so_many_steps(path: StepPath) -> None:
+    optimizer, params = make(path, "tensor")
+    logger = GradStatsLogger(optimizer, every=3)
+    stds = []
+    for _ in range(8):
+        for param in params:
+            param.grad = torch.randn_like(param)
+        optimizer.step()
+        logger.step()
+        stds.append(params[0].grad.double().std(correction=0).item())
+    names, steps, table = logger.log.table("std")
+    assert names == ["first.weight", "first.bias", "second.weight"]
+    assert steps == [0, 3, 6]
+    assert table.shape == (3, 3)
+    assert table[0].tolist() == pytest.approx([stds[0], stds[3], stds[6]], rel=1e-6)
+
+
+def test_numbers_go_on_from_the_first_step() -> None:
+    logger = GradStatsLogger(Given(a=(0.0, 1.0, 0.0)), every=10, first_step=17)
+    for _ in range(14):
+        logger.step()
+    assert [step.step for step in logger.log.steps] == [20, 30]
+
+
+@pytest.mark.parametrize("every", [1, 5])
+def test_one_copy_to_the_host_a_logged_step(every: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    copies, calls = [], []
+    real = Tensor.cpu
+
+    def counted(tensor: Tensor) -> Tensor:
+        copies.append(tensor)
+        return real(tensor)
+
+    given = Given(a=(0.0, 1.0, 0.0), b=([0.0, 1.0], [1.0, 2.0], [0.0, 0.0]), c=(3.0, 1.0, 1.0))
+    stats = given.grad_stats
+    given.grad_stats = lambda: calls.append(1) or stats()  # type: ignore[method-assign, func-returns-value]
+    logger = GradStatsLogger(given, every=every, writer=Writer())
+    monkeypatch.setattr(Tensor, "cpu", counted)
+    for _ in range(5):
+        logger.step()
+    assert len(copies) == len(calls) == 5 // every
+
+
+def test_whole_of_rows_without_finite_statistics() -> None:
+    writer = Writer()
+    rows = ([NAN, 1.0, INF, 3.0], [NAN, 2.0, NAN, 0.0], [1.0, 0.0, 2.0, 0.0])
+    logger = GradStatsLogger(Given(some=rows, none=([NAN], [NAN], [4.0])), every=1, writer=writer)
+    logger.step()
+    some, none = logger.log.steps[0].values.tolist()
+    # of the rows 1 +- 2 and 3 +- 0
+    std = math.sqrt((4 + 0) / 2 + 1)
+    rms = math.sqrt((1 + 4 + 9) / 2)
+    assert some == pytest.approx([2, std, rms, rms / std, 3])
+    assert none == pytest.approx([NAN, NAN, NAN, NAN, 4], nan_ok=True)
+    assert writer.scalars["grad_skipped/some", 0] == 3
+    assert writer.histograms["grad_rows_mean/some", 0].tolist() == [1, 3]
+    assert writer.histograms["grad_rows_kappa/some", 0].tolist() == pytest.approx([5**0.5 / 2])
+    assert not [tag for tag, _ in writer.histograms if tag.endswith("/none")]
+
+
+@pytest.mark.parametrize("scale", [1e-300, 1e300, 0.0])
+def test_whole_of_rows_at_the_ends_of_the_range(scale: float) -> None:
+    log = logged({"a": ([scale, 3 * scale], [2 * scale, 0.0], [0.0, 0.0])})
+    mean, std = log.steps[0].values[0, :2].tolist()
+    assert mean == pytest.approx(2 * scale, rel=1e-12)
+    assert std == pytest.approx(3**0.5 * scale, rel=1e-12)
+
+
+def test_what_the_writer_gets(path: StepPath) -> None:
+    optimizer, params = make(path, "row")
+    writer = Writer()
+    logger = GradStatsLogger(optimizer, every=2, writer=writer)
+    for _ in range(3):
+        for param in params:
+            param.grad = torch.randn_like(param)
+        optimizer.step()
+        logger.step()
+    names = ("first.weight", "first.bias", "second.weight")
+    assert set(writer.scalars) == {
+        (f"grad_{column}/{name}", step) for column in COLUMNS for name in names for step in (0, 2)
+    }
+    assert set(writer.histograms) == {
+        (f"grad_rows_{column}/{name}", step)
+        for column in COLUMNS[:-1]
+        for name in ("first.weight", "second.weight")
+        for step in (0, 2)
+    }
+    assert params[0].grad is not None
+    rows = params[0].grad.double().cpu()
+    for column, values in (("mean", rows.mean(1)), ("std", rows.std(1, correction=0))):
+        got = writer.histograms[f"grad_rows_{column}/first.weight", 2]
+        torch.testing.assert_close(got, values, rtol=1e-6, atol=1e-7)
+    std = logger.log.table("std")[2][0, 1].item()
+    assert writer.scalars["grad_std/first.weight", 2] == std
+
+
+def test_a_parameter_without_gradient_so_far() -> None:
+    later = {"b": (0.0, 2.0, 0.0), "a": (0.0, 3.0, 0.0)}
+    names, steps, table = logged({"a": (0.0, 1.0, 0.0)}, later).table("std")
+    assert (names, steps) == (["a", "b"], [0, 1])
+    assert table.flatten().tolist() == pytest.approx([1, 3, NAN, 2], nan_ok=True)
+
+
+def test_names_are_kept_once() -> None:
+    log = logged(*[{"a": (0.0, 1.0, 0.0), "b": (0.0, 1.0, 0.0)}] * 2)
+    assert log.steps[0].names is log.steps[1].names
+
+
+def test_through_a_file(tmp_path: Path) -> None:
+    log = logged({"a": (NAN, INF, 1.0)}, {"a": (-INF, 0.1, 2.0), "b": (1e-300, 2.0, 0.0)})
+    log.save(tmp_path / "stats.json")
+    text = (tmp_path / "stats.json").read_text()
+    document = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    assert document["columns"] == list(COLUMNS)
+    assert document["steps"][1]["stats"]["b"][1] == 2.0
+    again = GradStatsLog.load(tmp_path / "stats.json")
+    for got, want in zip(again.steps, log.steps, strict=True):
+        assert got[:2] == want[:2]
+        torch.testing.assert_close(got.values, want.values, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        "{}",
+        '{"columns": ["mean"], "steps": []}',
+        '{"columns": ["mean", "std", "rms", "kappa", "skipped"], "steps": [{"step": 1}]}',
+        '{"columns": ["mean", "std", "rms", "kappa", "skipped"], '
+        '"steps": [{"step": 1, "stats": {"a": [1, 2]}}]}',
+        '{"columns": ["mean", "std", "rms", "kappa", "skipped"], '
+        '"steps": [{"step": 1, "stats": {"a": [1, 2, 3, 4, "x"]}}]}',
+    ],
+)
+def test_a_file_that_is_no_log_is_refused(text: str, tmp_path: Path) -> None:
+    file = tmp_path / "stats.json"
+    file.write_text(text)
+    with pytest.raises(ValueError, match=r"stats\.json is not a log of GradStatsLog\.save"):
+        GradStatsLog.load(file)
+
+
+def test_bad_input_is_refused(tmp_path: Path) -> None:
+    given = Given(a=(0.0, 1.0, 0.0))
+    adam = torch.optim.Adam([Parameter(torch.ones(2))])
+    with pytest.raises(TypeError, match="optimizer must be a BNGD, got Adam, which has no grad_s"):
+        GradStatsLogger(adam)
+    for every in (0, -1, 2.0, True, "3"):
+        with pytest.raises(ValueError, match=f"every must be an integer >= 1, got {every!r}"):
+            GradStatsLogger(given, every=every)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="first_step must be an integer >= 0, got -1"):
+        GradStatsLogger(given, first_step=-1)
+    with pytest.raises(TypeError, match="writer must have add_scalar, got dict"):
+        GradStatsLogger(given, writer={})
+    with pytest.raises(ValueError, match="give a writer or a path, not both"):
+        GradStatsLogger(given, writer=Writer(), path=tmp_path)
+    with pytest.raises(ValueError, match=r"column must be one of mean, std, .*, got 'max'"):
+        GradStatsLog().table("max")
+
+
+def test_a_step_before_the_optimizer_s_is_refused() -> None:
+    param = Parameter(torch.ones(2))
+    optimizer = BNGD([param])
+    logger = GradStatsLogger(optimizer)
+    with pytest.raises(RuntimeError, match=r"step 0 has no statistics.* after optimizer\.step"):
+        logger.step()
+    param.grad = torch.randn(2)
+    optimizer.step()
+    logger.step()
+    assert [step.step for step in logger.log.steps] == [0]
+
+
+def test_tensorboard_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in [name for name in sys.modules if name.startswith("torch.utils.tensorboard")]:
+        monkeypatch.delitem(sys.modules, module)
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    with pytest.raises(ModuleNotFoundError, match="pip install tensorboard"):
+        GradStatsLogger(Given(a=(0.0, 1.0, 0.0)), path=tmp_path / "runs")
+    assert not list(tmp_path.iterdir())
+
+
+def test_picture(tmp_path: Path) -> None:
+    pictures = []
+    for skipped in (0.0, 0.0, 1.0):
+        many = {f"layers.{i}.weight": (0.0, 10.0**-i, skipped) for i in range(70)}
+        plot_grad_stats(logged(many, many), tmp_path / "a.png")
+        pictures.append((tmp_path / "a.png").read_bytes())
+    assert pictures[0].startswith(b"\x89PNG")
+    assert pictures[0] == pictures[1] != pictures[2]
+    plot_grad_stats(logged({"only": (0.0, 0.0, 1.0)}), tmp_path / "a.svg")
+    assert "</svg>" in (tmp_path / "a.svg").read_text()
+
+
+def test_what_the_picture_shows() -> None:
+    names, steps, heights, crosses = _cells(
+        logged(
+            {"a": (0.0, 100.0, 0.0), "b": (NAN, NAN, 1.0)},
+            {"a": (0.0, 0.01, 2.0), "b": (0.0, 0.0, 1.0)},
+            {"a": (0.0, 1.0, 2.0), "b": (0.0, 10.0, 2.0), "c": (0.0, 1.0, 1.0)},
+        )
+    )
+    assert (names, steps) == (["a", "b", "c"], [0, 1, 2])
+    assert heights.tolist()[0] == pytest.approx([2, -2, 0])
+    assert heights.tolist()[1] == pytest.approx([NAN, -INF, 1], nan_ok=True)
+    assert heights.tolist()[2] == pytest.approx([NAN, NAN, 0], nan_ok=True)
+    assert crosses.tolist() == [[False, True, False], [True, False, True], [False, False, True]]
+
+
+def test_a_long_log_keeps_its_peaks_and_its_skips() -> None:
+    log = GradStatsLog()
+    for step in range(1200):
+        values = torch.tensor([[0.0, 1.0, 1.0, 1.0, float(step >= 700)]], dtype=torch.float64)
+        if step == 1000:
+            values[0, 1] = 1e5
+        if step % 3 == 0:
+            values[0, 1] = NAN
+        log.steps.append(LoggedStep(10 * step, ("a",), values))
+    _, steps, heights, crosses = _cells(log)
+    assert len(steps) == heights.shape[1] == crosses.shape[1] == 400
+    assert steps[1] == 30
+    assert heights[0, 333] == 5
+    assert heights[0].sum() == 5
+    assert crosses.nonzero().tolist() == [[0, 700 // 3]]
+
+
+def test_bad_pictures_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    logger = GradStatsLogger(Given(a=(0.0, 1.0, 0.0)), every=1)
+    with pytest.raises(TypeError, match=r"log must be a GradStatsLog \(logger\.log\), got GradSta"):
+        plot_grad_stats(logger, tmp_path / "a.png")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="log is empty"):
+        plot_grad_stats(logger.log, tmp_path / "a.png")
+    logger.step()
+    with pytest.raises(ValueError, match="abc"):
+        plot_grad_stats(logger.log, tmp_path / "a.abc")
+    for module in [name for name in sys.modules if name.startswith("matplotlib")]:
+        monkeypatch.delitem(sys.modules, module)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'bngd-triton\[demo\]'"):
+        plot_grad_stats(logger.log, tmp_path / "a.png")
+    assert not list(tmp_path.iterdir())

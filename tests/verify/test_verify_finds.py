@@ -1,0 +1,283 @@
+"""Kernels and a reference that are broken on purpose: `bngd verify` names each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+
+from bngd_triton.eager import eager_step
+from bngd_triton.eager import update as eager_
+from bngd_triton.eager.moments import moments
+from bngd_triton.kernels import fused_step
+from bngd_triton.kernels.device import factors as device_factors
+from bngd_triton.kernels.device import rounding, tiles, update
+from bngd_triton.kernels.device.factors import factors_from
+from bngd_triton.kernels.device.rounding import MASTER_COPY, REMAINDER, narrow, store_as, widen
+from bngd_triton.verify import arms, judge
+from bngd_triton.verify.cases import Case
+from support.verify_command import run
+
+interpreted = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="the interpreter lets kernels be changed while Python runs"
+)
+
+
+@triton.jit
+def _eps_in_the_root(mean, m2, n, uniform, centering, eps, sign):
+    return factors_from(mean, m2 + n * eps, n, uniform, centering, 0.0, sign)
+
+
+@triton.jit
+def _sample_deviation(mean, m2, n, uniform, centering, eps, sign):
+    return factors_from(mean, m2 * n / tl.maximum(n - 1.0, 1.0), n, uniform, centering, eps, sign)
+
+
+@triton.jit
+def _worse_when_large(mean, m2, n, uniform, centering, eps, sign):
+    up, more, high, low, inverse = factors_from(mean, m2, n, uniform, centering, eps, sign)
+    # one or two units in the last place
+    return up, more, high, low, inverse * tl.where(mean > 1e20, 1.0000001, 1.0)
+
+
+@triton.jit
+def _put(
+    param, momentum, master, theta, m, hashed, m_param, m_momentum,
+    KIND: tl.constexpr, SOFT: tl.constexpr,
+):  # fmt: skip
+    """What the right `update_` does last."""
+    p, rest = narrow(theta, param.dtype.element_ty, hashed, KIND, SOFT)
+    tl.store(param, p, mask=m_param)
+    if KIND == REMAINDER or KIND == MASTER_COPY:  # noqa: SIM109
+        tl.store(master, rest, mask=m_param)
+    tl.store(momentum, store_as(m, momentum.dtype.element_ty, SOFT), mask=m_momentum)
+
+
+@triton.jit
+def _nesterov_from_the_old_momentum(
+    param, momentum, master, p, m, rest, ghat, hashed, m_param, m_momentum, options, beta, fresh,
+    KIND: tl.constexpr, SOFT: tl.constexpr,
+):  # fmt: skip
+    lr, decay, nesterov = options
+    new = ghat * fresh
+    ahead = m * beta + new * 2.0
+    m = m * beta + new
+    u = tl.where(nesterov != 0, ahead, m)
+    theta = widen(p, rest, KIND, SOFT) * decay - u * lr
+    _put(param, momentum, master, theta, m, hashed, m_param, m_momentum, KIND, SOFT)
+
+
+@triton.jit
+def _momentum_of_lr_steps(
+    param, momentum, master, p, m, rest, ghat, hashed, m_param, m_momentum, options, beta, fresh,
+    KIND: tl.constexpr, SOFT: tl.constexpr,
+):  # fmt: skip
+    lr, decay, _ = options
+    m = m * beta + ghat
+    theta = widen(p, rest, KIND, SOFT) * decay - m * lr
+    _put(param, momentum, master, theta, m, hashed, m_param, m_momentum, KIND, SOFT)
+
+
+@triton.jit
+def _other_order(
+    param, momentum, master, p, m, rest, ghat, hashed, m_param, m_momentum, options, beta, fresh,
+    KIND: tl.constexpr, SOFT: tl.constexpr,
+):  # fmt: skip
+    lr, decay, _ = options
+    m = m * beta + ghat * fresh
+    old = widen(p, rest, KIND, SOFT)
+    # within the bounds
+    theta = old - (old * (1.0 - decay) + m * lr)
+    _put(param, momentum, master, theta, m, hashed, m_param, m_momentum, KIND, SOFT)
+
+
+@triton.jit
+def _truncated(x, like: tl.constexpr, SOFT: tl.constexpr):
+    if like == tl.bfloat16:
+        bits = x.to(tl.uint32, bitcast=True)
+        return (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    else:
+        return x.to(like)
+
+
+@triton.jit
+def _short_float16(x, like: tl.constexpr, SOFT: tl.constexpr):
+    if like == tl.float16:
+        return (x * 0.998).to(like)
+    else:
+        return x.to(like)
+
+
+def encoding(column: int, value: Callable[[Any], float]) -> Callable[..., list[float]]:
+    """`encode` with one column of the option table wrong."""
+    right = fused_step.encode
+
+    def encode(options: Any, closing: bool = True) -> list[float]:
+        row = right(options, closing)
+        row[column] = value(options)
+        return row
+
+    return encode
+
+
+def without_tail(*args: Any, **kwargs: Any) -> Any:
+    """A plan that does not move the last entry of a tensor of 257."""
+    plan = build(*args, **kwargs)
+    for batch in plan.batches:
+        batch.chunks[:, 2] -= (batch.chunks[:, 2] == 257).long()
+    return plan
+
+
+build = fused_step.build
+
+
+def sample_moments(*args: Any, **kwargs: Any) -> Any:
+    found = moments(*args, **kwargs)
+    return found._replace(m2=found.m2 * found.n / max(found.n - 1, 1))
+
+
+def no_remainder(param: Any, master: Any, new: Any, hashed: Any) -> None:
+    store(param, master, new, hashed)
+    if master is not None:
+        master.zero_()
+
+
+store = eager_.store_
+FACTORS = [(device_factors, "factors_from")]
+MUTANTS = [
+    # name, what is replaced, by what, in which case it shows, in what words
+    (
+        "eps in the root",
+        FACTORS,
+        _eps_in_the_root,
+        "eps0.1",
+        "kernels: step",
+    ),
+    ("ddof 1", FACTORS, _sample_deviation, "row", "kernels: step"),
+    (
+        "worse when large",
+        FACTORS,
+        _worse_when_large,
+        "eps0,exploding",
+        "power of",
+    ),
+    (
+        "nesterov from the old momentum",
+        [(tiles, "update_"), (update, "update_")],
+        _nesterov_from_the_old_momentum,
+        "nesterov",
+        "kernels: step",
+    ),
+    (
+        "momentum of whole steps",
+        [(tiles, "update_"), (update, "update_")],
+        _momentum_of_lr_steps,
+        "bf16,m16",
+        "kernels: step",
+    ),
+    (
+        "another order",
+        [(tiles, "update_"), (update, "update_")],
+        _other_order,
+        "exact,decay",
+        "reference: other bits than the kernels'",
+    ),
+    (
+        "bfloat16 truncated",
+        [(rounding, "store_as")],
+        _truncated,
+        "bf16,nearest",
+        "kernels: step",
+    ),
+    (
+        "float16 beside another master",
+        [(rounding, "store_as")],
+        _short_float16,
+        "f16",
+        "kernels: step",
+    ),
+    ("missed tail", [(fused_step, "build")], without_tail, "defaults", "(257,), entry 256"),
+    (
+        "coupled decay",
+        [(fused_step, "encode")],
+        encoding(1, lambda options: 1 - options.weight_decay),
+        "decay",
+        "kernels: step",
+    ),
+    (
+        "NaN not skipped",
+        [(fused_step, "encode")],
+        encoding(9, lambda options: 1.0),
+        "nan",
+        "the kernels skipped 0 slices, the reference",
+    ),
+    (
+        "mean not removed",
+        [(fused_step, "encode")],
+        encoding(5, lambda options: 0.0),
+        "global",
+        "kernels: step",
+    ),
+    ("reference, ddof 1", [(eager_step, "moments")], sample_moments, "row", "reference: step"),
+    (
+        "reference, no remainder",
+        [(eager_, "store_")],
+        no_remainder,
+        "bf16",
+        "reference: step",
+    ),
+]
+
+
+@interpreted
+@pytest.mark.parametrize(
+    ("places", "wrong", "case", "words"),
+    [pytest.param(*mutant, id=name) for name, *mutant in MUTANTS],
+)
+def test_what_is_broken_is_named(
+    places: list[tuple[Any, str]],
+    wrong: Any,
+    case: str,
+    words: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for module, name in places:
+        monkeypatch.setattr(module, name, wrong)
+    # a form of its own would show the same
+    monkeypatch.setattr(judge, "more_arms", lambda *_: {})
+    name = Case.named(case).name
+    assert run("--case", name, "--seed", "1") == 1
+    printed = capsys.readouterr().out
+    assert "1 failed" in printed
+    assert f"bngd verify --device cpu --seed 1 --case {name}\n" in printed
+    assert words in printed
+
+
+def test_a_form_that_differs(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], device: torch.device
+) -> None:
+    right = arms.fused_step_
+
+    def one_bit_more(params: Any, *args: Any, **kwargs: Any) -> Any:
+        found = right(params, *args, **kwargs)
+        params[-1].view(torch.int32)[(0,) * params[-1].dim()] += 1
+        return found
+
+    monkeypatch.setattr(arms, "fused_step_", one_bit_more)
+    assert run("--case", "defaults", device=device) == 1
+    words = "single-launch: other bits than the kernels': param of shape (2, 3, 4, 5) after step 1"
+    assert words in capsys.readouterr().out
+
+
+def test_a_form_that_counts_otherwise(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], device: torch.device
+) -> None:
+    right = arms.fused_step_
+    monkeypatch.setattr(arms, "fused_step_", lambda *args, **more: right(*args, **more) + 1)
+    assert run("--case", "defaults", device=device) == 1
+    assert "single-launch: other bits than the kernels': 0 and 3 slices" in capsys.readouterr().out
