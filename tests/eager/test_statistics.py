@@ -45,7 +45,7 @@ def eager(values: Tensor) -> tuple[Tensor, Tensor]:
 
 def kernel(wide: bool, block: int) -> Backend:
     # 5 000 entries are one slice of a large block; of a small one 20, each of two trips or tiles
-    tuning = Tuning(wide=wide, block=block, unroll=2, slice=4 * block, merge=4)
+    tuning = Tuning(wide=wide, block=block, unroll=2, span=4 * block, merge=4)
 
     def run(values: Tensor) -> tuple[Tensor, Tensor]:
         found = segment_statistics([values], tuning=tuning)
