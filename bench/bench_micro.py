@@ -14,6 +14,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
+from bench import cpu
 from bench.arms import grouped
 from bench.workloads import WORKLOADS
 from bngd_triton import BNGD
@@ -23,29 +24,12 @@ from bngd_triton.kernels.devices import gpu_tuning
 from bngd_triton.kernels.plan import Entry
 from bngd_triton.records import new_record, slices_of
 
-SIZES = {"16x256x256": [(256, 256)] * 16, "1x4M": [(2048, 2048)], "300x1000": [(1000,)] * 300}
-OPTIMIZERS = {
-    "bngd-tensor": lambda params: BNGD(params, fused=False),
-    "bngd-row": lambda params: BNGD(params, granularity="row", fused=False),
-    "bngd-global": lambda params: BNGD(params, granularity="global", fused=False),
-    "sgd-foreach": lambda params: torch.optim.SGD(params, 1e-3, momentum=0.9, foreach=True),
-    "adamw-foreach": lambda params: torch.optim.AdamW(params, 1e-3, foreach=True),
-}
 
-
-def parameters(shapes):
-    torch.manual_seed(0)
-    params = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
-    for param in params:
-        param.grad = torch.randn_like(param)
-    return params
-
-
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("name", OPTIMIZERS)
-def test_cpu_step(benchmark, name, size):
-    benchmark.group = f"CPU step, {size}"
-    optimizer = OPTIMIZERS[name](parameters(SIZES[size]))
+@pytest.mark.parametrize("case", cpu.CASES)
+@pytest.mark.parametrize("arm", cpu.arms())
+def test_cpu_step(benchmark, arm, case):
+    benchmark.group = f"CPU step, {case}"
+    optimizer = cpu.arms()[arm](cpu.parameters(cpu.CASES[case]))
     optimizer.step()
     benchmark(optimizer.step)
 
@@ -60,7 +44,7 @@ interpreted = pytest.mark.skipif(
 @pytest.mark.parametrize("shape", [(8, 16), (64, 1024), (2, 100_000)], ids=str)
 def test_interpreted_kernels(benchmark, shape, granularity):
     benchmark.group = f"kernels in the interpreter, {shape}"
-    (param,) = parameters([shape])
+    (param,) = cpu.parameters([shape])
     momentum = torch.zeros_like(param)
     with torch.no_grad():
         benchmark.pedantic(
@@ -109,7 +93,7 @@ def host(monkeypatch):
 def test_host_path(benchmark, host, monkeypatch, groups, gradients):
     benchmark.group = f"a repeated step of 300 tensors without launches, {gradients} gradients"
     monkeypatch.setattr(fused_step, "launch", lambda *_: None)
-    params = parameters([(host.ELEMENTS,)] * 300)
+    params = cpu.parameters([(host.ELEMENTS,)] * 300)
     optimizer = BNGD(grouped(params, groups), fused=True, flatten=False)
     prepare = host.Backward(params, gradients)
     for _ in range(2):

@@ -160,7 +160,7 @@ def test_a_slice_knows_nothing_of_its_neighbours(wide: bool, device: torch.devic
         torch.randn(1500) * 1e-20,
         torch.full((300,), -7.7),
     ]
-    tuning = Tuning(wide=wide, block=32, unroll=2, slice=128, merge=4)
+    tuning = Tuning(wide=wide, block=32, unroll=2, span=128, merge=4)
     found = segment_statistics([tensor.to(device) for tensor in tensors], tuning=tuning)
     for tensor, mean, std in zip(tensors, found.mean.tolist(), found.std.tolist()):
         want_mean, want_std = exact(tensor)
@@ -171,7 +171,7 @@ def test_a_slice_knows_nothing_of_its_neighbours(wide: bool, device: torch.devic
 @pytest.mark.parametrize("wide", [True, False], ids=["lanes", "tiles"])
 def test_granularities(wide: bool, device: torch.device) -> None:
     tensors = [torch.randn(3, 50, device=device) + 2, torch.randn(70, device=device).half()]
-    tuning = Tuning(wide=wide, block=32, unroll=1, slice=32, merge=4)
+    tuning = Tuning(wide=wide, block=32, unroll=1, span=32, merge=4)
     wants = {
         "tensor": [tensors[0].flatten(), tensors[1]],
         "row": [*tensors[0], tensors[1]],
