@@ -31,7 +31,8 @@ def flatten_(params: Sequence[Tensor]) -> list[Tensor]:
     Returns:
         Those that stay where they are, for the reason that `why_not_flat` gives.
     """
-    left, moving = [], []
+    left: list[Tensor] = []
+    moving: list[Tensor] = []
     for param in params:
         (left if why_not_flat(param) else moving).append(param)
     for places in _partition(moving):
