@@ -12,6 +12,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -60,6 +61,21 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"bngd-triton {__version__}")
     commands = parser.add_subparsers(title="commands", dest="command", required=True)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    _add_demo(commands, device)
+    _add_bench(commands)
+    info = commands.add_parser(
+        "info",
+        help="versions, devices and who serves them; for a bug report",
+        description="Print versions, devices and which path a step takes on each; for a bug "
+        "report. What is broken is shown as its error.",
+    )
+    info.add_argument("--json", action="store_true", help="as JSON")
+    _add_verify(commands, device)
+    return parser
+
+
+def _add_demo(commands: Any, device: str) -> None:
     demo = commands.add_parser(
         "demo",
         help="train on scikit-learn's digits beside SGD and AdamW",
@@ -68,7 +84,6 @@ def _parser() -> argparse.ArgumentParser:
         "done so far; --resume goes on from there.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     demo.add_argument("--device", default=device, help="where to train")
     demo.add_argument("--seed", type=int, default=0, help="of the split, weights and batches")
     demo.add_argument("--epochs", type=int, default=15, help="of the exploding network")
@@ -83,6 +98,9 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="keep the runs that an interrupted demo of the same arguments finished in --out",
     )
+
+
+def _add_bench(commands: Any) -> None:
     bench = commands.add_parser(
         "bench",
         help="time BNGD beside other optimizers on a GPU; needs a checkout",
@@ -107,13 +125,9 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FILE.json",
         help="measure nothing: draw a result file as percent of copy bandwidth, a PNG beside it",
     )
-    info = commands.add_parser(
-        "info",
-        help="versions, devices and who serves them; for a bug report",
-        description="Print versions, devices and which path a step takes on each; for a bug "
-        "report. What is broken is shown as its error.",
-    )
-    info.add_argument("--json", action="store_true", help="as JSON")
+
+
+def _add_verify(commands: Any, device: str) -> None:
     verify = commands.add_parser(
         "verify",
         help="check the kernels and the eager reference against float64 on this machine",
@@ -134,7 +148,6 @@ def _parser() -> argparse.ArgumentParser:
         help="only this case, such as bf16,row,decay; may be repeated",
     )
     verify.add_argument("--json", type=Path, metavar="FILE", help="write everything to a file")
-    return parser
 
 
 def _info(args: argparse.Namespace) -> int:

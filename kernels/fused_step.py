@@ -27,7 +27,7 @@ class FusedStep:
         members: the tensors; those of one device share launches.
         groups: the options, one `Options` for each group that a member names.
         tuning: sizes of the work items; None takes those of the device.
-        apart: every tensor is a slice, or rows of slices, of which other processes may hold more:
+        sharded: every tensor is a slice, or rows of slices, of which other processes may hold more:
             for `measure` and `update_by` in the place of `update`.
     """
 
@@ -37,7 +37,7 @@ class FusedStep:
         groups: Sequence[Options],
         tuning: Tuning | None = None,
         *,
-        apart: bool = False,
+        sharded: bool = False,
     ) -> None:
         self.signature = self.sign(members, groups)
         self.layouts = [options.layout for options in groups]
@@ -45,7 +45,7 @@ class FusedStep:
         self._devices: list[_Device] = []
         for device in dict.fromkeys(member.param.device for member in members):
             order = [i for i, member in enumerate(members) if member.param.device == device]
-            self._devices.append(_Device(device, order, members, groups, tuning, apart))
+            self._devices.append(_Device(device, order, members, groups, tuning, sharded))
 
     @classmethod
     def fitting(
@@ -54,7 +54,7 @@ class FusedStep:
         members: Sequence[StepTensor],
         groups: Sequence[Options],
         *,
-        apart: bool = False,
+        sharded: bool = False,
     ) -> FusedStep:
         """The first of some steps that fits, else one laid out anew."""
         signature = cls.sign(members, groups)
@@ -63,7 +63,7 @@ class FusedStep:
                 addresses = [gradient_of(member).data_ptr() for member in members]
                 if not prepared.fixed or prepared.point_at(addresses):
                     return prepared
-        return cls(members, groups, apart=apart)
+        return cls(members, groups, sharded=sharded)
 
     @staticmethod
     def sign(members: Sequence[StepTensor], groups: Sequence[Options]) -> list[object]:
@@ -190,7 +190,7 @@ class _Device:
         members: Sequence[StepTensor],
         groups: Sequence[Options],
         tuning: Tuning | None,
-        apart: bool,
+        sharded: bool,
     ) -> None:
         self.device = device
         self.order = order
@@ -219,11 +219,11 @@ class _Device:
                     option=group,
                     rows=path.rows,
                     centred=options.centres(param.dim()),
-                    shared=group if options.granularity == "global" and not apart else None,
+                    shared=group if options.granularity == "global" and not sharded else None,
                 )
             )
         self.in_place = not copied
-        self.plan: Plan = build(entries, tuning or tuning_for(device), tiles=not apart)
+        self.plan: Plan = build(entries, tuning or tuning_for(device), tiles=not sharded)
         # of the table: what was written, and the options and ends of windows it was made from
         self.rows: list[list[float]] = [[]] * len(groups)
         self.written: Sequence[tuple[Options | None, bool]] = [(None, False)] * len(groups)
@@ -261,11 +261,11 @@ class _Device:
 
     def launch_inputs(self, inputs: StepInputs) -> LaunchInputs:
         """What the kernels read besides the plan."""
-        scale, found = inputs.grad_scale, inputs.found_inf
+        scale, found_inf = inputs.grad_scale, inputs.found_inf
         # a GradScaler's, where and as the kernels read them
         scale = self.unscaled if scale is None else scale.to(self.unscaled)
-        found = self.finite if found is None else found.to(self.finite)
-        made = LaunchInputs(self.table, inputs.clocks[self.device], scale, found)
+        found_inf = self.finite if found_inf is None else found_inf.to(self.finite)
+        made = LaunchInputs(self.table, inputs.clocks[self.device], scale, found_inf)
         # the same object where its tensors are the same: launches take it as it is
         if self.last_inputs is None or not all(map(is_, made, self.last_inputs)):
             self.last_inputs = made

@@ -34,15 +34,15 @@ class Walk(NamedTuple):
 
 def walk(param: Tensor, momentum: Tensor | None, master: Tensor | None, rows: int) -> Walk:
     """What to walk for a parameter; tensors other than its own are copies to be kept in step."""
-    here = param if walked_in_place(param, rows) else _row_major(param)
-    return Walk(here, _beside(momentum, here), _beside(master, here), rows)
+    walked = param if walked_in_place(param, rows) else _row_major(param)
+    return Walk(walked, _like(momentum, walked), _like(master, walked), rows)
 
 
-def _beside(state: Tensor | None, here: Tensor) -> Tensor | None:
-    """`state` where it lies as `here` does, else room for a copy that does."""
-    if state is None or same_order(state, here):
+def _like(state: Tensor | None, param: Tensor) -> Tensor | None:
+    """`state` where it lies as `param` does, else room for a copy that does."""
+    if state is None or same_order(state, param):
         return state
-    return torch.empty_like(here, dtype=state.dtype)
+    return torch.empty_like(param, dtype=state.dtype)
 
 
 def _row_major(tensor: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ one program finishes in registers. Only slices that no tile finishes are in the 
 Tensors that share storage dtypes and alignment form a *batch*: two launches serve it, whatever
 the number of tensors, groups and options. Statistics of all batches come before all updates, so
 that a global group may span batches. A single launch can serve a batch instead (`work.py`), unless
-such a group spans batches. `tables.py` lays all this out.
+such a group spans batches. `build_plan.py` lays all this out.
 """
 
 from __future__ import annotations

@@ -31,10 +31,10 @@ def why_not_memory(tensor: Tensor) -> str | None:
     if dispatches(tensor):
         return f"it is a {type(tensor).__name__}, whose entries are not plain memory"
     try:
-        there = bool(tensor.data_ptr()) or not tensor.numel() or tensor.is_meta
+        addressed = bool(tensor.data_ptr()) or not tensor.numel() or tensor.is_meta
     except RuntimeError:
-        there = False
-    if not there:
+        addressed = False
+    if not addressed:
         return "it has no memory (inside a transform of torch.func, or zeros that none stores)"
     return None
 

@@ -57,7 +57,7 @@ class Spread:
         kernels = [part.member for part in self.parts if by_kernels(part)]
         measured: list[Tensor] = []
         if kernels:
-            self.prepared = FusedStep.fitting([self.prepared], kernels, options, apart=True)
+            self.prepared = FusedStep.fitting([self.prepared], kernels, options, sharded=True)
             measured = self.prepared.measure(kernels, options, inputs)
         else:
             self.prepared = None
@@ -109,14 +109,14 @@ class Spread:
         if self.prepared is not None:
             self.prepared.update_by(kernels, inputs)
         assert self._exchange is not None
-        for index, one in enumerate(options):
+        for index, choice in enumerate(options):
             rest = {
                 i: part.member
                 for i, part in enumerate(self.parts)
                 if part.member.group == index and not by_kernels(part)
             }
             found = [self._exchange.moments(i, self._tables[i]) for i in rest]
-            apply_(list(rest.values()), one, inputs, found)
+            apply_(list(rest.values()), choice, inputs, found)
         self.parts, self._tables = [], []
 
 

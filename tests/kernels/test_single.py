@@ -298,7 +298,7 @@ def test_no_flag_is_trusted_that_is_raised_too_early(
     assert launch.form_for(plan_of([param], chosen)) == "two-launch"
     assert launch.form_for(plan_of([param], asked), "two-launch") == "two-launch"
     # sharded steps never take one launch
-    FusedStep([member(param, grad, None)], [Options(LR)], asked, apart=True)
+    FusedStep([member(param, grad, None)], [Options(LR)], asked, sharded=True)
 
 
 @pytest.mark.parametrize("form", launch.FORMS)

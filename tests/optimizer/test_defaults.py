@@ -150,7 +150,7 @@ def test_the_halves_of_a_sharded_step_under_any_defaults(device: torch.device) -
     for name, dtype in ((None, torch.float32), ("meta", torch.float32), (None, torch.float16)):
         members = [member(g.sin(), g, torch.zeros_like(g), granularity="tensor") for g in grads]
         with defaults(name, dtype):
-            step = FusedStep(members, options, LANES, apart=True)
+            step = FusedStep(members, options, LANES, sharded=True)
             inputs = nothing_new(device)
             step.update_by(step.measure(members, options, inputs), inputs)
         runs.append([tensor for m in members for tensor in (m.param, m.momentum, m.record)])

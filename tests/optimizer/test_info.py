@@ -123,7 +123,7 @@ def test_gpus() -> None:
     assert h100["sizes"] == "row sm_90: " + devices.TABLE["sm_90"].reason
     assert h100["form of a step"] == "two-launch"
     assert found["cuda:1"]["sizes"].startswith("no row of its own, others with waves of 32: ")
-    assert found["cuda:1"]["statistics"] == "float32 tiles"
+    assert found["cuda:1"]["statistics"] == "float32 blocks"
     assert found["cuda:2"]["served by"] == "the eager reference"
     assert "needs compute capability 8.0, cuda:2 has 7.0" in found["cuda:2"]["because"]
     assert found["cuda:3"]["name"] == "error: RuntimeError: CUDA error: unknown"

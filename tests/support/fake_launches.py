@@ -124,7 +124,7 @@ def main(backend: str) -> None:
             assert any(one is hook for one in launched), "a profiler does not see every launch"
         hook.remove(print)
 
-    apart = counted.prepared(usual, apart=True)
+    apart = counted.prepared(usual, sharded=True)
     # two of statistics, one that publishes, two updates
     ordinary, dispatches, _ = counted.measure_and_move(apart)
     assert (len(ordinary), dispatches) == (5, 5)
