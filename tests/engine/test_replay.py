@@ -85,23 +85,6 @@ def test_another_layout_of_the_same_object_at_the_same_address_is_noticed(
     assert_same(*done)
 
 
-@pytest.mark.parametrize("size", [1, 8])
-def test_equal_values_are_not_the_same_momentum(
-    size: int, device: torch.device, layouts: Callable[[], int]
-) -> None:
-    param = Parameter(torch.randn(size, device=device))
-    optimizer = BNGD([param], fused=True)
-    give_gradients([param], 0)
-    for _ in range(2):
-        optimizer.step()
-    assert layouts() == 1
-    old = optimizer.state[param]["momentum_buffer"]
-    new = optimizer.state[param]["momentum_buffer"] = old.clone()
-    optimizer.step()
-    assert layouts() == 1
-    assert not torch.equal(new, old)
-
-
 @pytest.mark.parametrize("moved", range(20))
 def test_one_state_tensor_moved_by_data_is_noticed_at_once(
     moved: int, device: torch.device, layouts: Callable[[], int]

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from test_single import Twins, random_tensors
 
 from bngd_triton.kernels import Tuning
 from bngd_triton.options import Options
 from support.kernel_cases import LANES, LR, TILES
+from support.twins import Twins, random_tensors
 
 
 class Shuffled:

@@ -16,89 +16,15 @@ from bngd_triton.kernels.fused_step import FusedStep
 from bngd_triton.kernels.plan import Plan
 from bngd_triton.kernels.tables import CHUNK_ITEM, SPAN_ITEM, TILE_ITEM
 from bngd_triton.options import Options
-from bngd_triton.records import StepTensor, skipped_slices
+from bngd_triton.records import skipped_slices
 from bngd_triton.verify.oracle import oracle_step
 from bngd_triton.verify.tolerances import step_bounds
 from support.closeness import assert_within
-from support.handmade_plans import entry, inputs, member, nothing_new
+from support.handmade_plans import entry, inputs, member
 from support.kernel_cases import LANES, LR, OPTIONS, SMALL, TILES, assert_guards, make
-
-# a few slices to a wave, and slices longer than one
-WAVE = 1024
-SINGLE = {"form": "single-launch", "wave": WAVE}
+from support.twins import SINGLE, WAVE, Twins, random_tensors
 
 both_tunings = pytest.mark.parametrize("tuning", [LANES, TILES], ids=["lanes", "tiles"])
-
-
-class Twins:
-    """The same step prepared in both forms, on equal tensors that lie as the first ones do."""
-
-    def __init__(
-        self, tensors: list[tuple[Tensor, Tensor, Tensor]], options: Options, tuning: Tuning,
-        programs: int,
-    ) -> None:  # fmt: skip
-        self.options = options
-        self.device = tensors[0][0].device
-        self.steps: list[tuple[list[StepTensor], FusedStep]] = []
-        one = dataclasses.replace(tuning, programs_per_sm=programs, **SINGLE)
-        for form in (dataclasses.replace(tuning, form="two-launch"), one):
-            members = [
-                member(like(p), like(g), like(m) if options.momentum else None)
-                for p, g, m in tensors
-            ]
-            prepared = FusedStep(members, [options], form)
-            self.steps.append((members, prepared))
-
-    @property
-    def plan(self) -> Plan:
-        """The single launch's."""
-        (part,) = self.steps[1][1]._devices
-        return part.plan
-
-    def step(self) -> None:
-        """Take a step in both forms, and compare all bits."""
-        for members, prepared in self.steps:
-            prepared.update(members, [self.options], nothing_new(self.device))
-        for two, one in zip(self.steps[0][0], self.steps[1][0]):
-            assert_same_bits(two.param, one.param)
-            if two.momentum is not None:
-                assert_same_bits(two.momentum, one.momentum)
-            assert_same_bits(two.record, one.record)
-        (part,) = self.steps[0][1]._devices
-        assert_same_bits(part.plan.factors, self.plan.factors)
-        assert_zero(self.plan)
-
-    def new_gradients(self) -> None:
-        for two, one in zip(self.steps[0][0], self.steps[1][0]):
-            two.grad.normal_()
-            one.grad.copy_(two.grad)
-
-
-def like(tensor: Tensor) -> Tensor:
-    """A copy at an address with the same remainder modulo 16."""
-    offset = tensor.data_ptr() % 16 // tensor.element_size()
-    whole = torch.empty(tensor.numel() + 16, dtype=tensor.dtype, device=tensor.device)
-    copy = whole[offset : offset + tensor.numel()].view(tensor.shape).copy_(tensor)
-    assert copy.data_ptr() % 16 == tensor.data_ptr() % 16
-    return copy
-
-
-def assert_same_bits(one: Tensor, other: Tensor) -> None:
-    kind = {2: torch.int16, 4: torch.int32, 8: torch.int64}[one.element_size()]
-    assert torch.equal(one.view(kind), other.view(kind))
-
-
-def assert_zero(plan: Plan) -> None:
-    assert not plan.arrived.any()
-    for batch in plan.batches:
-        assert not batch.work(plan.tuning).counters.any()
-
-
-def random_tensors(
-    shapes: list[tuple[int, ...]], device: torch.device, dtype: torch.dtype = torch.float32
-) -> list[tuple[Tensor, Tensor, Tensor]]:
-    params, grads, buffers, _ = make(dtype, dtype, device, shapes)
-    return list(zip(params, grads, buffers))
 
 
 # one form of the statistics with each: what becomes of them is the same code
