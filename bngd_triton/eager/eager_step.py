@@ -82,7 +82,8 @@ class Run(NamedTuple):
         if len(several) == 1:
             return first.reshape(self.slices, self.columns)
         shape = (len(several), *first.shape)
-        room = scratch.room(name, shape, first.dtype, first.device)
+        # not where `update_` has its temporaries
+        room = scratch.room(f"stacked {name}", shape, first.dtype, first.device)
         return torch.stack(several, out=room).view(-1, self.columns)
 
 

@@ -53,7 +53,11 @@ class Constants(NamedTuple):
     @classmethod
     def of(cls, options: Options, dtype: torch.dtype) -> Constants:
         """Products and differences are rounded once, here."""
-        lr = torch.as_tensor(options.lr, dtype=torch.float64)
+        lr = options.lr
+        if not isinstance(lr, Tensor):
+            # a tensor on the CPU is a number to every device
+            lr = torch.tensor(lr, dtype=torch.float64, device="cpu")
+        lr = lr.double()
         decay = 1 - lr * options.weight_decay
         rest = (options.momentum, options.fresh)
         return cls(

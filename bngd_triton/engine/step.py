@@ -158,6 +158,9 @@ class Stepper:
         if spreads or hollow:
             lots += lots_of(spreads, hollow)
         waits = any(one.nonfinite == "raise" for one in options) or any(p.waiting for p in work)
+        # of tensors that other ranks have parts of, steps by the kernels alone are replayed
+        if any(is_sharded(param) for part in work for param in part.params):
+            waits |= not all(all(part.fused) for part in work)
         if not waits and Replay.serves(lots):
             self.replay = Replay(optimizer, lots, self.reader, inputs)
         for found in spreads:

@@ -17,9 +17,9 @@ from support.checkout import BENCH
 # each imports only what stands before it
 ORDER = (
     "options", "tensors", "records", "checks", "flat_buffers", "checkpoint_files", "eager",
-    "kernels", "reference", "state", "state_dicts", "standstill", "sharding", "engine", "optimizer",
-    "fp32_weights", "gradient_release", "inputs", "telemetry", "integrations", "bngd_triton",
-    "info", "cli", "demo", "verify", "__main__", "bench",
+    "kernels", "reference", "state", "clocks", "state_dicts", "standstill", "sharding", "engine",
+    "optimizer", "fp32_weights", "gradient_release", "inputs", "telemetry", "integrations",
+    "bngd_triton", "info", "cli", "demo", "verify", "__main__", "bench",
 )  # fmt: skip
 # `run` asks `resume` what was left, which asks `run` what a run consists of
 KNOWN_CIRCLES = {("bngd_triton.demo.resume", "bngd_triton.demo.run")}
