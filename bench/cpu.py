@@ -62,8 +62,8 @@ def arms() -> dict[str, Callable[[list[Parameter]], Optimizer]]:
     if importlib.util.find_spec("optimi"):
         import optimi
 
-        found["optimi SGD"] = lambda params: optimi.SGD(params, 1e-3, momentum=0.9)
-        found["optimi StableAdamW"] = lambda params: optimi.StableAdamW(params, 1e-3)
+        found["optimi SGD"] = lambda params: optimi.SGD(params, 1e-3, momentum=0.9, triton=False)
+        found["optimi StableAdamW"] = lambda params: optimi.StableAdamW(params, 1e-3, triton=False)
     return found
 
 
