@@ -18,8 +18,9 @@ from torch.amp import GradScaler
 
 from .eager.eager_step import apply_
 from .engine.collect import check_group
-from .engine.step import Stepper, closing_of, member, prepare_state
+from .engine.step import closing_of, member, prepare_state
 from .fp32_weights import check_pair
+from .kernels.fused_step import FusedStep
 from .kernels.plan import capturing
 from .optimizer import BNGD
 from .options import Options
@@ -102,7 +103,7 @@ class GradientRelease:
             _check_options(optimizer, index)
         self._optimizer = optimizer
         self._scaler = grad_scaler
-        self._steppers: dict[Tensor, Stepper] = {}
+        self._steps: dict[Tensor, FusedStep] = {}
         self._looked = False
         # moved by a backward that no `step` has followed yet
         self._moved: set[Tensor] = set()
@@ -170,8 +171,9 @@ class GradientRelease:
         if self._scaler is not None and param not in self._skipped:
             self._skipped[param] = mine.record[:, SKIPPED].clone()
         if fused and param.numel():
-            stepper = self._steppers.setdefault(param, Stepper())
-            stepper.run([mine], [options], inputs)
+            step = FusedStep.fitting([self._steps.get(param)], [mine], [options])
+            step.update([mine], [options], inputs)
+            self._steps[param] = step
         else:
             apply_([mine], options, inputs)
         self._moved.add(param)

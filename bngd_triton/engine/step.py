@@ -16,7 +16,14 @@ from ..options import Options, OptionsReader
 from ..records import StepInputs, StepTensor, rounds_stochastically
 from ..state import MOMENTUM, WINDOW, make_state, master_of
 from ..tensors import is_sharded, local
-from .collect import check_replayable, check_scaled, copy_shared_gradients, gather, refuse_capture
+from .collect import (
+    Work,
+    check_replayable,
+    check_scaled,
+    copy_shared_gradients,
+    gather,
+    refuse_capture,
+)
 from .replay import Lot, Replay, lots_of
 
 if TYPE_CHECKING:
@@ -106,65 +113,31 @@ class Stepper:
                 for param in group["params"]:
                     optimizer.state.get(param, {}).pop(WINDOW, None)
         copy_shared_gradients(work, optimizer.state)
-        every = [param for group in groups for param in group["params"]]
-        optimizer._records.keep(every)
-        keys = {id(param): i for i, param in enumerate(every)}
-        served: list[tuple[Tensor, StepTensor]] = []
-        # of which other ranks hold all
-        hollow: list[tuple[Tensor, StepTensor]] = []
-        # of each group, what the reference serves
-        rest: list[list[tuple[Tensor, StepTensor]]] = []
-        spread: list[Part] = []
-        for index, (part, choice) in enumerate(zip(work, options)):
-            grads: list[Tensor | None] = [*part.grads, *[None] * len(part.ending)]
-            of_group = [
-                member(optimizer, param, grad, choice, index, keys[id(param)])
-                for param, grad in zip([*part.params, *part.ending], grads)
-            ]
-            rest.append(list(zip(part.ending, of_group[len(part.params) :])))
-            here = zip(part.params, of_group, part.names, part.fused, part.shares)
-            for param, one, name, fused, share in here:
-                if share is not None:
-                    from ..sharding.sharded_step import Part
-
-                    spread.append(Part(param, one, share, fused, name))
-                elif not fused:
-                    rest[-1].append((param, one))
-                elif one.param.numel():
-                    served.append((param, one))
-                elif is_sharded(param):
-                    hollow.append((param, one))
+        served, eager, hollow, parts = _divided(optimizer, work, options)
         # the other ranks wait for what is here: first
         spreads = [
-            self._measured(device, spread, options, inputs)
-            for device in dict.fromkeys(part.member.param.device for part in spread)
+            self._measured(device, parts, options, inputs)
+            for device in dict.fromkeys(part.member.param.device for part in parts)
         ]
         lots: list[Lot] = []
-        for pairs, part, choice in zip(rest, work, options):
+        for pairs, group_work, choice in zip(eager, work, options):
             if pairs:
                 tensors = [tensor for _, tensor in pairs]
                 step = EagerStep(tensors, choice)
                 step.run(tensors, [tensor.grad for tensor in tensors], choice, inputs)
                 lots.append(Lot(step, pairs))
-            for param in part.ending:
+            for param in group_work.ending:
                 # the next gradient makes it anew; until then steps can be recognised
                 del optimizer.state[param][WINDOW]
-        if served:
-            self.run([one for _, one in served], options, inputs)
-            assert self.prepared is not None
+        self.prepared = self._updated([tensor for _, tensor in served], options, inputs)
+        if self.prepared is not None:
             lots.insert(0, Lot(self.prepared, served))
-        else:
-            self.prepared = None
         if spreads or hollow:
             lots += lots_of(spreads, hollow)
-        waits = any(one.nonfinite == "raise" for one in options) or any(p.waiting for p in work)
-        # of tensors that other ranks have parts of, steps by the kernels alone are replayed
-        if any(is_sharded(param) for part in work for param in part.params):
-            waits |= not all(all(part.fused) for part in work)
-        if not waits and Replay.serves(lots):
+        if _repeatable(work, options) and Replay.serves(lots):
             self.replay = Replay(optimizer, lots, self.reader, inputs)
-        for found in spreads:
-            found.move(options, inputs)
+        for spread in spreads:
+            spread.move(options, inputs)
 
     def _measured(
         self, device: torch.device, parts: list[Part], options: list[Options], inputs: StepInputs
@@ -179,11 +152,69 @@ class Stepper:
         found.measure(here, options, inputs)
         return found
 
-    def run(self, members: list[StepTensor], options: list[Options], inputs: StepInputs) -> None:
-        """A step by the kernels, laid out anew where no earlier layout fits."""
+    def _updated(
+        self, tensors: list[StepTensor], options: list[Options], inputs: StepInputs
+    ) -> FusedStep | None:
+        """A step by the kernels, laid out anew where no earlier layout fits; what was run."""
+        if not tensors:
+            return None
         laid_out = [self.prepared, *(one.prepared for one in self.captured)]
-        self.prepared = FusedStep.fitting(laid_out, members, options)
-        self.prepared.update(members, options, inputs)
+        prepared = FusedStep.fitting(laid_out, tensors, options)
+        prepared.update(tensors, options, inputs)
+        return prepared
+
+
+class Division(NamedTuple):
+    """Who serves what of a step: each parameter beside what this process holds of it.
+
+    Attributes:
+        served: by the kernels.
+        eager: of each group, by the reference.
+        hollow: of which other ranks hold all.
+        parts: of which other ranks hold parts.
+    """
+
+    served: list[tuple[Tensor, StepTensor]]
+    eager: list[list[tuple[Tensor, StepTensor]]]
+    hollow: list[tuple[Tensor, StepTensor]]
+    parts: list[Part]
+
+
+def _divided(optimizer: Any, work: Sequence[Work], options: Sequence[Options]) -> Division:
+    """Who serves what; parameters that have left the groups are let go of."""
+    every = [param for group in optimizer.param_groups for param in group["params"]]
+    optimizer._records.keep(every)
+    keys = {id(param): i for i, param in enumerate(every)}
+    found = Division([], [], [], [])
+    for index, (part, choice) in enumerate(zip(work, options)):
+        grads: list[Tensor | None] = [*part.grads, *[None] * len(part.ending)]
+        tensors = [
+            member(optimizer, param, grad, choice, index, keys[id(param)])
+            for param, grad in zip([*part.params, *part.ending], grads)
+        ]
+        found.eager.append(list(zip(part.ending, tensors[len(part.params) :])))
+        of_params = zip(part.params, tensors, part.names, part.fused, part.shares)
+        for param, tensor, name, fused, share in of_params:
+            if share is not None:
+                from ..sharding.sharded_step import Part
+
+                found.parts.append(Part(param, tensor, share, fused, name))
+            elif not fused:
+                found.eager[-1].append((param, tensor))
+            elif tensor.param.numel():
+                found.served.append((param, tensor))
+            elif is_sharded(param):
+                found.hollow.append((param, tensor))
+    return found
+
+
+def _repeatable(work: Sequence[Work], options: Sequence[Options]) -> bool:
+    """Whether the next step may repeat this one, as far as groups and placements tell."""
+    if any(one.nonfinite == "raise" for one in options) or any(part.waiting for part in work):
+        return False
+    # of tensors that other ranks have parts of, steps by the kernels alone are replayed
+    sharded = any(is_sharded(param) for part in work for param in part.params)
+    return not sharded or all(all(part.fused) for part in work)
 
 
 def prepare_state(optimizer: Any, params: Sequence[Tensor], options: Options) -> None:

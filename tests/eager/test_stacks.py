@@ -9,7 +9,7 @@ import torch
 from torch.nn import Parameter
 
 from bngd_triton import BNGD
-from bngd_triton.eager import eager_step
+from bngd_triton.eager import runs as eager_runs
 
 SHAPES = [(6, 4), (3,), (6, 4), (2, 3, 2, 2), (6, 4), (3,), (1,), (3,), (6, 4), (0, 4), (70, 130)]
 CASES: dict[str, dict[str, Any]] = {
@@ -61,7 +61,7 @@ def test_stacked_tensors_fare_as_each_alone(
 ) -> None:
     stacked = trained(options, lay_out_anew=False)
     anew = trained(options, lay_out_anew=True)
-    monkeypatch.setattr(eager_step, "SMALL", 0)
+    monkeypatch.setattr(eager_runs, "SMALL", 0)
     alone = trained(options, lay_out_anew=False)
     # a transposed tensor is summed in its memory's order where it is alone
     for other, bound in ((anew, 0.0), (alone, 1e-12)):
