@@ -214,8 +214,9 @@ def _bench(args: argparse.Namespace) -> int:
 
 def _demo(args: argparse.Namespace) -> int:
     try:
+        from .demo.results import Settings
         from .demo.resume import NAME, finished_runs
-        from .demo.run import Settings, demo
+        from .demo.run import demo
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
         if package not in _DEMO_PACKAGES:

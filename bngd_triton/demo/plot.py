@@ -8,7 +8,7 @@ import platform
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from matplotlib.figure import Figure
@@ -17,9 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .. import __version__
-
-if TYPE_CHECKING:
-    from .run import Results, Run, Settings
+from .results import Results, Run, Settings
 
 
 class _Look(NamedTuple):

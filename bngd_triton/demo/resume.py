@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from .. import __version__
 from ..checkpoint_files import load_checkpoint, save_checkpoint
-
-if TYPE_CHECKING:
-    from .run import Results, Settings
+from .results import Results, Run, Settings
 
 NAME = "bngd-demo.pt"
 
@@ -28,8 +26,6 @@ def finished_runs(settings: Settings, path: Path) -> Results:
     Raises:
         ValueError: the file is damaged, or of a demo that trained something else.
     """
-    from .run import Results, Run
-
     try:
         saved = load_checkpoint(path)
     except FileNotFoundError:

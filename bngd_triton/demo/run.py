@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -23,36 +23,15 @@ from torch.optim import SGD, AdamW, Optimizer
 
 from ..optimizer import BNGD
 from .plot import draw, print_tables, write_json
+from .results import Results, Run, Settings
 from .resume import NAME as RESUME_NAME
 from .resume import keep
 from .tasks import Split, exploding_task, generator, loss_scale_task
 
 BATCH = 64
 MOMENTUM = 0.9
-SCALES = tuple(10.0**power for power in range(-12, 16, 3))
 JSON_NAME = "bngd-demo.json"
 PNG_NAME = "bngd-demo.png"
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What a demo trains.
-
-    Attributes:
-        device: where.
-        seed: of the split, the weights and the order of the batches.
-        epochs: of the exploding network.
-        target_loss: a run stops after the first epoch whose mean training loss is below it.
-        scales: the factors of the loss in the second experiment.
-        scale_epochs: of the second experiment.
-    """
-
-    device: str = "cpu"
-    seed: int = 0
-    epochs: int = 15
-    target_loss: float | None = None
-    scales: tuple[float, ...] = SCALES
-    scale_epochs: int = 20
 
 
 @dataclass(frozen=True)
@@ -88,41 +67,6 @@ LOSS_SCALE = (
     Arm("BNGD, eps 0", partial(_BNGD, eps=0.0), 1e-2),
     Arm("BNGD, eps 1e-8", _BNGD, 1e-2),
 )
-
-
-@dataclass
-class Run:
-    """What one training run gave so far; lists have one entry per finished epoch.
-
-    Attributes:
-        optimizer: the name of its arm.
-        lr: learning rate at the start; it falls linearly to 0.
-        clip: bound of the gradient's norm, or None.
-        loss_scale: the factor of the loss before `backward`.
-        status: "running", "finished", "target loss", "not finite" or "interrupted".
-        first_loss: of the first batch, before any step.
-        losses: mean training loss, without the factor.
-        accuracies: on the test rows, in percent.
-        grad_norms: smallest and largest norm of the gradient, before clipping.
-    """
-
-    optimizer: str
-    lr: float
-    clip: float | None
-    loss_scale: float
-    status: str = "running"
-    first_loss: float = math.nan
-    losses: list[float] = field(default_factory=list)
-    accuracies: list[float] = field(default_factory=list)
-    grad_norms: list[float] = field(default_factory=list)
-
-
-@dataclass
-class Results:
-    """The runs of both experiments, unfinished ones included."""
-
-    exploding: list[Run] = field(default_factory=list)
-    loss_scale: list[Run] = field(default_factory=list)
 
 
 def train(
@@ -248,7 +192,7 @@ def demo(
 ) -> int:
     """Train, print the tables and write the JSON and the PNG, after Ctrl-C too.
 
-    Until all is done the finished runs are in a file, for `demo_resume.finished_runs`.
+    Until all is done the finished runs are in a file, for `resume.finished_runs`.
 
     Args:
         settings: what to train.
