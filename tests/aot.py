@@ -130,7 +130,7 @@ def load_kernels(folder: Path) -> dict[str, Any]:
     names = {
         "statistics": "device.measure", "publish": "device.factors", "update": "device.update",
         "single": "device.single_launch", "columns": "device.columns", "rates": "device.rates",
-        "architectures": "devices", "tables": "tables",
+        "devices": "devices", "tables": "tables",
     }  # fmt: skip
     return {
         part: importlib.import_module(f"{package.__name__}.{name}") for part, name in names.items()
@@ -181,14 +181,14 @@ def run(folder: Path, case: Case) -> tuple[Case, Report | None, list[str]]:
     modules = load_kernels(folder)
     begin = time.perf_counter()
     try:
-        row = modules["architectures"].TABLE[case.target]
+        row = modules["devices"].TABLE[case.target]
         tuning = dataclasses.replace(row.tuning, wide=case.wide)
         compiled = build(case, tuning, modules)
     except Exception as error:  # whatever the compiler raises is this case's failure
         return case, None, [f"does not compile: {str(error).splitlines()[-1]}"]
     seconds = time.perf_counter() - begin
     report = inspect(compiled, TARGETS[case.target].backend, seconds)
-    return case, report, report.complaints(case, modules["architectures"].RELEASES_WAIT_FROM)
+    return case, report, report.complaints(case, modules["devices"].RELEASES_WAIT_FROM)
 
 
 def widths_text(widths: Counter[int]) -> str:

@@ -1,6 +1,6 @@
 """Parameters narrower than the arithmetic: float32 masters, and stochastic rounding.
 
-The eager twin of ``kernels/rounding.py``. Three ways to keep what a bfloat16 or float16 parameter
+The eager twin of ``kernels/device/rounding.py``. Three ways to keep what a bfloat16 or float16 parameter
 would lose of a small step:
 
 * a remainder: the parameter is the upper half of its float32 master, rounded to nearest, and an

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -85,3 +86,12 @@ def test_both_commands_stand_on_lines_of_their_own() -> None:
     assert (
         f"{setup} '.[test]' && .venv/bin/python -m pytest -q -n auto --dist loadfile" in lines[:40]
     )
+
+
+@pytest.mark.skipif(not (ROOT / "bngd_triton").is_dir(), reason="pages link to the whole checkout")
+@pytest.mark.parametrize("page", sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]), ids=str)
+def test_files_that_a_page_links_to_exist(page: Path) -> None:
+    links = re.findall(r"\]\((?!http)([^)#\s]+)", page.read_text())
+    # `compiled[grid](...)` is code
+    missing = [link for link in links if link != "..." and not (page.parent / link).exists()]
+    assert missing == []

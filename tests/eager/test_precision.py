@@ -24,7 +24,7 @@ LOWER = torch.tensor([0, 1, 0x0FFF, 0x1000, 0x7FFF, 0x8000, 0x8001, 0xFFFF])
 # hashes that never and always round up, and some between
 HASHES = torch.tensor([0, 0xFFFFFFFF, 0x7FFFFFFF, 0x80000000, 0x12345678])
 
-# the kinds of storage of kernels/rounding.py: parameter, master
+# the kinds of storage of kernels/device/rounding.py: parameter, master
 KINDS: dict[str, tuple[torch.dtype, torch.dtype | None, Any]] = {
     "remainder": (BFLOAT16, torch.int16, kernels.REMAINDER),
     "float16 master": (FLOAT16, FLOAT32, kernels.MASTER_COPY),

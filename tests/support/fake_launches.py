@@ -1,6 +1,6 @@
 """Launch twice without a GPU, by a driver that notes what reaches its launch function.
 
-    python tests/launched.py cuda|hip
+    python tests/support/fake_launches.py cuda|hip
 
 Not in the interpreter, whose kernels are of another kind: `test_launched.py` runs this in a process
 of its own. The launchers are Triton's; only what would call the driver's library is replaced.
