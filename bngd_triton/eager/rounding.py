@@ -1,7 +1,7 @@
 """Parameters narrower than the arithmetic: float32 masters, and stochastic rounding.
 
-The eager twin of ``kernels/device/rounding.py``. Three ways to keep what a bfloat16 or float16 parameter
-would lose of a small step:
+The eager twin of ``kernels/device/rounding.py``. Three ways to keep what a bfloat16 or float16
+parameter would lose of a small step:
 
 * a remainder: the parameter is the upper half of its float32 master, rounded to nearest, and an
   int16 tensor holds the rest: ``master bits = (parameter bits << 16) + remainder``. A tie rounds
