@@ -62,7 +62,7 @@ def oracle_step(
     stepped = [i for i, grad in enumerate(grads) if grad is not None]
     # each slice: the parameters it spans, and its rows in them
     slices: list[list[tuple[int, int | None]]] = []
-    if granularity == "global":
+    if granularity == "global" and stepped:
         slices.append([(i, None) for i in stepped])
     for i in stepped if granularity != "global" else []:
         by_row = granularity == "row" and params[i].dim() >= 2
