@@ -41,9 +41,9 @@ SIMPLE_KERNELS: dict[str, tuple[str, dict[str, Any], int]] = {
 BUDGETS = {
     "update": (48, 56),
     "lanes": (80, 80),
-    "lanes+tiles": (96, 160),
+    "lanes+tiles": (96, 168),
     "stream": (80, 88),
-    "stream+tiles": (112, 160),
+    "stream+tiles": (112, 168),
     "column_moments": (56, 56),
     "standardize": (80, 80),
     "publish": (64, 64),
