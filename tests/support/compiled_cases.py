@@ -59,7 +59,11 @@ BUDGETS = {
 OTHER_BUDGETS: dict[tuple[int, ...], dict[str, tuple[int, int]]] = {
     (3, 6): {"single lanes": (128, 144)},
     (3, 8): {"lanes": (88, 88)},
-    (3, 9): {"single lanes+tiles": (168, 240), "single stream+tiles": (168, 248)},
+    (3, 9): {
+        "lanes": (88, 88),
+        "single lanes+tiles": (168, 240),
+        "single stream+tiles": (168, 248),
+    },
 }
 # more where parameters have a master or are rounded stochastically, or with micro-batches
 MASTER_REGISTERS = 24
