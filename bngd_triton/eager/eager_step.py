@@ -5,9 +5,8 @@ The eager twin of ``kernels/fused_step.py``.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterator, Sequence
-from itertools import islice, repeat
+from itertools import chain, islice, repeat
 from typing import Any
 
 import torch
@@ -218,14 +217,14 @@ def _update(
     all_move = on_cpu and bool((factors.valid & factors.moves).all())
     if on_cpu and factors.more is not None and bool((factors.more == 1.0).all()):
         factors = factors._replace(more=None)
+    sizes = [run.rows_of_blocks() for run in runs]
     if len(factors.inverse) == 1:
         of_block: Iterator[Factors] = repeat(factors)
     else:
-        of_block = factors.split([rows for run in runs for rows in run.rows_of_blocks()])
-    for run, tensors, new in zip(runs, lists, grads):
-        of_run = islice(of_block, len(run.rows_of_blocks()))
+        of_block = factors.split(list(chain.from_iterable(sizes)))
+    for run, rows_of_run, tensors, new in zip(runs, sizes, lists, grads):
+        of_run = list(islice(of_block, len(rows_of_run)))
         if not run.columns:
-            deque(of_run, 0)
             continue
         of_part = (rows for rows in of_run for _ in range(run.parts))
         stochastic = closing and rounds_stochastically(tensors[0].param, options)
