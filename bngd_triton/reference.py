@@ -152,8 +152,9 @@ def normalize_gradient(
         wide = torch.promote_types(grad.dtype, torch.float32)
         factors = factors_from(moments(values), options, share, wide)
         ghat = normalize(values, factors, options)
-        kept = ghat if nonfinite != "skip" else torch.where(factors.valid, ghat, 0.0)
-        out.copy_(kept.view(grad.shape))
+        if nonfinite == "skip" and factors.valid is not None:
+            ghat = torch.where(factors.valid, ghat, 0.0)
+        out.copy_(ghat.view(grad.shape))
     return out
 
 
