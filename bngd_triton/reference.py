@@ -32,7 +32,14 @@ from .eager.eager_step import apply_
 from .eager.factors import factors_from
 from .eager.moments import moments
 from .eager.update import normalize
-from .options import Options, StepOptions, functional_options
+from .options import (
+    Granularity,
+    Nonfinite,
+    Normalizer,
+    Options,
+    StepOptions,
+    functional_options,
+)  # fmt: skip
 from .records import (
     functional_inputs,
     functional_tensors,
@@ -109,11 +116,11 @@ def normalize_gradient(
     grad: Tensor,
     *,
     eps: float = 1e-8,
-    granularity: str = "tensor",
-    normalizer: str = "zscore",
+    granularity: Granularity = "tensor",
+    normalizer: Normalizer = "zscore",
     centering: float = 1.0,
     center_1d: bool = False,
-    nonfinite: str = "propagate",
+    nonfinite: Nonfinite = "propagate",
     maximize: bool = False,
 ) -> Tensor:
     """The normalised gradient ``ghat`` of one tensor; the options are those of `step_`.

@@ -1,1 +1,1 @@
-"""How well optimizers train: ten small tasks without a download, each optimizer at its best rate."""
+"""How well optimizers train: ten small tasks, each optimizer at its best rate."""
