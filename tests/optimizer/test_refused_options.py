@@ -185,15 +185,10 @@ def test_options_by_position_are_refused() -> None:
 
 
 @pytest.mark.parametrize("name", ["weightdecay", "weight_decays", "granularty", "LR", "centring"])
-@pytest.mark.parametrize("way", ["constructor", "add_param_group"])
-def test_a_key_that_is_nearly_an_options_name_is_refused(name: str, way: str) -> None:
+def test_a_key_that_is_nearly_an_options_name_is_refused(name: str) -> None:
     params = make_params(torch.device("cpu"))
-    group = {"params": params[:1], name: 0.5}
     with pytest.raises(ValueError, match=f"the key '{name}', which BNGD would not follow"):
-        if way == "constructor":
-            BNGD([group])
-        else:
-            BNGD(params[1:]).add_param_group(group)
+        BNGD([{"params": params, name: 0.5}])
     # what schedules and libraries put into groups is left alone
     theirs = ("initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum", "lr_scale", "name")
     BNGD([{"params": params, **dict.fromkeys(theirs, 0.5)}])
