@@ -256,4 +256,4 @@ def _tile_shape(entry: Entry, aligned: bool, tuning: Tuning) -> int | None:
     """
     if entry.shared is not None or (aligned and entry.length % entry.granule):
         return None
-    return tuning.tile_shape(entry.length)
+    return tuning.tile_shape(entry.length, aligned)

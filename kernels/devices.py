@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from .tables import SHAPES_OF_TILES
+from .tables import SHAPES_OF_TILES, UNALIGNED_SHAPE
 
 
 @dataclass(frozen=True)
@@ -61,11 +61,11 @@ class Tuning:
     wave: int = 8 << 20
     programs_per_sm: int = 4
 
-    def tile_shape(self, length: int) -> int | None:
-        """The shape of a tile of rows of this length: the first that holds no more than `tile`."""
-        return next(
-            (i for i, rows in enumerate(SHAPES_OF_TILES) if length * rows <= self.tile), None
-        )
+    def tile_shape(self, length: int, aligned: bool) -> int | None:
+        """The shape of tiles of rows of this length: the most of them that `tile` holds."""
+        least = 0 if aligned else UNALIGNED_SHAPE
+        shapes = range(least, len(SHAPES_OF_TILES))
+        return next((i for i in shapes if length * SHAPES_OF_TILES[i] <= self.tile), None)
 
 
 def gpu_tuning(*, wide: bool, wave: int) -> Tuning:

@@ -24,7 +24,10 @@ CHUNK_COLUMNS = 4
 # `SHAPES_OF_TILES`, which says how many rows share a program
 TILE_TENSOR, TILE_ROWS, TILE_FIRST_ROW, TILE_LISTED, TILE_LONGEST, TILE_SHAPE = range(6)
 TILE_COLUMNS = 6
-SHAPES_OF_TILES = (32, 8, 2, 1)
+SHAPES_OF_TILES = (32, 8, 4, 2, 1)
+# the first shape whose rows have a warp each: tiles that are not aligned take no other, since their
+# accesses are of one element, and a thread would have elements of several rows
+UNALIGNED_SHAPE = 2
 
 # tensors of a batch, int64, for tiles: entries of a row, see `coded`, addresses or 0
 ROW_LENGTH, ROW_CODED, ROW_RECORD, ROW_WINDOW = range(4)

@@ -106,7 +106,7 @@ def row_moments(
     ``longest`` is the greatest length. A row without values counts one, of mean 0.
     """
     c = tl.arange(0, COLUMNS)[None, :]
-    like = tl.load(grad, mask=length > 0, other=0.0)
+    like = tl.load(grad, mask=length > 0, other=0.0)[:, None]
     first = like.to(tl.float64)
     total = tl.zeros((grad.shape[0], COLUMNS), tl.float64)
     squares = total
@@ -121,15 +121,16 @@ def row_moments(
             if ALIGNED:
                 values = tl.multiple_of(values, (16, 16))
             live = u * COLUMNS + c < left
-            x = tl.load(values, mask=live, other=like[:, None], eviction_policy="evict_last")
+            x = tl.load(values, mask=live, other=like, eviction_policy="evict_last")
             rows = rows + (x,)  # noqa: RUF005
         for u in tl.static_range(UNROLL):
-            away = rows[u].to(tl.float64) - first[:, None]
+            away = rows[u].to(tl.float64) - first
             total += away
             squares = tl.fma(away, away, squares)
         i += UNROLL * COLUMNS
     n = tl.maximum(length, 1).to(tl.float64)
-    mean, m2 = shifted(first, n, tl.sum(total, 1), tl.sum(squares, 1))
+    # a sum of one: with a second view of what was loaded, Triton 3.7.1 fails to compile for gfx942
+    mean, m2 = shifted(tl.sum(first, 1), n, tl.sum(total, 1), tl.sum(squares, 1))
     return n, mean, m2
 
 

@@ -18,7 +18,7 @@ from .tables import (  # isort: skip
     BUFFERED, CLOSING, FRESH, MASTER_COPY, OPTION_COLUMNS, RECORD_COLUMNS,
     REMAINDER, ROW_CODED, ROW_COLUMNS, ROW_LENGTH, ROW_RECORD, ROW_WINDOW, STOCHASTIC,
     TILE_COLUMNS, TILE_FIRST_ROW, TILE_LISTED, TILE_LONGEST, TILE_ROWS, TILE_SHAPE, SHAPES_OF_TILES,
-    TILE_TENSOR,
+    TILE_TENSOR, UNALIGNED_SHAPE,
 )  # fmt: skip
 from .update import bounded, normalize, update_, update_options
 
@@ -165,7 +165,7 @@ def _tiles_kernel(
 ):  # fmt: skip
     row = tiles_ptr + tl.program_id(0).to(tl.int64) * TILE_COLUMNS
     shape = tl.load(row + TILE_SHAPE)
-    for i in tl.static_range(4):
+    for i in tl.static_range(0 if ALIGNED else UNALIGNED_SHAPE, 5):
         if shape == i:
             _tile(
                 row, rows_ptr, options_ptr, clocks_ptr, scale_ptr, found_ptr, grad_ptrs,

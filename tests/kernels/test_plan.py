@@ -76,7 +76,7 @@ def test_shape_of_a_plan(device: torch.device) -> None:
             assert covered == {"spans": sizes, "chunks": sizes}
 
 
-# as many rows as make 8192 entries, 32, 8, 2 or one: first tensor, rows, first row, whether every
+# as many rows as make 8192 entries, 32, 8, 4, 2 or one: first tensor, rows, first row, whether each
 # row is a tensor, the longest row, the shape
 TILES = {
     "300 tensors of 16": (
@@ -88,14 +88,15 @@ TILES = {
     "tensors of three lengths": (
         [(256,), (64,), (4096,), (8,)],
         1,
-        [[0, 3, 0, 1, 256, 0], [3, 1, 0, 1, 4096, 2]],
+        [[0, 3, 0, 1, 256, 0], [3, 1, 0, 1, 4096, 3]],
     ),
+    "3 rows of 1100": ([(3, 1100)], 3, [[0, 3, 0, 0, 1100, 2]]),
     "70 rows of 16": (
         [(70, 16)],
         70,
         [[0, 32, 0, 0, 16, 0], [0, 32, 32, 0, 16, 0], [0, 6, 64, 0, 16, 0]],
     ),
-    "3 rows of 4100": ([(3, 4100)], 3, [[0, 1, row, 0, 4100, 3] for row in range(3)]),
+    "3 rows of 4100": ([(3, 4100)], 3, [[0, 1, row, 0, 4100, 4] for row in range(3)]),
 }
 
 

@@ -60,10 +60,10 @@ OTHER_BUDGETS: dict[tuple[int, ...], dict[str, tuple[int, int]]] = {
 # more where parameters have a master or are rounded stochastically, or with micro-batches
 MASTER_REGISTERS = 24
 # the update reads again what statistics load: evict_last on each row of a trip and on the rest
-READ_AGAIN = {"lanes": 5, "stream": 1, "tiles": 8}
+READ_AGAIN = {"lanes": 5, "stream": 1}
 # nothing reads again what moves: evict_first on the loads of gradient, parameter and momentum and
 # on the stores of the last two; once for each shape of a tile, or in the update's loop and after it
-MOVED = {"tiles": 4, "update": 2, "single": 2}
+MOVED = {"update": 2, "single": 2}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,9 +104,13 @@ class Case:
     @property
     def hints(self) -> Counter[str]:
         """How many accesses ask for which eviction policy."""
+        # a tile's shapes: all five, or the last three
+        shapes = 5 if self.aligned else 3
         parts = self.variant.split()
         again = sum(READ_AGAIN.get(part, 0) for part in parts)
         moved = sum(MOVED.get(part, 0) for part in parts)
+        if self.kernel == "tiles":
+            again, moved = 2 * shapes, shapes
         master = self.master in ("remainder", "master")
         wanted = {
             "load evict_last": again,

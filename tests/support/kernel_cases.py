@@ -13,7 +13,7 @@ from bngd_triton.kernels.support import interpreting
 
 # small work items, so that small tensors have several spans, chunks and merges;
 # rows of up to 256 entries are tiles, but aligned ones whose length would cut a 16-byte access:
-# 32 of 8, 8 of 32, 2 of 128, or one, of which so many entries are 4 trips
+# 32 of 8, 8 of 32, 4 of 64, 2 of 128, or one, of which so many entries are 4 trips
 SMALL = {
     "block": 32,
     "unroll": 2,
