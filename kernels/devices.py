@@ -40,7 +40,7 @@ class Tuning:
         wave: most bytes of gradient in a wave of the single launch; see `devices.wave_for`.
             Programs wait where two waves have fewer spans than there are programs: 8 MiB are 256
             spans of 8192 float32, and an H200 runs 528 programs.
-        programs_per_sm: of the single launch; 4 fit the registers of an SM, 3 with tiles.
+        programs_per_sm: of the single launch; 6 or 7 fit the registers of an SM.
     """
 
     wide: bool = True
