@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import fields
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Tensor
@@ -13,7 +13,8 @@ from torch.optim import Optimizer
 from .clocks import Clocks
 from .engine.groups import check_joining, flatten_groups
 from .engine.step import Stepper, closing_of, prepare_state
-from .options import Options, check_own
+from .foreign import check_own, refuse_arguments
+from .options import Granularity, MasterWeights, Nonfinite, Normalizer, Options
 from .records import StepInputs
 from .standstill import Standstill
 from .state import GradStats, Records, grad_stats
@@ -23,7 +24,12 @@ from .state_dicts import (
     loading,
     parameter_names,
 )
+from .summed_gradients import SummedGradients
 from .tensors import lasting
+
+if TYPE_CHECKING:
+    # typing has it from Python 3.11 on; a checker then refuses any argument there
+    from typing_extensions import Never
 
 
 class BNGD(Optimizer):
@@ -114,23 +120,25 @@ class BNGD(Optimizer):
         params: Iterable[Any],
         lr: float | Tensor = 1e-3,
         momentum: float = 0.9,
-        *,
+        *surplus: Never,
         nesterov: bool = False,
         weight_decay: float = 0.0,
         eps: float = 1e-8,
-        granularity: str = "tensor",
-        normalizer: str = "zscore",
+        granularity: Granularity = "tensor",
+        normalizer: Normalizer = "zscore",
         centering: float = 1.0,
         center_1d: bool = False,
-        nonfinite: str = "skip",
+        nonfinite: Nonfinite = "skip",
         maximize: bool = False,
-        master_weights: str | None = "split",
+        master_weights: MasterWeights | None = "split",
         momentum_dtype: torch.dtype | None = None,
         accumulation_steps: int = 1,
         seed: int = 0,
         flatten: bool | None = None,
         fused: bool | None = None,
+        **foreign: Never,
     ) -> None:
+        refuse_arguments(surplus, foreign)
         options = Options(
             lr=lr, momentum=momentum, nesterov=nesterov, weight_decay=weight_decay, eps=eps,
             granularity=granularity, normalizer=normalizer, centering=centering,
@@ -260,6 +268,7 @@ class BNGD(Optimizer):
         return StepInputs(closing, self._clocks, scale, found)
 
     def _count_micro_batch(self) -> None:
+        self._summed.look(self.param_groups)
         closing = closing_of(self.param_groups)
         for group, closed in zip(self.param_groups, closing):
             if group["accumulation_steps"] > 1:
@@ -324,6 +333,7 @@ class BNGD(Optimizer):
         """Drop what can be made again; it holds addresses and must not be copied or saved."""
         self._stepper = Stepper()
         self._standstill = Standstill()
+        self._summed = SummedGradients()
         self._clocks = Clocks()
 
     def __getstate__(self) -> dict[str, Any]:

@@ -8,15 +8,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from operator import is_, itemgetter
-from typing import Any, NamedTuple, TypedDict, TypeGuard
+from typing import Any, Literal, NamedTuple, TypedDict, TypeGuard, get_args
 
 import torch
 from torch import Tensor
 
-GRANULARITIES = ("tensor", "row", "global")
-NORMALIZERS = ("zscore", "cdf")
-NONFINITE = ("skip", "propagate", "raise")
-MASTER_WEIGHTS = ("split", "stochastic", None)
+Granularity = Literal["tensor", "row", "global"]
+Normalizer = Literal["zscore", "cdf"]
+Nonfinite = Literal["skip", "propagate", "raise"]
+MasterWeights = Literal["split", "stochastic"]
+GRANULARITIES = get_args(Granularity)
+NORMALIZERS = get_args(Normalizer)
+NONFINITE = get_args(Nonfinite)
+MASTER_WEIGHTS = (*get_args(MasterWeights), None)
 
 
 class Layout(NamedTuple):
@@ -26,11 +30,11 @@ class Layout(NamedTuple):
     windows.
     """
 
-    granularity: str
+    granularity: Granularity
     center_1d: bool
     momentum: bool
     accumulation_steps: bool
-    master_weights: str | None
+    master_weights: MasterWeights | None
     seed: int
 
 
@@ -47,13 +51,13 @@ class Options:
     nesterov: bool = False
     weight_decay: float = 0.0
     eps: float = 1e-8
-    granularity: str = "tensor"
-    normalizer: str = "zscore"
+    granularity: Granularity = "tensor"
+    normalizer: Normalizer = "zscore"
     centering: float = 1.0
     center_1d: bool = False
-    nonfinite: str = "skip"
+    nonfinite: Nonfinite = "skip"
     maximize: bool = False
-    master_weights: str | None = "split"
+    master_weights: MasterWeights | None = "split"
     momentum_dtype: torch.dtype | None = None
     accumulation_steps: int = 1
     seed: int = 0
@@ -83,12 +87,24 @@ class Options:
         _one_of("momentum_dtype", self.momentum_dtype, (None, torch.float32, torch.bfloat16))
         self._set("accumulation_steps", _count("accumulation_steps", self.accumulation_steps, 1))
         self._set("seed", _count("seed", self.seed, 0))
+        self._check_decay()
         if self.nesterov and not self.momentum > 0:
             raise ValueError(f"nesterov needs momentum > 0, got momentum={self.momentum}")
         if self.nesterov and self.accumulation_steps > 1:
             raise ValueError(
                 "nesterov needs accumulation_steps=1, since it looks ahead of a whole step; got "
                 f"accumulation_steps={self.accumulation_steps}"
+            )
+
+    def _check_decay(self) -> None:
+        """Where the factor of the parameters is read without waiting for a device."""
+        if not self.weight_decay or on_a_device(self.lr):
+            return
+        lr, decay = float(self.lr), self.weight_decay
+        if lr * decay >= 1:
+            raise ValueError(
+                "lr * weight_decay must be < 1, since a step multiplies parameters by 1 - lr * "
+                f"weight_decay; got lr={lr:g} and weight_decay={decay:g}"
             )
 
     def _set(self, name: str, value: float | int) -> None:
@@ -104,6 +120,7 @@ class Options:
         made = object.__new__(Options)
         made.__dict__.update(self.__dict__)
         made._set("lr", _bounded("lr", lr, 0.0))
+        made._check_decay()
         return made
 
     def centres(self, ndim: int) -> bool:
@@ -136,11 +153,11 @@ class StepOptions(TypedDict, total=False):
     nesterov: bool
     weight_decay: float
     eps: float
-    granularity: str
-    normalizer: str
+    granularity: Granularity
+    normalizer: Normalizer
     centering: float
     center_1d: bool
-    nonfinite: str
+    nonfinite: Nonfinite
     maximize: bool
     accumulation_steps: int
 
@@ -157,34 +174,12 @@ def functional_options(lr: float | Tensor, rounding_key: int | None, given: Step
             f"a functional step has no option {', '.join(unknown)}; it takes "
             f"{', '.join(StepOptions.__annotations__)}"
         )
-    master_weights = None if rounding_key is None else "stochastic"
+    master_weights: MasterWeights | None = None if rounding_key is None else "stochastic"
     return Options(lr=lr, master_weights=master_weights, **given)
 
 
 _RATE = itemgetter("lr")
 _REST = itemgetter(*(field.name for field in fields(Options) if field.name != "lr"))
-
-
-# of these every optimizer of torch has one in its groups, and BNGD has none
-FOREIGN = {
-    "amsgrad", "betas", "capturable", "dampening", "differentiable", "foreach", "max_iter",
-    "ns_steps",
-}  # fmt: skip
-
-
-def check_own(group: dict[str, Any], index: int) -> None:
-    """Refuse a group with another optimizer's options, which no step would follow.
-
-    Raises:
-        ValueError: names them, and the way out.
-    """
-    foreign = sorted(FOREIGN & group.keys())
-    if foreign:
-        raise ValueError(
-            f"param_groups[{index}] has options of another optimizer: {', '.join(foreign)}; BNGD "
-            "would not follow them, and its lr is in other units. Give parameters and options of "
-            'its own: BNGD([{"params": group["params"], "lr": ...} for group in param_groups])'
-        )
 
 
 class OptionsReader:

@@ -32,7 +32,14 @@ from .eager.eager_step import apply_
 from .eager.factors import factors_from
 from .eager.moments import moments
 from .eager.update import normalize
-from .options import Options, StepOptions, functional_options
+from .options import (
+    Granularity,
+    Nonfinite,
+    Normalizer,
+    Options,
+    StepOptions,
+    functional_options,
+)  # fmt: skip
 from .records import (
     functional_inputs,
     functional_tensors,
@@ -109,11 +116,11 @@ def normalize_gradient(
     grad: Tensor,
     *,
     eps: float = 1e-8,
-    granularity: str = "tensor",
-    normalizer: str = "zscore",
+    granularity: Granularity = "tensor",
+    normalizer: Normalizer = "zscore",
     centering: float = 1.0,
     center_1d: bool = False,
-    nonfinite: str = "propagate",
+    nonfinite: Nonfinite = "propagate",
     maximize: bool = False,
 ) -> Tensor:
     """The normalised gradient ``ghat`` of one tensor; the options are those of `step_`.
@@ -152,8 +159,9 @@ def normalize_gradient(
         wide = torch.promote_types(grad.dtype, torch.float32)
         factors = factors_from(moments(values), options, share, wide)
         ghat = normalize(values, factors, options)
-        kept = ghat if nonfinite != "skip" else torch.where(factors.valid, ghat, 0.0)
-        out.copy_(kept.view(grad.shape))
+        if nonfinite == "skip" and factors.valid is not None:
+            ghat = torch.where(factors.valid, ghat, 0.0)
+        out.copy_(ghat.view(grad.shape))
     return out
 
 

@@ -9,7 +9,14 @@ import torch
 from torch import Tensor
 
 from ..checks import check_float, check_masters, check_step, check_tensors
-from ..options import Options, StepOptions, functional_options
+from ..options import (
+    Granularity,
+    Nonfinite,
+    Normalizer,
+    Options,
+    StepOptions,
+    functional_options,
+)  # fmt: skip
 from ..records import (
     MEAN,
     STD,
@@ -108,11 +115,11 @@ def fused_normalize_gradient(
     grad: Tensor,
     *,
     eps: float = 1e-8,
-    granularity: str = "tensor",
-    normalizer: str = "zscore",
+    granularity: Granularity = "tensor",
+    normalizer: Normalizer = "zscore",
     centering: float = 1.0,
     center_1d: bool = False,
-    nonfinite: str = "propagate",
+    nonfinite: Nonfinite = "propagate",
     maximize: bool = False,
 ) -> Tensor:
     """The normalised gradient of one tensor; the twin of `reference.normalize_gradient`.
@@ -159,7 +166,7 @@ class SegmentStatistics(NamedTuple):
 
 @torch.no_grad()
 def segment_statistics(
-    tensors: Sequence[Tensor], *, granularity: str = "tensor", tuning: Tuning | None = None
+    tensors: Sequence[Tensor], *, granularity: Granularity = "tensor", tuning: Tuning | None = None
 ) -> SegmentStatistics:
     """Entries, mean and population standard deviation of every slice, in one launch per dtype.
 

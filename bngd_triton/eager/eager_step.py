@@ -96,9 +96,8 @@ class EagerStep:
                     _keep(owners, seen)
                     first = factors if together else None
                 else:
-                    factors = factors._replace(
-                        valid=first.valid, beta=first.beta.to(dtype), moves=first.moves
-                    )
+                    beta = None if first.beta is None else first.beta.to(dtype)
+                    factors = factors._replace(valid=first.valid, beta=beta, moves=first.moves)
             _update(runs, lists, new, factors, options, inputs, scratch)
 
     def _note(self, family: int, owners: Sequence[StepTensor], rows: Tensor) -> None:
@@ -107,8 +106,10 @@ class EagerStep:
             self._notes[family] = _homes([owner.record for owner in owners])
         parts = rows.split([len(places) for _, places in self._notes[family]])
         for (home, places), part in zip(self._notes[family], parts):
-            part[:, SKIPPED] += home.index_select(0, places)[:, SKIPPED]
-            home.index_copy_(0, places, part)
+            columns = part.shape[1]
+            if columns > SKIPPED:
+                part[:, SKIPPED] += home.index_select(0, places)[:, SKIPPED]
+            home[:, :columns].index_copy_(0, places, part)
 
 
 def apply_(
@@ -212,11 +213,6 @@ def _update(
     constants = Constants.of(options, factors.inverse.dtype)
     group, device = lists[0][0].group, factors.inverse.device
     closing = inputs.closing[group]
-    # known on the CPU alone: a GPU is not waited for
-    on_cpu = device.type == "cpu"
-    all_move = on_cpu and bool((factors.valid & factors.moves).all())
-    if on_cpu and factors.more is not None and bool((factors.more == 1.0).all()):
-        factors = factors._replace(more=None)
     sizes = [run.rows_of_blocks() for run in runs]
     if len(factors.inverse) == 1:
         of_block: Iterator[Factors] = repeat(factors)
@@ -235,8 +231,8 @@ def _update(
                 _blocks(run, stack, of_stack, clock, scratch), of_part
             ):
                 update_(
-                    block, rows, constants, options, closing=closing, all_move=all_move,
-                    hashed=hashed, scratch=scratch,
+                    block, rows, constants, options, closing=closing, hashed=hashed,
+                    scratch=scratch,
                 )  # fmt: skip
 
 

@@ -29,14 +29,14 @@ class Factors(NamedTuple):
 
     Attributes:
         up: see above, like the next four.
-        more: see above; None where it is known to be 1.
+        more: see above; None where all are known to be 1.
         high: see above.
         low: see above.
         inverse: see above.
         uniform: which slices have no spread.
-        valid: whether ghat enters momentum.
-        beta: the weight of momentum's past.
-        moves: whether the slice moves.
+        valid: whether ghat enters momentum; None where it is known to, of every slice.
+        beta: the weight of momentum's past; None is the group's `momentum`.
+        moves: whether the slice moves; None where all are known to.
     """
 
     up: Tensor
@@ -45,9 +45,9 @@ class Factors(NamedTuple):
     low: Tensor
     inverse: Tensor
     uniform: Tensor
-    valid: Tensor
-    beta: Tensor
-    moves: Tensor
+    valid: Tensor | None
+    beta: Tensor | None
+    moves: Tensor | None
 
     def split(self, rows: list[int]) -> Iterator[Factors]:
         """The factors of so many slices, one after the other."""
@@ -74,7 +74,9 @@ def factors_from(
     """
     mean, variance = found.mean, found.m2 / found.n
     uniform = variance.sqrt() <= UNIFORM * mean.abs()
-    removed = (torch.zeros_like(mean) + centering).masked_fill(uniform, 0.0)
+    if not isinstance(centering, Tensor):
+        centering = torch.full_like(mean, centering)
+    removed = centering.masked_fill(uniform, 0.0)
     kept = (1 - removed) * mean
     eps: float | Tensor = options.eps
     if grad_scale is not None:
@@ -89,24 +91,33 @@ def factors_from(
     limit = 1022 if dtype is torch.float64 else 126
     total = exponent + found.exponent
     up = total.clamp(-limit, limit)
-    more = (total - up).clamp(-limit, limit)
+    more = None
+    if _partial(total == up) is not None:
+        more = power_of_two((total - up).clamp(-limit, limit)).to(dtype)
     scale = power_of_two(exponent.clamp(-1022, 1022))
     center = removed * mean * scale
     high = center.to(dtype)
     sign = -1.0 if options.maximize else 1.0
     inverse = torch.where(zero, 0.0, sign / (divisor * scale))
-    finite = torch.isfinite(mean) & torch.isfinite(found.m2)
+    # one that is not finite makes the sum so
+    finite = torch.isfinite(mean + found.m2)
+    valid = _partial(finite)
     return Factors(
         up=power_of_two(up).to(dtype),
-        more=power_of_two(more).to(dtype),
+        more=more,
         high=high,
         low=(center - high.double()).to(dtype),
         inverse=inverse.to(dtype),
         uniform=uniform,
-        valid=finite,
-        beta=torch.full_like(inverse, options.momentum, dtype=dtype),
-        moves=finite,
+        valid=valid,
+        beta=None,
+        moves=valid,
     )
+
+
+def _partial(mask: Tensor) -> Tensor | None:
+    """A mask; None where it is known to hold for every slice. A GPU is not waited for."""
+    return None if mask.device.type == "cpu" and bool(mask.all()) else mask
 
 
 def admit(
@@ -128,25 +139,25 @@ def admit(
     Returns:
         The factors, and `seen` after this micro-batch.
     """
-    valid = factors.valid
-    if options.nonfinite == "propagate":
-        valid = torch.ones_like(valid)
+    valid = None if options.nonfinite == "propagate" else factors.valid
     if found_inf is not None:
         # a sum over devices, so anything but 0
-        valid = valid & (found_inf.to(valid.device).reshape(()) == 0)
+        clean = found_inf.to(factors.uniform.device).reshape(()) == 0
+        valid = _partial(clean.expand_as(factors.uniform) if valid is None else valid & clean)
     if seen is None:
         return factors._replace(valid=valid, moves=valid), None
     # the first valid micro-batch decays; where none was, nothing moves
-    beta = torch.where(seen, 1.0, factors.beta)
-    moves = seen | valid
-    return factors._replace(valid=valid, beta=beta, moves=moves), moves & (not closing)
+    past = torch.full_like(factors.inverse, options.momentum)
+    beta = torch.where(seen, 1.0, past)
+    now = torch.ones_like(seen) if valid is None else seen | valid
+    return factors._replace(valid=valid, beta=beta, moves=_partial(now)), now & (not closing)
 
 
 def closing_factors(seen: Tensor, dtype: torch.dtype) -> Factors:
     """For the end of a window without one more gradient: move by what momentum holds."""
     zero = torch.zeros_like(seen, dtype=dtype)
     none = torch.zeros_like(seen)
-    return Factors(zero, zero, zero, zero, zero, none, none, zero + 1, seen)
+    return Factors(zero, None, zero, zero, zero, none, none, zero + 1, seen)
 
 
 def rows_of_records(
@@ -155,7 +166,7 @@ def rows_of_records(
     """The statistics of the unscaled gradient, and 1 for a slice that an inf or a NaN left out.
 
     Returns:
-        float64 [slices, 3], see `records.RECORD`.
+        float64 [slices, 3], see `records.RECORD`; without the last column where it would be zeros.
     """
     mean, std = found.mean, (found.m2 / found.n).sqrt()
     if isinstance(found.exponent, Tensor):
@@ -164,8 +175,7 @@ def rows_of_records(
     if grad_scale is not None:
         scale = grad_scale.to(mean.device).double().reshape(())
         mean, std = mean / scale, std / scale
-    skipped = torch.zeros_like(mean)
-    if options.nonfinite != "propagate":
-        skipped = (~factors.valid).double()
-    columns = {MEAN: mean, STD: std, SKIPPED: skipped}
+    columns = {MEAN: mean, STD: std}
+    if factors.valid is not None and options.nonfinite != "propagate":
+        columns[SKIPPED] = (~factors.valid).double()
     return torch.cat([columns[i] for i in range(len(columns))], 1)

@@ -53,18 +53,14 @@ class Constants(NamedTuple):
     @classmethod
     def of(cls, options: Options, dtype: torch.dtype) -> Constants:
         """Products and differences are rounded once, here."""
-        lr = options.lr
+        lr, rest = options.lr, (options.momentum, options.fresh)
         if not isinstance(lr, Tensor):
-            # a tensor on the CPU is a number to every device
-            lr = torch.tensor(lr, dtype=torch.float64, device="cpu")
-        lr = lr.double()
-        decay = 1 - lr * options.weight_decay
-        rest = (options.momentum, options.fresh)
-        return cls(
-            lr.to(dtype),
-            decay.to(dtype),
-            *(torch.tensor(value, dtype=dtype, device="cpu") for value in rest),
-        )
+            # tensors on the CPU are numbers to every device
+            numbers = (lr, 1 - lr * options.weight_decay, *rest)
+            return cls(*torch.tensor(numbers, dtype=dtype, device="cpu").unbind())
+        decay = 1 - lr.double() * options.weight_decay
+        others = torch.tensor(rest, dtype=dtype, device="cpu").unbind()
+        return cls(lr.double().to(dtype), decay.to(dtype), *others)
 
 
 def update_(
@@ -74,7 +70,6 @@ def update_(
     options: Options,
     *,
     closing: bool,
-    all_move: bool,
     hashed: Tensor | None,
     scratch: Scratch,
 ) -> None:
@@ -86,36 +81,36 @@ def update_(
         constants: the group's options, in the dtype of the factors.
         options: the group's.
         closing: whether this is the last micro-batch of a window; the others move no parameter.
-        all_move: whether every slice is known to take part.
         hashed: random bits for each entry, for stochastic rounding.
         scratch: room for temporaries.
     """
     dtype = factors.inverse.dtype
     param, buffer = block.param, block.momentum
+    valid, moves = factors.valid, factors.moves
     # normalise
     if block.grad is None:
         ghat = torch.zeros_like(param, dtype=dtype)
     else:
         ghat = normalize(block.grad, factors, options, scratch)
-        if not all_move and options.accumulation_steps > 1:
-            ghat = torch.where(factors.valid, ghat, 0.0)
+        if valid is not None and options.accumulation_steps > 1:
+            ghat = torch.where(valid, ghat, 0.0)
     # momentum
     update = ghat
     if buffer is not None:
         new = ghat.mul_(constants.fresh)
-        in_place = all_move and buffer.dtype is dtype
+        stored = moves if closing else valid
+        in_place = stored is None and buffer.dtype is dtype
         moved = buffer if in_place else scratch.copy("momentum", buffer, dtype)
-        moved = moved.mul_(factors.beta).add_(new)
+        moved = moved.mul_(constants.momentum if factors.beta is None else factors.beta).add_(new)
         update = moved * constants.momentum + new if options.nesterov else moved
         if not in_place:
-            stored = factors.moves if closing else factors.valid
-            buffer.copy_(moved if all_move else torch.where(stored, moved, buffer.to(dtype)))
+            buffer.copy_(moved if stored is None else torch.where(stored, moved, buffer.to(dtype)))
     if not closing:
         return
     # update
     room = scratch.like("step", param, dtype)
     step = torch.mul(update, constants.lr, out=room)
-    if all_move and block.master is None and hashed is None and param.dtype is dtype:
+    if moves is None and block.master is None and hashed is None and param.dtype is dtype:
         if options.weight_decay:
             param.mul_(constants.decay)
         param.sub_(step)
@@ -123,7 +118,7 @@ def update_(
     old = widen(param, block.master)
     target = (old.to(dtype) * constants.decay).sub_(step)
     # store
-    kept = target if all_move else torch.where(factors.moves, target, old.to(dtype))
+    kept = target if moves is None else torch.where(moves, target, old.to(dtype))
     store_(param, block.master, kept, hashed)
 
 

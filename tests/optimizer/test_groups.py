@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from bngd_triton import BNGD
-from bngd_triton.options import FOREIGN
+from bngd_triton.foreign import FOREIGN
 from bngd_triton.state_dicts import COUNTS
 from bngd_triton.verify.oracle import oracle_step
 from support.paths import StepPath
@@ -247,7 +247,7 @@ def test_every_optimizer_of_torch_is_known_by_its_groups() -> None:
     for kind in vars(torch.optim).values():
         if isinstance(kind, type) and issubclass(kind, base) and kind is not base:
             (group,) = kind([torch.nn.Parameter(torch.ones(2, 2))], lr=0.1).param_groups
-            assert FOREIGN & group.keys(), kind
+            assert FOREIGN.keys() & group.keys(), kind
 
 
 @pytest.mark.parametrize("steps", [0, 3], ids=["first", "when_steps_repeat"])

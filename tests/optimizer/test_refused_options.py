@@ -84,6 +84,16 @@ BAD_OPTIONS = [
         r"nonfinite must be one of 'skip', 'propagate', 'raise', got 'ignore'",
     ),
     BadOption(
+        {"lr": 0.5, "weight_decay": 2.0},
+        ValueError,
+        r"lr \* weight_decay must be < 1.*got lr=0\.5 and weight_decay=2",
+    ),
+    BadOption(
+        {"lr": torch.tensor(0.5), "weight_decay": 3.0},
+        ValueError,
+        r"lr \* weight_decay must be < 1",
+    ),
+    BadOption(
         {"nesterov": True, "momentum": 0.0}, ValueError, r"nesterov needs momentum > 0, got .*0\.0"
     ),
 ]
@@ -132,6 +142,56 @@ def test_step_refuses_option_changed_since(bad: BadOption, steps: int, path: Ste
     with pytest.raises(bad.error, match=bad.match):
         optimizer.step()
     assert str(snapshot(optimizer, [*params, *more])) == str(before)
+
+
+@pytest.mark.parametrize("steps", [0, 1, 2])
+def test_a_rate_that_would_turn_parameters_round_is_refused(steps: int, path: StepPath) -> None:
+    params = make_params(path.device)
+    optimizer = BNGD(params, lr=1e-3, weight_decay=10.0, fused=path.fused)
+    take_steps(optimizer, params, range(steps))
+    set_grads(params, 9)
+    optimizer.param_groups[0]["lr"] = 0.1
+    before = snapshot(optimizer, params)
+    with pytest.raises(ValueError, match=r"lr \* weight_decay must be < 1"):
+        optimizer.step()
+    assert str(snapshot(optimizer, params)) == str(before)
+    optimizer.param_groups[0]["lr"] = 0.0999
+    optimizer.step()
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"betas": (0.9, 0.99)}, r"no option betas; write momentum=betas\[0\]"),
+        ({"foreach": True}, "no option foreach; leave it out"),
+        ({"capturable": True}, "no option capturable; leave it out"),
+        ({"dampening": 0.1}, "no option dampening; leave it out"),
+        ({"granularty": "row"}, r"no option granularty; did you mean granularity\?"),
+        ({"Momentum": 0.5}, r"no option Momentum; did you mean momentum\?"),
+        ({"rho": 0.5}, "no option rho; it has lr, momentum, nesterov"),
+    ],
+)
+def test_what_is_no_option_is_refused_with_what_to_write(
+    options: dict[str, Any], match: str
+) -> None:
+    with pytest.raises(TypeError, match=match):
+        BNGD(make_params(torch.device("cpu")), **options)
+
+
+def test_options_by_position_are_refused() -> None:
+    params: Any = make_params(torch.device("cpu"))
+    with pytest.raises(TypeError, match=r"got also 0\.01; write options by their names"):
+        BNGD(params, 1e-3, 0.9, 0.01)
+
+
+@pytest.mark.parametrize("name", ["weightdecay", "weight_decays", "granularty", "LR", "centring"])
+def test_a_key_that_is_nearly_an_options_name_is_refused(name: str) -> None:
+    params = make_params(torch.device("cpu"))
+    with pytest.raises(ValueError, match=f"the key '{name}', which BNGD would not follow"):
+        BNGD([{"params": params, name: 0.5}])
+    # what schedules and libraries put into groups is left alone
+    theirs = ("initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum", "lr_scale", "name")
+    BNGD([{"params": params, **dict.fromkeys(theirs, 0.5)}])
 
 
 @pytest.mark.parametrize("name", ["fused", "flatten"])

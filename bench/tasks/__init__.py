@@ -1,0 +1,1 @@
+"""How well optimizers train: ten small tasks, each optimizer at its best rate."""

@@ -1,0 +1,75 @@
+"""Options that are not BNGD's: refused by name, with what to write in their place."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from dataclasses import fields
+from typing import Any
+
+from .options import Options
+
+# of these every optimizer of torch has one in its groups, and BNGD has none
+FOREIGN = {
+    "amsgrad": "leave it out: there is no second moment",
+    "betas": "write momentum=betas[0]; there is no second moment",
+    "capturable": "leave it out: steps can be captured in CUDA graphs as they are",
+    "dampening": "leave it out: a gradient enters momentum with weight 1 - momentum",
+    "differentiable": "leave it out: a step is not differentiable",
+    "foreach": "leave it out: all parameters are stepped together",
+    "max_iter": "leave it out: `step` makes one step",
+    "ns_steps": "leave it out: nothing is orthogonalised",
+}
+OWN = tuple(field.name for field in fields(Options))
+# a name with one letter too few in eight is above it, `max_momentum` (0.8) of a schedule below
+ALIKE = 0.85
+
+
+def meant(name: str) -> str | None:
+    """The option that a name is nearly; None for one that is nothing like an option."""
+    plain = name.lower()
+    if plain in OWN:
+        return plain if plain != name else None
+    return next(iter(difflib.get_close_matches(plain, OWN, 1, ALIKE)), None)
+
+
+def check_own(group: Mapping[str, Any], index: int) -> None:
+    """Refuse a group with options that no step would follow.
+
+    Raises:
+        ValueError: another optimizer's, or nearly one of ours; names them, and the way out.
+    """
+    foreign = sorted(FOREIGN.keys() & group.keys())
+    if foreign:
+        raise ValueError(
+            f"param_groups[{index}] has options of another optimizer: {', '.join(foreign)}; BNGD "
+            "would not follow them, and its lr is in other units. Give parameters and options of "
+            'its own: BNGD([{"params": group["params"], "lr": ...} for group in param_groups])'
+        )
+    for name in group:
+        if name not in OWN and (option := meant(name)) is not None:
+            raise ValueError(
+                f"param_groups[{index}] has the key {name!r}, which BNGD would not follow: write "
+                f"{option!r} if the option is meant, or choose a name that is less alike"
+            )
+
+
+def refuse_arguments(surplus: Iterable[Any], named: Iterable[str]) -> None:
+    """Refuse what the constructor does not take.
+
+    Args:
+        surplus: arguments by position after `momentum`.
+        named: keywords that are no option.
+
+    Raises:
+        TypeError: if there are any; says what to write.
+    """
+    for value in surplus:
+        raise TypeError(
+            f"BNGD takes params, lr and momentum by position, got also {value!r}; write options by "
+            "their names, such as weight_decay=0.01"
+        )
+    for name in named:
+        option = meant(name)
+        hint = FOREIGN.get(name) or (f"did you mean {option}?" if option else None)
+        raise TypeError(f"BNGD has no option {name}; {hint or 'it has ' + ', '.join(OWN)}")
