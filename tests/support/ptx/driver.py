@@ -21,6 +21,7 @@ from bngd_triton.kernels import devices, fused_step, support
 from bngd_triton.kernels import launch as launches
 from bngd_triton.kernels.devices import Tuning
 from support.ptx.arithmetic import PtxError
+from support.ptx.counting import Profile
 from support.ptx.execute import Counts, Schedule, launch
 from support.ptx.memory import Memory
 from support.ptx.translate import Program
@@ -34,6 +35,7 @@ class Launched:
     compiled: Any
     grid: tuple[int, int, int]
     counts: Counts
+    profile: Profile | None
     seconds: float
 
     @property
@@ -48,7 +50,7 @@ class Machine:
     Attributes:
         schedule: who goes on when.
         processors: how many the GPU has.
-        profile: notes what each instruction touches.
+        profiled: whether to note what each instruction touches.
         traces: whether to keep which blocks ran.
         edit: what to make of a kernel's PTX before it is run.
         launched: what was run.
@@ -56,7 +58,7 @@ class Machine:
 
     schedule: Schedule = field(default_factory=Schedule)
     processors: int = 1
-    profile: Any = None
+    profiled: bool = False
     traces: bool = False
     edit: Callable[[str], str] = str
     launched: list[Launched] = field(default_factory=list)
@@ -106,12 +108,13 @@ class Machine:
         program = self.program(compiled)
         # scratch memory, which none of the kernels asks for
         params += [np.uint64(0)] * (len(program.kernel.params) - len(params))
+        profile = Profile() if self.profiled else None
         counts = launch(
-            program, grid, params, memory_of_tensors(), self.schedule, profile=self.profile,
+            program, grid, params, memory_of_tensors(), self.schedule, profile=profile,
             traces=self.traces,
         )  # fmt: skip
         seconds = time.perf_counter() - begin
-        self.launched.append(Launched(program, compiled, grid, counts, seconds))
+        self.launched.append(Launched(program, compiled, grid, counts, profile, seconds))
 
 
 def parameter(value: Any, kind: str) -> np.uint64:

@@ -15,12 +15,15 @@ from typing import Any
 import numpy as np
 
 from support.ptx.arithmetic import PtxError, s64, u8, u32
-from support.ptx.memory import LEFT, WARP, Memory, Site
+from support.ptx.memory import WARP, Memory, Site
 from support.ptx.parse import Block
 from support.ptx.races import Clock, Shadow, describe
 from support.ptx.translate import Program
 
+# where a thread is that returned
 END = 1 << 30
+# what a program finds in shared memory is anything
+LEFT = 0xA5
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,8 @@ class Instruction:
             for operand in self.operands
         ]
         writes = [] if self.root in STORES or not named else named[0]
-        reads = sum(named if self.root in STORES else named[1:], [])
+        read = named if self.root in STORES else named[1:]
+        reads = [register for registers in read for register in registers]
         if self.guard:
             reads = [*reads, self.guard, *writes]
         return writes, reads

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from support.ptx import arithmetic, memory
+from support.ptx import accesses, arithmetic
 from support.ptx.arithmetic import NAMES, UNSIGNED, WIDTHS, PtxError, f16, f32, f64, u32, u64
 from support.ptx.memory import WARP, Site
 from support.ptx.operations import lines_of
@@ -43,7 +43,7 @@ class Program:
         self._functions: dict[tuple[int, bool], Function] = {}
         self._space: dict[str, Any] = {
             **vars(arithmetic),
-            **vars(memory),
+            **vars(accesses),
             "SITES": self.sites,
             "TID": np.arange(self.threads, dtype=u32),
             "LANE": np.arange(self.threads, dtype=u32) % u32(WARP),
@@ -175,7 +175,11 @@ class Program:
     def assign_parts(self, operand: str, dtype: Any, source: str = "got") -> list[str]:
         """The values of a tuple to one register or several in braces."""
         named = split_operands(operand.strip("{} "))
-        return sum((self.assign(r, f"{source}[{k}]", dtype) for k, r in enumerate(named)), [])
+        return [
+            line
+            for k, register in enumerate(named)
+            for line in self.assign(register, f"{source}[{k}]", dtype)
+        ]
 
     def address(self, text: str) -> str:
         found = re.match(r"\[\s*([%\w$]+)\s*(?:\+\s*(-?\w+))?\s*\]$", text)
