@@ -17,7 +17,7 @@ import torch
 from triton.compiler import CompiledKernel
 
 from bench import driver
-from bngd_triton.kernels import devices, fused_step, support
+from bngd_triton.kernels import devices, fused_step
 from bngd_triton.kernels import launch as launches
 from bngd_triton.kernels.devices import Tuning
 from support.ptx.arithmetic import PtxError
@@ -71,9 +71,6 @@ class Machine:
         driver.install("cuda", self._launch)
         fused_step.tuning_for = lambda _: self.tuning
         launches.processors = lambda _: self.processors
-        # rounding in integers is for the interpreter: `support.interpreting` only admits tensors
-        launches.interpreting = lambda: False
-        support.interpreting = lambda: True
         handles = CompiledKernel._init_handles
 
         def with_itself(compiled: Any) -> None:

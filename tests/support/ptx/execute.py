@@ -36,7 +36,7 @@ class Schedule:
         warps: whether those of a program are interleaved, too.
         seed: of all choices.
         races: whether to look for them.
-        most_switches: after so many the grid hangs.
+        most_blocks: after so many the grid hangs.
     """
 
     order: str = "in"
@@ -44,7 +44,7 @@ class Schedule:
     warps: bool = False
     seed: int = 0
     races: bool = True
-    most_switches: int = 1_000_000
+    most_blocks: int = 20_000_000
 
 
 class State:
@@ -75,13 +75,20 @@ class State:
 class Counts:
     """How often each block ran: by warps, and by threads."""
 
-    def __init__(self, blocks: int) -> None:
+    def __init__(self, blocks: int, most: int) -> None:
+        self._left = most
         self.warps = np.zeros(blocks, s64)
         self.threads = np.zeros(blocks, s64)
         self.notes: Counter[str] = Counter()
-        self.switches = 0
         # the blocks in the order in which they ran, of each program; None where nobody asked
         self.traces: list[list[int]] | None = None
+
+    def note(self, block: Block, warps: int, threads: int) -> None:
+        self.warps[block.index] += warps
+        self.threads[block.index] += threads
+        self._left -= 1
+        if self._left < 0:
+            raise PtxError(f"hangs: {block.body[-1].text} [{block.body[-1].line}]")
 
 
 class Running:
@@ -153,8 +160,7 @@ class Running:
         return int(some[self.program.kernel.rank[some].argmin()])
 
     def _count(self, block: Block, warps: int, threads: int) -> None:
-        self.counts.warps[block.index] += warps
-        self.counts.threads[block.index] += threads
+        self.counts.note(block, warps, threads)
         if self.trace is not None:
             self.trace.append(block.index)
 
@@ -276,7 +282,7 @@ def _run(
     schedule: Schedule, profile: Any, traces: bool,
 ) -> Counts:  # fmt: skip
     rng = np.random.default_rng(schedule.seed)
-    counts = Counts(len(program.kernel.blocks))
+    counts = Counts(len(program.kernel.blocks), schedule.most_blocks)
     counts.traces = [] if traces else None
     for site in program.sites:
         site.region = None
@@ -295,9 +301,6 @@ def _run(
                 state.profile = profile
                 running.append(Running(state, counts))
             k = int(rng.integers(len(running)))
-            counts.switches += 1
-            if counts.switches > schedule.most_switches:
-                raise PtxError(f"{program.kernel.name} hangs")
             if running[k].run(True, by_warps):
                 running.pop(k)
     return counts

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,10 +59,16 @@ class Memory:
             programs: of the grid.
             watched: whether to look for races.
         """
-        items = sorted((at, *rest) for at, rest in self._allocations.items())
-        for (at, size, name, _), (following, _, other, _) in itertools.pairwise(items):
-            if at + size > following:
-                raise PtxError(f"{name} at {at:#x}+{size} and {other} at {following:#x} overlap")
+        items: list[tuple[int, int, str, int]] = []
+        for at, (size, name, granule) in sorted(self._allocations.items()):
+            start, whole, other, least = items[-1] if items else (0, 0, "", 0)
+            if at >= start + whole:
+                items.append((at, size, name, granule))
+            elif at + size <= start + whole:
+                # a part of a flat buffer
+                items[-1] = (start, whole, other, min(least, granule))
+            else:
+                raise PtxError(f"{other} at {start:#x} and {name} at {at:#x} overlap")
         self.starts = np.array([at for at, *_ in items], u64)
         self.ends = np.array([at + size for at, size, *_ in items], u64)
         self.names = [name for _, _, name, _ in items]

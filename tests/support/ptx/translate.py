@@ -183,7 +183,7 @@ class Program:
 
     def address(self, text: str) -> str:
         found = re.match(r"\[\s*([%\w$]+)\s*(?:\+\s*(-?\w+))?\s*\]$", text)
-        if found is None:
+        if found is None or not found[1].startswith(("%", "global_smem")):
             raise PtxError(f"address {text}")
         base, offset = found[1], int(found[2] or "0", 0)
         if base == "global_smem":
