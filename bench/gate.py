@@ -20,8 +20,8 @@ from .arms import MOMENTUM, Arm, Storage, UnavailableError, start
 # in the interpreter of 65536
 SHAPES = ((48, 32), (37, 19), (130,), (1,), (3, 5, 7), (2, 4097), (3, 40_003))
 # on a GPU: more than 64 spans in a slice, and 27 MB of bf16 gradients, which are three waves of
-# 8 MiB or less in a single launch. 2056 is longer than a tile, and its rows are aligned
-LARGE = ((1_200_000,), *[(1024, 2056)] * 6)
+# 8 MiB or less in a single launch. 8224 is longer than a tile, and its rows are aligned
+LARGE = ((1_200_000,), *[(256, 8224)] * 6)
 LR = 0.5
 # float32 statistics by torch.compile are good to about 2**-20 at these sizes; a step with a wrong
 # mean, a forgotten momentum weight or a swapped tensor is off by more than 2**-4

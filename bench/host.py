@@ -6,7 +6,7 @@ Runs anywhere: tensors are on the CPU. Kernels are compiled for sm_90 and dispat
 that does nothing, `torch._fused_sgd_` is made to do nothing; what is left is what Python and torch
 do on the host in every step. Both are timed in turns in one process, since a shared machine may
 change its speed between two turns but hardly within one; a ratio is the median of those of the
-turns. All tensors are tiles but one, so that there are two launches.
+turns. All tensors are tiles but one, so that there are three launches.
 
 Gradients are "kept" (``zero_grad(set_to_none=False)``), "new" objects in every step where the last
 ones were (the default, on a GPU whose allocator hands out the same places every time), or "moved":
@@ -41,7 +41,7 @@ from bench.report import commit, environment
 from bngd_triton import BNGD
 
 # a tile, and a slice with spans
-ELEMENTS, MORE = 64, 4096
+ELEMENTS, MORE = 64, 16384
 GRADIENTS = ("kept", "new", "moved")
 RANKS = 4
 

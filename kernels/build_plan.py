@@ -17,7 +17,7 @@ from .tables import (  # isort: skip
     MOMENTS_COLUMNS, RECORD_BYTES, ROW_CODED, ROW_COLUMNS, ROW_LENGTH, ROW_RECORD, ROW_WINDOW,
     SLICE_CODED, SLICE_COLUMNS, SLICE_FIRST, SLICE_LENGTH, SLICE_RECORD, SLICE_SPANS, SLICE_WINDOW,
     SPAN_COLUMNS, SPAN_LENGTH, SPAN_PARTIAL, SPAN_SLICE, SPAN_START, SPAN_TENSOR, TILE_COLUMNS,
-    TILE_FIRST_ROW, TILE_LISTED, TILE_ROWS, TILE_TENSOR, TILE_WIDTH,
+    TILE_FIRST_ROW, TILE_LISTED, TILE_LONGEST, TILE_ROWS, TILE_SHAPE, SHAPES_OF_TILES, TILE_TENSOR,
 )  # fmt: skip
 
 # of tables: laid out on the CPU, whatever the default device, and uploaded whole
@@ -30,28 +30,29 @@ def build(entries: Sequence[Entry], tuning: Tuning, *, tiles: bool = True) -> Pl
     Args:
         entries: the tensors, in the order in which `Plan.point_at` will get their gradients.
         tuning: sizes of the work items.
-        tiles: finish rows and tensors that fit in registers in the first launch. Without it
-            every slice has spans, and factors in the plan's table.
+        tiles: finish short rows and tensors in a launch of their own. Without it every slice has
+            spans, and factors in the plan's table.
     """
     device = entries[0].param.device
     kinds: dict[Kind, list[int]] = {}
-    # of the tile that finishes an entry's rows; 0 where they have spans
-    columns = []
+    # of the tile that finishes an entry's rows; None where they have spans
+    shapes = []
     for i, entry in enumerate(entries):
         kind = entry.kind
         kinds.setdefault(kind, []).append(i)
-        columns.append(_tile_columns(entry, kind.aligned, tuning) if tiles else 0)
+        shapes.append(_tile_shape(entry, kind.aligned, tuning) if tiles else None)
 
-    slices, places, n_partials = _slices(entries, columns, tuning)
+    slices, places, n_partials = _slices(entries, shapes, tuning)
     batches = []
     grad_ptrs = torch.empty(len(entries), dtype=torch.int64, device=device)
     end = 0
     for kind, members in kinds.items():
         end += len(members)
         pointers = grad_ptrs[end - len(members) : end]
-        # tensors that share a tile are neighbours in the tables
-        members.sort(key=lambda i: columns[i] if entries[i].rows == 1 else 0)
-        batches.append(_batch(entries, members, kind, columns, places, tuning, pointers))
+        # tensors that share a tile are neighbours in the tables, and those of a length in a tile
+        listed = {i for i in members if shapes[i] is not None and entries[i].rows == 1}
+        members.sort(key=lambda i: entries[i].length if i in listed else 0)
+        batches.append(_batch(entries, members, kind, shapes, places, tuning, pointers))
     homes = {(entries[i].shared, kind) for kind, members in kinds.items() for i in members}
     groups = [shared for shared, _ in homes if shared is not None]
     order = [i for batch in batches for i in batch.order]
@@ -84,7 +85,7 @@ class _Place(NamedTuple):
 
 
 def _slices(
-    entries: Sequence[Entry], columns: Sequence[int], tuning: Tuning
+    entries: Sequence[Entry], shapes: Sequence[int | None], tuning: Tuning
 ) -> tuple[Tensor, list[_Place | None], int]:
     """The table of slices, each entry's place in it, and the number of partial results."""
     shared: dict[int | None, list[int]] = {}
@@ -95,7 +96,7 @@ def _slices(
     places: list[_Place | None] = [None] * len(entries)
     n_slices = n_partials = 0
     for i, entry in enumerate(entries):
-        if columns[i] or places[i]:
+        if shapes[i] is not None or places[i]:
             continue
         members = shared.get(entry.shared, [i])
         total = sum(entries[j].length for j in members)
@@ -123,7 +124,7 @@ def _batch(
     entries: Sequence[Entry],
     members: list[int],
     kind: Kind,
-    columns: Sequence[int],
+    shapes: Sequence[int | None],
     places: Sequence[_Place | None],
     tuning: Tuning,
     grad_ptrs: Tensor,
@@ -133,16 +134,17 @@ def _batch(
     chunks: list[Tensor] = []
     tiles: list[Tensor] = []
     for at, i in enumerate(members):
-        entry, place = entries[i], places[i]
+        entry, place, shape = entries[i], places[i], shapes[i]
         if place is not None:
             spans.append(_spans(at, entry, place))
             chunks.append(_chunks(at, entry, place, tuning.chunk))
-        elif entry.rows > 1:
-            tiles.append(_tiles(at, entry.rows, False, columns[i], tuning))
-    for width in tuning.tile_columns:
-        small = [at for at, i in enumerate(members) if columns[i] == width and entries[i].rows == 1]
+        elif shape is not None and entry.rows > 1:
+            tiles.append(_tiles(at, [entry.length] * entry.rows, False, shape))
+    for shape in range(len(SHAPES_OF_TILES)):
+        small = [at for at, i in enumerate(members) if shapes[i] == shape and entries[i].rows == 1]
         if small:
-            tiles.append(_tiles(small[0], len(small), True, width, tuning))
+            lengths = [entries[members[at]].length for at in small]
+            tiles.append(_tiles(small[0], lengths, True, shape))
 
     parts = {
         "spans": _stack(spans, SPAN_COLUMNS),
@@ -198,16 +200,18 @@ def _cut(entry: Entry, step: int, first_slice: int) -> tuple[Tensor, Tensor, Ten
     return starts, lengths, first_slice + (rows if entry.shared is None else rows * 0)
 
 
-def _tiles(at: int, rows: int, listed: bool, columns: int, tuning: Tuning) -> Tensor:
-    """Tiles of `rows` rows from tensor `at` on: of that tensor, or one per tensor if `listed`."""
-    per_tile = tuning.tile_rows(columns)
-    first = _arange(rows, per_tile)
+def _tiles(at: int, lengths: list[int], listed: bool, shape: int) -> Tensor:
+    """Tiles of rows of these lengths, ascending: of tensor `at`, or of one each if `listed`."""
+    per_tile = SHAPES_OF_TILES[shape]
+    first = _arange(len(lengths), per_tile)
     table = torch.empty(len(first), TILE_COLUMNS, **INT64)
     table[:, TILE_TENSOR] = at + first if listed else at
-    table[:, TILE_ROWS] = (rows - first).clamp(max=per_tile)
+    table[:, TILE_ROWS] = (len(lengths) - first).clamp(max=per_tile)
     table[:, TILE_FIRST_ROW] = 0 if listed else first
     table[:, TILE_LISTED] = int(listed)
-    table[:, TILE_WIDTH] = columns
+    last = (first + per_tile - 1).clamp(max=len(lengths) - 1)
+    table[:, TILE_LONGEST] = torch.tensor(lengths, **INT64)[last]
+    table[:, TILE_SHAPE] = shape
     return table
 
 
@@ -244,12 +248,12 @@ def _span_step(length: int, tuning: Tuning) -> int:
     return -(-step // granule) * granule
 
 
-def _tile_columns(entry: Entry, aligned: bool, tuning: Tuning) -> int:
-    """The narrowest tile shape that holds a row; 0 where rows are not finished in registers.
+def _tile_shape(entry: Entry, aligned: bool, tuning: Tuning) -> int | None:
+    """The shape of the tiles of an entry's rows; None where they have spans.
 
     A tile masks by the row's length, which must not cut a wide access: small aligned tensors of
     odd length have spans, which take their last entries apart.
     """
     if entry.shared is not None or (aligned and entry.length % entry.granule):
-        return 0
-    return next((columns for columns in tuning.tile_columns if entry.length <= columns), 0)
+        return None
+    return tuning.tile_shape(entry.length, aligned)

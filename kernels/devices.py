@@ -13,6 +13,8 @@ from typing import NamedTuple
 
 import torch
 
+from .tables import SHAPES_OF_TILES, UNALIGNED_SHAPE
+
 
 @dataclass(frozen=True)
 class Tuning:
@@ -27,9 +29,10 @@ class Tuning:
         merge: partial results merged per trip.
         update_block: elements per trip of an update program.
         chunk: elements per update program.
-        tile: entries held in registers by a program that finishes rows or small tensors; rows
-            longer than this are cut into spans.
-        warps: per program of the first launch.
+        tile: longest row that a program finishes, and entries of rows that it reads before it reads
+            them again: longer rows are cut into spans.
+        tile_block: elements per trip of such a program.
+        warps: per program of statistics or tiles.
         update_warps: per program of the second launch.
         form: "two-launch" or "single-launch"; None leaves it to `launch.form_for`.
         single_from: bytes of gradient in a plan from which on one launch is taken.
@@ -37,7 +40,7 @@ class Tuning:
         wave: most bytes of gradient in a wave of the single launch; see `devices.wave_for`.
             Programs wait where two waves have fewer spans than there are programs: 8 MiB are 256
             spans of 8192 float32, and an H200 runs 528 programs.
-        programs_per_sm: of the single launch; 4 fit the registers of an SM, 3 with tiles.
+        programs_per_sm: of the single launch; 6 or 7 fit the registers of an SM.
     """
 
     wide: bool = True
@@ -48,7 +51,8 @@ class Tuning:
     merge: int = 256
     update_block: int = 1024
     chunk: int = 8192
-    tile: int = 2048
+    tile: int = 8192
+    tile_block: int = 512
     warps: int = 4
     update_warps: int = 4
     form: str | None = None
@@ -57,14 +61,11 @@ class Tuning:
     wave: int = 8 << 20
     programs_per_sm: int = 4
 
-    @property
-    def tile_columns(self) -> tuple[int, ...]:
-        """Row capacities of the tile's shapes; the narrowest that holds a row is used."""
-        return tuple(self.tile >> shrink for shrink in (6, 4, 2, 0))
-
-    def tile_rows(self, columns: int) -> int:
-        """Rows of the tile that has this many columns."""
-        return max(1, self.block // columns)
+    def tile_shape(self, length: int, aligned: bool) -> int | None:
+        """The shape of tiles of rows of this length: the most of them that `tile` holds."""
+        least = 0 if aligned else UNALIGNED_SHAPE
+        shapes = range(least, len(SHAPES_OF_TILES))
+        return next((i for i in shapes if length * SHAPES_OF_TILES[i] <= self.tile), None)
 
 
 def gpu_tuning(*, wide: bool, wave: int) -> Tuning:
@@ -107,7 +108,7 @@ TABLE: dict[str, Row] = {
     "gfx942": Row(gpu_tuning(wide=True, wave=64), "float64 at 1/2; 16-byte loads by two waves"),
     "gfx950": Row(gpu_tuning(wide=True, wave=64), "float64 at 1/2, as gfx942; not compiled here"),
     "interpreter": Row(
-        Tuning(block=4096, unroll=1, span=65536, update_block=16384, chunk=65536),
+        Tuning(block=4096, unroll=1, span=65536, update_block=16384, chunk=65536, tile_block=8192),
         "a program costs the interpreter 50 us and a trip 0.1 ms, whatever its width",
     ),
 }

@@ -64,7 +64,7 @@ class LaunchInputs(NamedTuple):
 
 
 def update(plan: Plan, inputs: LaunchInputs, form: str | None = None) -> None:
-    """Run a step: for each batch a launch for the statistics, then one for the updates; or one.
+    """Run a step: for each batch a launch for its tiles, then two or one for its spans and chunks.
 
     Args:
         plan: the work, pointed at this step's gradients.
@@ -75,10 +75,9 @@ def update(plan: Plan, inputs: LaunchInputs, form: str | None = None) -> None:
     launches = plan.launches.get(form)
     with on_device(plan.device):
         if launches is None:
-            made = (
-                _single(plan) if form == "single-launch" else [*_statistics(plan), *_updates(plan)]
-            )
-            launches = plan.launches[form] = made
+            made = _single(plan) if form == "single-launch" else _statistics(plan) + _updates(plan)
+            # what the statistics read last is to be in L2 when the updates read it again
+            launches = plan.launches[form] = _tiles(plan) + made
         for launch in launches:
             launch(inputs)
 
@@ -132,28 +131,50 @@ def rates_launch(addresses: Tensor, table: Tensor) -> Launch:
     return Launch(_rates_kernel, len(table), arguments, (), num_warps=1)
 
 
+def _tiles(plan: Plan) -> list[Launch]:
+    """Rows and small tensors from start to end."""
+    from .device.tiles import _tiles_kernel
+
+    tuning = plan.tuning
+    return [
+        Launch(
+            _tiles_kernel,
+            batch.n_tiles,
+            {
+                "tiles_ptr": batch.tiles,
+                "rows_ptr": batch.rows,
+                **_tensors(plan, batch),
+                "BLOCK": tuning.tile_block,
+            },
+            LaunchInputs._fields,
+            num_warps=tuning.warps,
+        )
+        for batch in plan.batches
+        if batch.n_tiles
+    ]
+
+
 def _statistics(plan: Plan, **constants: bool) -> list[Launch]:
-    """First launches: factors or statistics of the slices; tiles from start to end."""
+    """First launches: factors or statistics of the slices."""
     from .device.measure import _statistics_kernel
 
     return [
         Launch(
             _statistics_kernel,
-            batch.n_spans + batch.n_tiles,
+            batch.n_spans,
             {
                 "spans_ptr": batch.spans,
-                "n_spans": batch.n_spans,
-                "tiles_ptr": batch.tiles,
                 "moments_ptr": plan.partials,
-                **_of_spans_and_tiles(plan, batch),
+                "grad_ptrs": batch.grad_ptrs,
+                **_of_spans(plan, batch),
                 "TABLES": False,
                 **constants,
             },
-            LaunchInputs._fields,
+            ("options_ptr", "scale_ptr", "found_ptr"),
             num_warps=plan.tuning.warps,
         )
         for batch in plan.batches
-        if batch.n_spans + batch.n_tiles
+        if batch.n_spans
     ]
 
 
@@ -200,13 +221,15 @@ def _publish(plan: Plan) -> Launch:
 
 
 def _single(plan: Plan) -> list[Launch]:
-    """The whole step of each batch in one launch."""
+    """Statistics and updates of each batch in one launch."""
     from .device.single_launch import _single_kernel
 
     tuning = plan.tuning
     most = tuning.programs_per_sm * processors(plan.device)
     launches = []
     for batch in plan.batches:
+        if not batch.n_spans:
+            continue
         work = batch.work(tuning)
         arguments = {
             "items_ptr": work.items,
@@ -214,7 +237,8 @@ def _single(plan: Plan) -> list[Launch]:
             "counters_ptr": work.counters,
             "first_slice": work.first_slice,
             "n_slices": len(work.counters) - 1,
-            **_of_spans_and_tiles(plan, batch),
+            **_of_spans(plan, batch),
+            **_tensors(plan, batch),
             "UPDATE_BLOCK": tuning.update_block,
         }
         # warps of the first launch: the order of its sums depends on them, the update's bits do not
@@ -227,45 +251,45 @@ def _single(plan: Plan) -> list[Launch]:
     return launches
 
 
-def _of_spans_and_tiles(plan: Plan, batch: Batch) -> dict[str, Any]:
-    """What spans and tiles need in either form."""
+def _of_spans(plan: Plan, batch: Batch) -> dict[str, Any]:
+    """What spans need in either form."""
     tuning = plan.tuning
     return {
-        "rows_ptr": batch.rows,
         "slices_ptr": plan.slices,
         "partials_ptr": plan.partials,
         "n_partials": plan.partials.shape[1],
         "arrived_ptr": plan.arrived,
         "factors_ptr": plan.factors,
-        **_tensors(plan, batch),
+        "GRAD": _triton(batch.kind.grad),
+        "ALIGNED": batch.kind.aligned,
         "WIDE": tuning.wide,
-        "TILES": batch.n_tiles > 0,
+        "WINDOWS": bool(plan.windows),
         "BLOCK": tuning.block,
         "UNROLL": tuning.unroll,
         "MERGE": tuning.merge,
-        "TILE": tuning.tile,
     }
 
 
 def _tensors(plan: Plan, batch: Batch) -> dict[str, Any]:
     """Where the tensors of a batch are, and of what kind."""
-    import triton.language as tl
-
-    names = {
-        torch.float16: tl.float16,
-        torch.bfloat16: tl.bfloat16,
-        torch.float32: tl.float32,
-    }
     return {
         "grad_ptrs": batch.grad_ptrs,
         "param_ptrs": batch.param_ptrs,
         "momentum_ptrs": batch.momentum_ptrs,
         "master_ptrs": batch.master_ptrs,
-        "GRAD": names[batch.kind.grad],
-        "PARAM": names[batch.kind.param],
-        "BUFFER": names[batch.kind.momentum],
+        "GRAD": _triton(batch.kind.grad),
+        "PARAM": _triton(batch.kind.param),
+        "BUFFER": _triton(batch.kind.momentum),
         "KIND": batch.kind.master,
         "ALIGNED": batch.kind.aligned,
         "WINDOWS": bool(plan.windows),
         "SOFT": interpreting(),
     }
+
+
+def _triton(dtype: torch.dtype) -> Any:
+    """A dtype as Triton names it."""
+    import triton.language as tl
+
+    names = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
+    return names[dtype]

@@ -3,12 +3,13 @@
 Words: a *slice* has its own statistics: a tensor, a row, or all tensors of a global group together;
 a *span* is the part of a slice that one program of the first launch reads; a *chunk* is the part
 that one program of the second launch updates; a *tile* is a set of rows or of small tensors that
-one program finishes in registers. Only slices that no tile finishes are in the table of slices.
+one program finishes, in a launch of their own. Only slices that no tile finishes are in the table
+of slices.
 
-Tensors that share storage dtypes and alignment form a *batch*: two launches serve it, whatever
+Tensors that share storage dtypes and alignment form a *batch*: three launches serve it, whatever
 the number of tensors, groups and options. Statistics of all batches come before all updates, so
-that a global group may span batches. A single launch can serve a batch instead (`work.py`), unless
-such a group spans batches. `build_plan.py` lays all this out.
+that a global group may span batches. A single launch can serve the slices with spans of a batch
+(`work.py`), unless such a group spans batches. `build_plan.py` lays all this out.
 """
 
 from __future__ import annotations
@@ -138,7 +139,7 @@ class Batch:
         """The work list of a single launch, laid out when first asked for."""
         if self._work is None:
             wave = max(1, tuning.wave // self.kind.grad.itemsize)
-            self._work = lay_out(self.spans, self.tiles, self.chunks, wave)
+            self._work = lay_out(self.spans, self.chunks, wave)
         return self._work
 
 

@@ -20,9 +20,14 @@ CHUNK_TENSOR, CHUNK_START, CHUNK_LENGTH, CHUNK_SLICE = range(4)
 CHUNK_COLUMNS = 4
 
 # tiles, int64: rows of one tensor from `TILE_FIRST_ROW` on, or one row of each of `TILE_ROWS`
-# tensors from `TILE_TENSOR` on if they are listed
-TILE_TENSOR, TILE_ROWS, TILE_FIRST_ROW, TILE_LISTED, TILE_WIDTH = range(5)
-TILE_COLUMNS = 5
+# tensors from `TILE_TENSOR` on if they are listed; entries of the longest of these rows; place in
+# `SHAPES_OF_TILES`, which says how many rows share a program
+TILE_TENSOR, TILE_ROWS, TILE_FIRST_ROW, TILE_LISTED, TILE_LONGEST, TILE_SHAPE = range(6)
+TILE_COLUMNS = 6
+SHAPES_OF_TILES = (32, 8, 4, 2, 1)
+# the first shape whose rows have a warp each: tiles that are not aligned take no other, since their
+# accesses are of one element, and a thread would have elements of several rows
+UNALIGNED_SHAPE = 2
 
 # tensors of a batch, int64, for tiles: entries of a row, see `coded`, addresses or 0
 ROW_LENGTH, ROW_CODED, ROW_RECORD, ROW_WINDOW = range(4)
@@ -33,10 +38,10 @@ ROW_COLUMNS = 4
 SLICE_FIRST, SLICE_SPANS, SLICE_LENGTH, SLICE_CODED, SLICE_RECORD, SLICE_WINDOW = range(6)
 SLICE_COLUMNS = 6
 
-# items of a single launch, int64: what kind of work, then its row of the spans, tiles or chunks
-SPAN_ITEM, TILE_ITEM, CHUNK_ITEM = range(3)
+# items of a single launch, int64: what kind of work, then its row of the spans or chunks
+SPAN_ITEM, CHUNK_ITEM = range(2)
 ITEM_KIND, ITEM_ROW = range(2)
-ITEM_COLUMNS = ITEM_ROW + max(SPAN_COLUMNS, TILE_COLUMNS, CHUNK_COLUMNS)
+ITEM_COLUMNS = ITEM_ROW + max(SPAN_COLUMNS, CHUNK_COLUMNS)
 
 # statistics, float64: of slices [slices, MOMENTS_COLUMNS]; of spans, the partials, with a row for
 # each column instead [MOMENTS_COLUMNS, spans]

@@ -1,11 +1,11 @@
 """The work list of the single-launch step: the tables of a batch, in an order that cannot deadlock.
 
-    S(w0) T.. S(w1) U(w0) S(w2) U(w1) ... U(wn)
+    S(w0) S(w1) U(w0) S(w2) U(w1) ... U(wn)
 
 A *wave* is a run of slices: a wave's spans (S), the next wave's spans, then its chunks (U).
 Programs that draw the last spans of a wave have another wave to read before anyone has to wait,
-and a gradient is read again when at most two waves have gone by. Tiles (T) depend on nothing: they
-fill the wait of a list with one wave. Within a slice the newest chunk comes first.
+and a gradient is read again when at most two waves have gone by. Within a slice the newest chunk
+comes first.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from torch import Tensor
 
 from .tables import (  # isort: skip
     CHUNK_ITEM, CHUNK_SLICE, ITEM_COLUMNS, ITEM_KIND, ITEM_ROW, SPAN_ITEM, SPAN_LENGTH, SPAN_SLICE,
-    TILE_ITEM,
 )  # fmt: skip
 
 
@@ -36,18 +35,17 @@ class Work(NamedTuple):
     first_slice: int
 
 
-def lay_out(spans: Tensor, tiles: Tensor, chunks: Tensor, wave: int) -> Work:
+def lay_out(spans: Tensor, chunks: Tensor, wave: int) -> Work:
     """Order a batch's work.
 
     Args:
         spans: int64 [spans, SPAN_COLUMNS].
-        tiles: int64 [tiles, TILE_COLUMNS].
         chunks: int64 [chunks, CHUNK_COLUMNS]; ascending within a slice.
         wave: elements of gradient in a wave. A slice that starts in the k-th run of so many
             elements is in wave k, so waves are longer by less than their last slice.
     """
     device = spans.device
-    spans, tiles, chunks = spans.cpu(), tiles.cpu(), chunks.cpu()
+    spans, chunks = spans.cpu(), chunks.cpu()
     # the tensors of a global group need not be neighbours in the tables
     spans = spans[spans[:, SPAN_SLICE].argsort(stable=True)]
     chunks = chunks.flip(0)
@@ -63,7 +61,7 @@ def lay_out(spans: Tensor, tiles: Tensor, chunks: Tensor, wave: int) -> Work:
     wave_of = spans.new_zeros(n_slices)
     wave_of[of_spans - first] = waves
 
-    tables = ((SPAN_ITEM, spans), (TILE_ITEM, tiles), (CHUNK_ITEM, chunks))
+    tables = ((SPAN_ITEM, spans), (CHUNK_ITEM, chunks))
     items = spans.new_zeros(sum(len(table) for _, table in tables), ITEM_COLUMNS)
     start = 0
     for kind, table in tables:
@@ -71,8 +69,8 @@ def lay_out(spans: Tensor, tiles: Tensor, chunks: Tensor, wave: int) -> Work:
         rows[:, ITEM_KIND] = kind
         rows[:, ITEM_ROW : ITEM_ROW + table.shape[1]] = table
         start += len(table)
-    # S(w) at 2 w, T at 1 behind S(w0), U(w) at 2 w + 3 behind S(w + 1)
-    turn = torch.cat([2 * waves, tiles.new_ones(len(tiles)), 2 * wave_of[of_chunks - first] + 3])
+    # S(w) at 2 w, U(w) at 2 w + 3 behind S(w + 1)
+    turn = torch.cat([2 * waves, 2 * wave_of[of_chunks - first] + 3])
     return Work(
         items=items[turn.argsort(stable=True)].to(device),
         counters=torch.zeros(1 + n_slices, dtype=torch.int32, device=device),

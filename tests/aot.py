@@ -63,33 +63,35 @@ TENSORS = {
     "momentum_ptrs": "*i64",
     "master_ptrs": "*i64",
 }
-# what spans and tiles need in either form
-WORK = {
-    "rows_ptr": "*i64",
+# what spans need in either form
+SPANS = {
     "slices_ptr": "*i64",
     "partials_ptr": "*fp64",
     "n_partials": "i32",
     "arrived_ptr": "*i32",
     "factors_ptr": "*fp32",
+    "options_ptr": "*fp64",
     "scale_ptr": "*fp32",
     "found_ptr": "*fp32",
-    **TENSORS,
+    "grad_ptrs": "*i64",
 }
 SIGNATURES = {
-    "statistics": {
-        "spans_ptr": "*i64",
-        "n_spans": "i32",
+    "tiles": {
         "tiles_ptr": "*i64",
-        "moments_ptr": "*fp64",
-        **WORK,
+        "rows_ptr": "*i64",
+        "scale_ptr": "*fp32",
+        "found_ptr": "*fp32",
+        **TENSORS,
     },
+    "statistics": {"spans_ptr": "*i64", "moments_ptr": "*fp64", **SPANS},
     "single": {
         "items_ptr": "*i64",
         "n_items": "i32",
         "counters_ptr": "*i32",
         "first_slice": "i32",
         "n_slices": "i32",
-        **WORK,
+        **SPANS,
+        **TENSORS,
     },
     "update": {"chunks_ptr": "*i64", "slices_ptr": "*i64", "factors_ptr": "*fp32", **TENSORS},
     "publish": {
@@ -128,7 +130,8 @@ def load_kernels(folder: Path) -> dict[str, Any]:
     package.__path__ = [str(folder)]
     sys.modules[package.__name__] = package
     names = {
-        "statistics": "device.measure", "publish": "device.factors", "update": "device.update",
+        "tiles": "device.tiles", "statistics": "device.measure", "publish": "device.factors",
+        "update": "device.update",
         "single": "device.single_launch", "columns": "device.columns", "rates": "device.rates",
         "devices": "devices", "tables": "tables",
     }  # fmt: skip
@@ -156,13 +159,18 @@ def build(case: Case, tuning: Any, modules: dict[str, Any]) -> Any:
     elif case.kernel == "update":
         constants |= {"BLOCK": tuning.update_block}
         warps = tuning.update_warps
+    elif case.kernel == "tiles":
+        constants |= {"BLOCK": tuning.tile_block}
+        warps = tuning.warps
     else:
-        constants |= {"WIDE": case.wide, "TILES": case.tiles, "BLOCK": tuning.block}
-        constants |= {"UNROLL": tuning.unroll, "MERGE": tuning.merge, "TILE": tuning.tile}
+        constants |= {"WIDE": case.wide, "BLOCK": tuning.block}
+        constants |= {"UNROLL": tuning.unroll, "MERGE": tuning.merge}
         if case.kernel == "single":
             constants |= {"UPDATE_BLOCK": tuning.update_block}
         else:
             constants["TABLES"] = case.tables
+            for name in ("PARAM", "BUFFER", "KIND", "SOFT"):
+                del constants[name]
         warps = tuning.warps
     storage = f"*{case.param}"
     typed = {n: storage if t == "*x" else t for n, t in SIGNATURES[case.kernel].items()}

@@ -74,10 +74,11 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             names.append(self.name)
             return self.kernel[grid]
 
-    from bngd_triton.kernels.device import measure, rates, single_launch, update
+    from bngd_triton.kernels.device import measure, rates, single_launch, tiles, update
 
     kernels = (
-        (rates, "rates"), (measure, "statistics"), (update, "update"), (single_launch, "single"),
+        (rates, "rates"), (tiles, "tiles"), (measure, "statistics"), (update, "update"),
+        (single_launch, "single"),
     )  # fmt: skip
     for module, word in kernels:
         name = f"_{word}_kernel"

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.devices import Tuning
+from ..kernels.tables import SHAPES_OF_TILES
 from .cases import Case
 
 # entries before and after a tensor that lies in a larger buffer; 64 bytes or more, so that the
@@ -63,8 +64,9 @@ def shapes(case: Case, tuning: Tuning) -> list[tuple[tuple[int, ...], str]]:
         found: list[tuple[int, ...]] = [(), (1,), (2,), (0,), (3,), (17,), (257,), (1, 1), (3, 0)]
         found += [(5, 7), (4, 16), (2, 3, 4, 5)]
     elif kind == "borders":
-        # a row is a tile if one of the tile's widths holds it
-        found = [shape for n in tuning.tile_columns for shape in ((2, n), (1, n + 1))]
+        # a row is in a tile of as many such rows as `tile` holds
+        longest = [tuning.tile // rows for rows in SHAPES_OF_TILES]
+        found = [shape for n in longest for shape in ((2, n), (1, n + 1))]
         found += [(tuning.tile - 1,), (tuning.tile,), (tuning.tile + 17,), (tuning.block + 17,)]
         found += [(tuning.span,), (tuning.span + 1,)]
     else:

@@ -1,13 +1,10 @@
-"""First launch of a step: statistics of slices with spans, and tiles from start to end.
+"""First launch of a step: statistics of slices with spans.
 
-A program does one of two kinds of work:
+A program makes one pass over the gradient of a span. The one that finishes a slice's last span (an
+integer counter says which) merges the partial results in the order of the spans and publishes the
+slice's factors. The order of merging never depends on the order of arrival.
 
-* a span of a slice: one pass over its gradient; the program that finishes a slice's last span (an
-  integer counter says which) merges the partial results in the order of the spans and publishes
-  the slice's factors. The order of merging never depends on the order of arrival.
-* a tile, see `tiles.py`.
-
-Traffic per gradient element of a span: reads g (4 bytes in float32).
+Traffic per element: reads g (4 bytes in float32).
 """
 
 import triton
@@ -19,15 +16,13 @@ from .moments import block_moments, lane_moments
 from .tables import (  # isort: skip
     MOMENT_GREATEST, MOMENT_LEAST, MOMENT_M2, MOMENT_MEAN, MOMENT_N, MOMENTS_COLUMNS, SLICE_COLUMNS,
     SLICE_FIRST, SLICE_SPANS, SPAN_COLUMNS, SPAN_LENGTH, SPAN_PARTIAL, SPAN_SLICE, SPAN_START,
-    SPAN_TENSOR, TILE_COLUMNS,
+    SPAN_TENSOR,
 )  # fmt: skip
-from .tiles import tile_of_any_shape
 
 # parts of one upload: their alignment must not choose among compilations, nor their sizes
 ARGUMENTS = [
-    "spans_ptr", "tiles_ptr", "rows_ptr", "slices_ptr", "partials_ptr", "arrived_ptr",
-    "factors_ptr", "options_ptr", "clocks_ptr", "scale_ptr", "found_ptr", "moments_ptr",
-    "grad_ptrs", "param_ptrs", "momentum_ptrs", "master_ptrs",
+    "slices_ptr", "partials_ptr", "arrived_ptr", "factors_ptr", "options_ptr", "scale_ptr",
+    "found_ptr", "grad_ptrs",
 ]  # fmt: skip
 
 
@@ -136,51 +131,33 @@ def measure_span(
     return last
 
 
-@triton.jit(do_not_specialize=["n_spans", "n_partials"], do_not_specialize_on_alignment=ARGUMENTS)
+@triton.jit(
+    do_not_specialize=["n_partials"],
+    do_not_specialize_on_alignment=["spans_ptr", "moments_ptr", *ARGUMENTS],
+)
 def _statistics_kernel(
-    spans_ptr,  # int64 [n_spans, SPAN_COLUMNS]
-    n_spans,
-    tiles_ptr,  # int64 [tiles, TILE_COLUMNS]
-    rows_ptr,  # int64 [tensors, ROW_COLUMNS]
+    spans_ptr,  # int64 [programs, SPAN_COLUMNS]
     slices_ptr,  # int64 [slices, SLICE_COLUMNS]
     partials_ptr,  # float64 [MOMENTS_COLUMNS, n_partials]
     n_partials,
     arrived_ptr,  # int32 [slices], zero before and after
     factors_ptr,  # float32 [slices, FACTORS_COLUMNS]
     options_ptr,  # float64 [groups, OPTION_COLUMNS]
-    clocks_ptr,  # int64 [groups]
     scale_ptr,  # float32 [1], what gradients were multiplied by
     found_ptr,  # float32 [1], anything but 0 makes gradients invalid
     moments_ptr,  # float64 [slices, MOMENTS_COLUMNS], instead of factors if TABLES
-    grad_ptrs,  # int64 [tensors], likewise the next three
-    param_ptrs,
-    momentum_ptrs,
-    master_ptrs,  # of the master, or the tensor's key for stochastic rounding
+    grad_ptrs,  # int64 [tensors]
     GRAD: tl.constexpr,
-    PARAM: tl.constexpr,
-    BUFFER: tl.constexpr,
-    KIND: tl.constexpr,
     ALIGNED: tl.constexpr,
     WIDE: tl.constexpr,
     WINDOWS: tl.constexpr,
     TABLES: tl.constexpr,
-    SOFT: tl.constexpr,
-    TILES: tl.constexpr,
     BLOCK: tl.constexpr,
     UNROLL: tl.constexpr,
     MERGE: tl.constexpr,
-    TILE: tl.constexpr,
 ):  # fmt: skip
-    program = tl.program_id(0).to(tl.int64)
-    if program < n_spans:
-        measure_span(
-            spans_ptr + program * SPAN_COLUMNS, slices_ptr, partials_ptr, n_partials, arrived_ptr,
-            factors_ptr, options_ptr, scale_ptr, found_ptr, moments_ptr, grad_ptrs,
-            GRAD, ALIGNED, WIDE, WINDOWS, TABLES, BLOCK, UNROLL, MERGE,
-        )  # fmt: skip
-    elif TILES:
-        tile_of_any_shape(
-            tiles_ptr + (program - n_spans) * TILE_COLUMNS, rows_ptr, options_ptr, clocks_ptr,
-            scale_ptr, found_ptr, grad_ptrs, param_ptrs, momentum_ptrs, master_ptrs,
-            GRAD, PARAM, BUFFER, KIND, ALIGNED, WINDOWS, SOFT, BLOCK, TILE,
-        )  # fmt: skip
+    measure_span(
+        spans_ptr + tl.program_id(0).to(tl.int64) * SPAN_COLUMNS, slices_ptr, partials_ptr,
+        n_partials, arrived_ptr, factors_ptr, options_ptr, scale_ptr, found_ptr, moments_ptr,
+        grad_ptrs, GRAD, ALIGNED, WIDE, WINDOWS, TABLES, BLOCK, UNROLL, MERGE,
+    )  # fmt: skip

@@ -2,8 +2,10 @@
 
 Two forms, both merged in a fixed order without atomics on floats:
 
-* lanes: every lane streams its own Welford recurrence ``mean += (x - mean) / k`` in float64; for
-  GPUs whose float64 runs at full rate. Squares of any float32 stay in float64's range.
+* lanes: every lane sums deviations from the first value, and their squares, in float64, as the
+  eager twin does; for tiles, and for spans on GPUs whose float64 runs at full rate. The first of n
+  values is at most ``sqrt(n - 1)`` spreads from the mean, so that the correction takes as many bits
+  of 53 as n has: 13, where a span is not longer than 8192. Squares of any float32 stay in range.
 * blocks: a block is held in registers as float32, scaled by the power of two that brings its
   largest magnitude to [1, 2), centred, and its corrected sum of squares
   ``sum(d^2) - sum(d)^2 / n`` is merged in float64 scalars. Rounding can fake a spread here, so
@@ -38,32 +40,41 @@ def merge(n_a, mean_a, m2_a, n_b, mean_b, m2_b):
 
 
 @triton.jit
+def shifted(first, n, total, squares):
+    """Mean and M2 of ``n`` values, from sums of their deviations from ``first`` and of squares."""
+    shift = total / n
+    # rounding may leave less than nothing; a maximum would drop NaN
+    m2 = squares - shift * shift * n
+    return first + shift, tl.where(m2 < 0, 0.0, m2)
+
+
+@triton.jit
 def lane_moments(
     grad, n, ALIGNED: tl.constexpr, BLOCK: tl.constexpr, UNROLL: tl.constexpr
 ):  # fmt: skip
-    """Count, mean and M2 of ``n`` (int32) values at ``grad``; float64 Welford in BLOCK lanes."""
+    """Count, mean and M2 of ``n`` (int32) values at ``grad``; float64 sums in BLOCK lanes."""
     offsets = tl.arange(0, BLOCK)
-    mean = tl.zeros((BLOCK,), tl.float64)
-    m2 = tl.zeros((BLOCK,), tl.float64)
+    # in the place of what is masked, too: it deviates by nothing
+    like = tl.load(grad)
+    first = like.to(tl.float64)
+    total = tl.zeros((BLOCK,), tl.float64)
+    squares = tl.zeros((BLOCK,), tl.float64)
     whole = n // 16 * 16
     main = whole - whole % (UNROLL * BLOCK)
     i = n * 0
-    k = i.to(tl.float64)
     while i < main:
         values = grad + i
         if ALIGNED:
             # divisibility does not survive the cast from a table's integer, nor a function call
             values = tl.multiple_of(values, 16)
-        # all loads first: the divisions branch, and no load would be moved ahead of a branch
+        # all loads first: many bytes in flight
         rows = ()
         for u in tl.static_range(UNROLL):
             rows = rows + (tl.load(values + u * BLOCK + offsets, eviction_policy="evict_last"),)  # noqa: RUF005
         for u in tl.static_range(UNROLL):
-            x = rows[u].to(tl.float64)
-            k += 1.0
-            away = x - mean
-            mean += away * (1.0 / k)
-            m2 += away * (x - mean)
+            away = rows[u].to(tl.float64) - first
+            total += away
+            squares = tl.fma(away, away, squares)
         i += UNROLL * BLOCK
     while i < whole:
         values = grad + i
@@ -71,37 +82,56 @@ def lane_moments(
             values = tl.multiple_of(values, 16)
         # a bound that is a multiple of 16 keeps the masked load as wide as the unmasked one
         live = offsets < tl.multiple_of(whole - i, 16)
-        x = tl.load(values + offsets, mask=live, other=0.0, eviction_policy="evict_last").to(
-            tl.float64
-        )
-        k += 1.0
-        away = x - mean
-        next_mean = mean + away * (1.0 / k)
-        m2 = tl.where(live, m2 + away * (x - next_mean), m2)
-        mean = tl.where(live, next_mean, mean)
+        x = tl.load(values + offsets, mask=live, other=like, eviction_policy="evict_last")
+        away = x.to(tl.float64) - first
+        total += away
+        squares = tl.fma(away, away, squares)
         i += BLOCK
-    # lanes: relative to the first one, so that equal values merge without rounding
-    count = tl.maximum((whole - offsets + (BLOCK - 1)) // BLOCK, 0).to(tl.float64)
-    total = whole.to(tl.float64)
-    base = tl.sum(tl.where(offsets == 0, mean, 0.0), 0)
-    away = tl.where(count > 0, mean - base, 0.0)
-    shift = tl.sum(away * count, 0) / tl.maximum(total, 1.0)
-    away = tl.where(count > 0, away - shift, 0.0)
-    lanes_mean = base + shift
-    lanes_m2 = tl.sum(m2 + count * away * away, 0)
-    # the last n % 16 values, two passes in registers
-    rest = tl.arange(0, 16)
-    live16 = rest < n - whole
-    y = tl.load(grad + whole + rest, mask=live16, other=0.0).to(tl.float64)
-    count16 = (n - whole).to(tl.float64)
-    base16 = tl.sum(tl.where(rest == 0, y, 0.0), 0)
-    away16 = tl.where(live16, y - base16, 0.0)
-    shift16 = tl.sum(away16, 0) / tl.maximum(count16, 1.0)
-    away16 = tl.where(live16, away16 - shift16, 0.0)
-    rest_m2 = tl.sum(away16 * away16, 0)
-    if whole == 0:
-        lanes_mean = base16 + shift16
-    return merge(total, lanes_mean, lanes_m2, count16, base16 + shift16, rest_m2)
+    if whole < n:
+        x = tl.load(grad + whole + offsets, mask=offsets < n - whole, other=like)
+        away = x.to(tl.float64) - first
+        total += away
+        squares = tl.fma(away, away, squares)
+    mean, m2 = shifted(first, n.to(tl.float64), tl.sum(total, 0), tl.sum(squares, 0))
+    return n.to(tl.float64), mean, m2
+
+
+@triton.jit
+def row_moments(
+    grad, length, longest, ALIGNED: tl.constexpr, GRANULE: tl.constexpr, COLUMNS: tl.constexpr,
+    UNROLL: tl.constexpr,
+):  # fmt: skip
+    """Count, mean and M2 of ``length`` (int32 [rows]) values at each of ``grad``, in float64.
+
+    ``longest`` is the greatest length. A row without values counts one, of mean 0.
+    """
+    c = tl.arange(0, COLUMNS)[None, :]
+    like = tl.load(grad, mask=length > 0, other=0.0)[:, None]
+    first = like.to(tl.float64)
+    total = tl.zeros((grad.shape[0], COLUMNS), tl.float64)
+    squares = total
+    i = longest * 0
+    while i < longest:
+        left = (length - i)[:, None]
+        if ALIGNED:
+            left = tl.multiple_of(left, (GRANULE, GRANULE))
+        rows = ()
+        for u in tl.static_range(UNROLL):
+            values = (grad + i)[:, None] + (u * COLUMNS + c)
+            if ALIGNED:
+                values = tl.multiple_of(values, (16, 16))
+            live = u * COLUMNS + c < left
+            x = tl.load(values, mask=live, other=like, eviction_policy="evict_last")
+            rows = rows + (x,)  # noqa: RUF005
+        for u in tl.static_range(UNROLL):
+            away = rows[u].to(tl.float64) - first
+            total += away
+            squares = tl.fma(away, away, squares)
+        i += UNROLL * COLUMNS
+    n = tl.maximum(length, 1).to(tl.float64)
+    # a sum of one: with a second view of what was loaded, Triton 3.7.1 fails to compile for gfx942
+    mean, m2 = shifted(tl.sum(first, 1), n, tl.sum(total, 1), tl.sum(squares, 1))
+    return n, mean, m2
 
 
 @triton.jit

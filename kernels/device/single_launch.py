@@ -1,10 +1,10 @@
-"""A step in one launch: statistics, tiles and updates drawn as tickets from one work list.
+"""Statistics and updates of slices with spans in one launch: tickets drawn from one work list.
 
-    S(w0) T.. S(w1) U(w0) S(w2) U(w1) ... U(wn)
+    S(w0) S(w1) U(w0) S(w2) U(w1) ... U(wn)
 
-S are the spans, U the chunks of the slices of a wave, T the tiles; `work.py` lays the list out.
-A program draws a ticket, does that item and draws the next. Spans, factors, tiles and chunks are
-the device functions of the two-launch form, so both give the same bits.
+S are the spans, U the chunks of the slices of a wave; `work.py` lays the list out. A program draws
+a ticket, does that item and draws the next. Spans, factors and chunks are the device functions of
+the two-launch form, so both give the same bits.
 
 It cannot deadlock, whatever the grid and however few programs are resident. Only a chunk waits,
 and only for its slice's spans. Those have lower tickets, so each was drawn by a program that is
@@ -24,9 +24,8 @@ import triton.language as tl
 from .measure import ARGUMENTS, measure_span
 
 from .tables import (  # isort: skip
-    CHUNK_ITEM, CHUNK_SLICE, ITEM_COLUMNS, ITEM_KIND, ITEM_ROW, SPAN_ITEM, SPAN_SLICE,
+    CHUNK_SLICE, ITEM_COLUMNS, ITEM_KIND, ITEM_ROW, SPAN_ITEM, SPAN_SLICE,
 )  # fmt: skip
-from .tiles import tile_of_any_shape
 from .update import update_chunk
 
 # flags zeroed per trip
@@ -47,18 +46,17 @@ def _await(flag):
 @triton.jit(
     do_not_specialize=["n_items", "n_partials", "first_slice", "n_slices"],
     do_not_specialize_on_alignment=[
-        "items_ptr", "counters_ptr",
-        *(table for table in ARGUMENTS if table not in ("spans_ptr", "tiles_ptr", "moments_ptr")),
+        "items_ptr", "counters_ptr", "clocks_ptr", "param_ptrs", "momentum_ptrs", "master_ptrs",
+        *ARGUMENTS,
     ],
 )  # fmt: skip
 def _single_kernel(
-    items_ptr,  # int64 [n_items, ITEM_COLUMNS]: kind, then a row of the spans, tiles or chunks
+    items_ptr,  # int64 [n_items, ITEM_COLUMNS]: kind, then a row of the spans or chunks
     n_items,
     counters_ptr,  # int32 [1 + n_slices]: ticket, flags; zero before and after
     first_slice,
     n_slices,
-    rows_ptr,  # this and all that follow as in `_statistics_kernel`
-    slices_ptr,
+    slices_ptr,  # this and all that follow as in `_statistics_kernel` and `_update_kernel`
     partials_ptr,
     n_partials,
     arrived_ptr,
@@ -79,11 +77,9 @@ def _single_kernel(
     WIDE: tl.constexpr,
     WINDOWS: tl.constexpr,
     SOFT: tl.constexpr,
-    TILES: tl.constexpr,
     BLOCK: tl.constexpr,
     UNROLL: tl.constexpr,
     MERGE: tl.constexpr,
-    TILE: tl.constexpr,
     UPDATE_BLOCK: tl.constexpr,
 ):  # fmt: skip
     # the flag of slice s is at flags + s
@@ -91,9 +87,8 @@ def _single_kernel(
     ticket = tl.atomic_add(counters_ptr, 1, sem="relaxed")
     while ticket < n_items:
         item = items_ptr + ticket.to(tl.int64) * ITEM_COLUMNS
-        kind = tl.load(item + ITEM_KIND)
         row = item + ITEM_ROW
-        if kind == SPAN_ITEM:
+        if tl.load(item + ITEM_KIND) == SPAN_ITEM:
             published = measure_span(
                 row, slices_ptr, partials_ptr, n_partials, arrived_ptr, factors_ptr,
                 options_ptr, scale_ptr, found_ptr, partials_ptr, grad_ptrs,
@@ -103,18 +98,12 @@ def _single_kernel(
                 # every thread's stores of the factors before the one thread's release
                 tl.debug_barrier()
                 tl.atomic_xchg(flags + tl.load(row + SPAN_SLICE), 1, sem="release")
-        elif kind == CHUNK_ITEM:
+        else:
             _await(flags + tl.load(row + CHUNK_SLICE))
             update_chunk(
                 row, slices_ptr, factors_ptr, options_ptr, clocks_ptr, grad_ptrs, param_ptrs,
                 momentum_ptrs, master_ptrs, GRAD, PARAM, BUFFER, KIND, ALIGNED, WINDOWS, SOFT,
                 UPDATE_BLOCK,
-            )  # fmt: skip
-        elif TILES:
-            tile_of_any_shape(
-                row, rows_ptr, options_ptr, clocks_ptr, scale_ptr, found_ptr, grad_ptrs,
-                param_ptrs, momentum_ptrs, master_ptrs, GRAD, PARAM, BUFFER, KIND, ALIGNED,
-                WINDOWS, SOFT, BLOCK, TILE,
             )  # fmt: skip
         ticket = tl.atomic_add(counters_ptr, 1, sem="relaxed")
     if ticket == n_items + tl.num_programs(0) - 1:

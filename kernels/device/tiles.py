@@ -1,22 +1,24 @@
-"""Tiles of a step: whole rows, or whole small tensors, from one gradient read to the stores.
+"""Tiles of a step: whole rows, or whole small tensors, that one program finishes.
 
-Statistics, parameters and momentum of a tile stay in registers, so the second launch need not
-touch it.
+It reads their gradients twice, once for their statistics and once to normalise and update, and
+what lies between is short enough to stay in a cache: no other launch touches a tile.
 
-Traffic per element, float32 with momentum: reads g, theta, m; writes theta, m (20 bytes).
+Traffic per element, float32 with momentum: reads g, theta, m; writes theta, m (20 bytes). The
+second read of g (4 bytes) is meant to hit L1.
 """
 
 import triton
 import triton.language as tl
 
-from .factors import CLOSE_ONLY, LEAVE, THROUGH_CDF, factors_of
-from .moments import centred_moments
+from .factors import CLOSE_ONLY, LEAVE, THROUGH_CDF, UNIFORM, factors_of
+from .moments import row_moments
 from .rounding import hash_positions, rounding_seeds
 
 from .tables import (  # isort: skip
     BUFFERED, CLOSING, FRESH, MASTER_COPY, OPTION_COLUMNS, RECORD_COLUMNS,
     REMAINDER, ROW_CODED, ROW_COLUMNS, ROW_LENGTH, ROW_RECORD, ROW_WINDOW, STOCHASTIC,
-    TILE_FIRST_ROW, TILE_LISTED, TILE_ROWS, TILE_TENSOR, TILE_WIDTH,
+    TILE_COLUMNS, TILE_FIRST_ROW, TILE_LISTED, TILE_LONGEST, TILE_ROWS, TILE_SHAPE, SHAPES_OF_TILES,
+    TILE_TENSOR, UNALIGNED_SHAPE,
 )  # fmt: skip
 from .update import bounded, normalize, update_, update_options
 
@@ -26,14 +28,17 @@ def _tile(
     row, rows_ptr, options_ptr, clocks_ptr, scale_ptr, found_ptr, grad_ptrs, param_ptrs,
     momentum_ptrs, master_ptrs, GRAD: tl.constexpr, PARAM: tl.constexpr, BUFFER: tl.constexpr,
     KIND: tl.constexpr, ALIGNED: tl.constexpr, WINDOWS: tl.constexpr, SOFT: tl.constexpr,
-    BLOCK: tl.constexpr, COLUMNS: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Slices of at most COLUMNS entries each, from one gradient read to the stores."""
-    # one row to a thread: eight rows of float64 statistics took 255 registers and spilled
-    ROWS: tl.constexpr = BLOCK // COLUMNS if BLOCK > COLUMNS else 1
-    r = tl.arange(0, ROWS)[:, None]
-    c = tl.arange(0, COLUMNS)[None, :]
+    """Slices from one gradient read to the stores, COLUMNS entries of each at a time."""
+    # `Entry.granule`: a bound of so many elements does not cut a 16-byte access
+    GRANULE: tl.constexpr = (
+        4 if tl.float32 == GRAD and tl.float32 == PARAM and tl.float32 == BUFFER else 8
+    )
+    # what is of a row has one dimension: of two, a thread would hold it once for each column
+    r = tl.arange(0, ROWS)
     present = r < tl.load(row + TILE_ROWS).to(tl.int32)
+    longest = tl.load(row + TILE_LONGEST).to(tl.int32)
     # listed: one row per tensor of the table; else consecutive rows of one tensor
     listed = tl.load(row + TILE_LISTED)
     tensor = tl.load(row + TILE_TENSOR) + r * listed
@@ -42,26 +47,10 @@ def _tile(
     coded = tl.load(rows + ROW_CODED, mask=present, other=0)
     index = (tl.load(row + TILE_FIRST_ROW) + r) * (1 - listed)
     start = index * length
-    if ALIGNED:
-        # `Entry.granule`: a bound of so many elements does not cut a 16-byte access
-        GRANULE: tl.constexpr = (
-            4 if tl.float32 == GRAD and tl.float32 == PARAM and tl.float32 == BUFFER else 8
-        )
-        x_live = c < tl.multiple_of(length, (GRANULE, GRANULE))
-    else:
-        x_live = c < length
+    grad = tl.load(grad_ptrs + tensor, mask=present, other=0).to(tl.pointer_type(GRAD)) + start
 
-    base = tl.load(grad_ptrs + tensor, mask=present, other=0).to(tl.pointer_type(GRAD))
-    grad = base + start + c
-    if ALIGNED:
-        grad = tl.multiple_of(grad, (16, 16))
-    x = tl.load(grad, mask=x_live, other=0.0, eviction_policy="evict_first").to(tl.float32)
-    n = tl.maximum(length, 1).to(tl.float64)
-    mean, m2, least, greatest = centred_moments(x, x_live, length.to(tl.float32), 1)
-    uniform = least == greatest
-    mean = tl.where(uniform, least.to(tl.float64), mean)
-    m2 = tl.where(uniform, 0.0, m2)
-
+    n, mean, m2 = row_moments(grad, length, longest, ALIGNED, GRANULE, COLUMNS, 2)
+    uniform = tl.sqrt(m2 / n) <= tl.abs(mean) * UNIFORM
     option = options_ptr + (coded >> 1) * OPTION_COLUMNS
     address = tl.load(rows + ROW_RECORD, mask=present, other=0)
     record = address.to(tl.pointer_type(tl.float64)) + index * RECORD_COLUMNS
@@ -71,63 +60,115 @@ def _tile(
         n, mean, m2, uniform, option, (coded & 1) != 0, scale_ptr, found_ptr, record, present,
         window, present & (address != 0), WINDOWS,
     )  # fmt: skip
-    options = update_options(option)
+    up, more, high, low, inverse = factors
+    factors = (up[:, None], more[:, None], high[:, None], low[:, None], inverse[:, None])
+    lr, decay, nesterov = update_options(option)
+    options = (lr[:, None], decay[:, None], nesterov[:, None])
     fresh = tl.load(option + FRESH).to(tl.float32)
-
-    # normalise
-    ghat = normalize(x, factors)
     # CLOSE_ONLY, of another row, is greater
-    if tl.max(mode) >= THROUGH_CDF:
-        ghat = tl.where(mode == THROUGH_CDF, bounded(ghat), ghat)
-    live = x_live & (mode != LEAVE)
-    m_momentum = live & (tl.load(option + BUFFERED) != 0)
-    m_param = live
-    if WINDOWS:
-        ghat = tl.where(mode == CLOSE_ONLY, 0.0, ghat)
-        m_param = live & (tl.load(option + CLOSING) != 0)
-    # load, all but the gradient
-    base = tl.load(param_ptrs + tensor, mask=present, other=0).to(tl.pointer_type(PARAM))
-    param = base + start + c
-    base = tl.load(momentum_ptrs + tensor, mask=present, other=0).to(tl.pointer_type(BUFFER))
-    momentum = base + start + c
-    if ALIGNED:
-        param = tl.multiple_of(param, (16, 16))
-        momentum = tl.multiple_of(momentum, (16, 16))
-    p = tl.load(param, mask=m_param, other=0.0, eviction_policy="evict_first")
-    m = tl.load(momentum, mask=m_momentum, other=0.0, eviction_policy="evict_first").to(tl.float32)
-    rest = p
-    hashed = c
+    some_bounded = tl.max(mode) >= THROUGH_CDF
+
+    param = tl.load(param_ptrs + tensor, mask=present, other=0)
+    param = param.to(tl.pointer_type(PARAM)) + start
+    momentum = tl.load(momentum_ptrs + tensor, mask=present, other=0)
+    momentum = momentum.to(tl.pointer_type(BUFFER)) + start
     master = param
+    tensor_seed = tensor
+    step_seed = tensor
     if KIND == STOCHASTIC:
+        # in the place of a master's address: the tensor's key
         key = tl.load(master_ptrs + tensor, mask=present, other=0)
         tensor_seed, step_seed = rounding_seeds(tl.load(clocks_ptr + (coded >> 1)), key)
-        hashed = hash_positions(start + c, tensor_seed, step_seed)
+        tensor_seed = tensor_seed[:, None]
+        step_seed = step_seed[:, None]
     if KIND == REMAINDER or KIND == MASTER_COPY:  # noqa: SIM109
         STORAGE: tl.constexpr = tl.int16 if KIND == REMAINDER else tl.float32
-        base = tl.load(master_ptrs + tensor, mask=present, other=0).to(tl.pointer_type(STORAGE))
-        master = base + start + c
+        master = tl.load(master_ptrs + tensor, mask=present, other=0)
+        master = master.to(tl.pointer_type(STORAGE)) + start
+    # how far each tensor is touched
+    grad_end = tl.where(mode != LEAVE, length, 0)
+    param_end = grad_end
+    momentum_end = tl.where(tl.load(option + BUFFERED) != 0, grad_end, 0)
+    if WINDOWS:
+        param_end = tl.where(tl.load(option + CLOSING) != 0, grad_end, 0)
+        grad_end = tl.where(mode != CLOSE_ONLY, grad_end, 0)
+    c = tl.arange(0, COLUMNS)[None, :]
+    i = longest * 0
+    while i < longest:
+        g = (grad + i)[:, None] + c
+        p = (param + i)[:, None] + c
+        m = (momentum + i)[:, None] + c
+        a = (master + i)[:, None] + c
+        grad_left = (grad_end - i)[:, None]
+        param_left = (param_end - i)[:, None]
+        momentum_left = (momentum_end - i)[:, None]
         if ALIGNED:
-            master = tl.multiple_of(master, (16, 16))
-        rest = tl.load(master, mask=m_param, other=0, eviction_policy="evict_first")
-    update_(
-        param, momentum, master, p, m, rest, ghat, hashed, m_param, m_momentum, options, beta,
-        fresh, KIND, SOFT,
-    )  # fmt: skip
+            # divisibility does not survive the cast from a table's integer
+            g = tl.multiple_of(g, (16, 16))
+            p = tl.multiple_of(p, (16, 16))
+            m = tl.multiple_of(m, (16, 16))
+            a = tl.multiple_of(a, (16, 16))
+            grad_left = tl.multiple_of(grad_left, (GRANULE, GRANULE))
+            param_left = tl.multiple_of(param_left, (GRANULE, GRANULE))
+            momentum_left = tl.multiple_of(momentum_left, (GRANULE, GRANULE))
+        m_grad = c < grad_left
+        m_momentum = c < momentum_left
+        m_param = c < param_left
+        # load
+        b_grad = tl.load(g, mask=m_grad, other=0.0, eviction_policy="evict_first")
+        b_param = tl.load(p, mask=m_param, other=0.0, eviction_policy="evict_first")
+        b_momentum = tl.load(m, mask=m_momentum, other=0.0, eviction_policy="evict_first")
+        rest = b_param
+        if KIND == REMAINDER or KIND == MASTER_COPY:  # noqa: SIM109
+            rest = tl.load(a, mask=m_param, other=0, eviction_policy="evict_first")
+        # normalise
+        ghat = normalize(b_grad.to(tl.float32), factors)
+        if some_bounded:
+            ghat = tl.where((mode == THROUGH_CDF)[:, None], bounded(ghat), ghat)
+        if WINDOWS:
+            ghat = tl.where((mode == CLOSE_ONLY)[:, None], 0.0, ghat)
+        hashed = c
+        if KIND == STOCHASTIC:
+            hashed = hash_positions((start + i)[:, None] + c, tensor_seed, step_seed)
+        update_(
+            p, m, a, b_param, b_momentum.to(tl.float32), rest, ghat, hashed, m_param, m_momentum,
+            options, beta[:, None], fresh[:, None], KIND, SOFT,
+        )  # fmt: skip
+        i += COLUMNS
 
 
-@triton.jit
-def tile_of_any_shape(
-    row, rows_ptr, options_ptr, clocks_ptr, scale_ptr, found_ptr, grad_ptrs, param_ptrs,
-    momentum_ptrs, master_ptrs, GRAD: tl.constexpr, PARAM: tl.constexpr, BUFFER: tl.constexpr,
-    KIND: tl.constexpr, ALIGNED: tl.constexpr, WINDOWS: tl.constexpr, SOFT: tl.constexpr,
-    BLOCK: tl.constexpr, TILE: tl.constexpr,
+@triton.jit(
+    do_not_specialize_on_alignment=[
+        "tiles_ptr", "rows_ptr", "options_ptr", "clocks_ptr", "scale_ptr", "found_ptr",
+        "grad_ptrs", "param_ptrs", "momentum_ptrs", "master_ptrs",
+    ]
+)  # fmt: skip
+def _tiles_kernel(
+    tiles_ptr,  # int64 [programs, TILE_COLUMNS]
+    rows_ptr,  # int64 [tensors, ROW_COLUMNS]
+    options_ptr,  # float64 [groups, OPTION_COLUMNS]
+    clocks_ptr,  # int64 [groups]
+    scale_ptr,  # float32 [1], what gradients were multiplied by
+    found_ptr,  # float32 [1], anything but 0 makes gradients invalid
+    grad_ptrs,  # int64 [tensors], likewise the next three
+    param_ptrs,
+    momentum_ptrs,
+    master_ptrs,  # of the master, or the tensor's key for stochastic rounding
+    GRAD: tl.constexpr,
+    PARAM: tl.constexpr,
+    BUFFER: tl.constexpr,
+    KIND: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    WINDOWS: tl.constexpr,
+    SOFT: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A tile by the code for its number of columns: `Tuning.tile_columns`."""
-    columns = tl.load(row + TILE_WIDTH)
-    for shrink in tl.static_range(4):
-        if columns == TILE >> (2 * shrink):
+    row = tiles_ptr + tl.program_id(0).to(tl.int64) * TILE_COLUMNS
+    shape = tl.load(row + TILE_SHAPE)
+    for i in tl.static_range(0 if ALIGNED else UNALIGNED_SHAPE, 5):
+        if shape == i:
             _tile(
                 row, rows_ptr, options_ptr, clocks_ptr, scale_ptr, found_ptr, grad_ptrs,
                 param_ptrs, momentum_ptrs, master_ptrs, GRAD, PARAM, BUFFER, KIND, ALIGNED,
-                WINDOWS, SOFT, BLOCK, TILE >> (2 * shrink),
+                WINDOWS, SOFT, SHAPES_OF_TILES[i], BLOCK // SHAPES_OF_TILES[i],
             )  # fmt: skip

@@ -140,6 +140,12 @@ def update_chunk(
             master = tl.load(master_ptrs + tensor).to(tl.pointer_type(tl.int16)) + start
         elif KIND == MASTER_COPY:
             master = tl.load(master_ptrs + tensor).to(tl.pointer_type(tl.float32)) + start
+        # bytes of an access to 16-bit values: of as many as 16 bytes of float32, where there are
+        # any, since of eight a thread would take every other 16 bytes
+        SOME_WIDE: tl.constexpr = (
+            tl.float32 == GRAD or tl.float32 == PARAM or tl.float32 == BUFFER or KIND == MASTER_COPY
+        )
+        NARROW: tl.constexpr = 8 if SOME_WIDE else 16
         offsets = tl.arange(0, BLOCK)
         whole = n // 16 * 16
         # how far each tensor is touched: bounds that are multiples of 16 keep accesses wide
@@ -157,10 +163,10 @@ def update_chunk(
             a = master + i
             if ALIGNED:
                 # divisibility does not survive the cast from a table's integer
-                g = tl.multiple_of(g, 16)
-                p = tl.multiple_of(p, 16)
-                m = tl.multiple_of(m, 16)
-                a = tl.multiple_of(a, 16)
+                g = tl.multiple_of(g, 16 if tl.float32 == GRAD else NARROW)
+                p = tl.multiple_of(p, 16 if tl.float32 == PARAM else NARROW)
+                m = tl.multiple_of(m, 16 if tl.float32 == BUFFER else NARROW)
+                a = tl.multiple_of(a, 16 if KIND == MASTER_COPY else NARROW)
             m_grad = offsets < tl.multiple_of(grad_end - i, 16)
             m_momentum = offsets < tl.multiple_of(momentum_end - i, 16)
             m_param = offsets < tl.multiple_of(param_end - i, 16)

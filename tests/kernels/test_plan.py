@@ -12,6 +12,7 @@ from bngd_triton import reference
 from bngd_triton.kernels import Tuning, launch
 from bngd_triton.kernels.build_plan import build
 from bngd_triton.kernels.plan import Entry
+from bngd_triton.kernels.tables import SHAPES_OF_TILES
 from bngd_triton.options import Options
 from support.handmade_plans import entry, inputs
 from support.kernel_cases import LANES, SHAPES, SMALL
@@ -63,33 +64,39 @@ def test_shape_of_a_plan(device: torch.device) -> None:
             for name, table in (("spans", batch.spans), ("chunks", batch.chunks)):
                 for tensor, _, length, *_ in table.tolist():
                     covered[name][tensor] = covered[name].get(tensor, 0) + length
-            for first, count, start, listed, columns in batch.tiles.tolist():
+            for first, count, start, listed, longest, shape in batch.tiles.tolist():
+                assert count <= SHAPES_OF_TILES[shape]
                 for row in range(count):
                     at = first + row * listed
                     length = int(batch.rows[at, 0])
-                    assert length <= columns
+                    assert length <= longest <= LANES.tile // SHAPES_OF_TILES[shape]
                     assert start + row < entries[batch.order[at]].rows or listed
                     for part in covered.values():
                         part[at] = part.get(at, 0) + length
             assert covered == {"spans": sizes, "chunks": sizes}
 
 
-# the narrowest of 32, 128, 512 and 2048 columns that holds a row, and as many rows as fill a block
-# of 512: first tensor, rows, first row, whether every row is a tensor, columns
+# as many rows as make 8192 entries, 32, 8, 4, 2 or one: first tensor, rows, first row, whether each
+# row is a tensor, the longest row, the shape
 TILES = {
     "300 tensors of 16": (
         [(16,)] * 300,
         1,
-        [[first, 16, 0, 1, 32] for first in range(0, 288, 16)] + [[288, 12, 0, 1, 32]],
+        [[first, 32, 0, 1, 16, 0] for first in range(0, 288, 32)] + [[288, 12, 0, 1, 16, 0]],
     ),
-    "5 tensors of 100": ([(100,)] * 5, 1, [[0, 4, 0, 1, 128], [4, 1, 0, 1, 128]]),
-    "3 tensors of 1000": ([(1000,)] * 3, 1, [[i, 1, 0, 1, 2048] for i in range(3)]),
+    "9 tensors of 260": ([(260,)] * 9, 1, [[0, 8, 0, 1, 260, 1], [8, 1, 0, 1, 260, 1]]),
+    "tensors of three lengths": (
+        [(256,), (64,), (4096,), (8,)],
+        1,
+        [[0, 3, 0, 1, 256, 0], [3, 1, 0, 1, 4096, 3]],
+    ),
+    "3 rows of 1100": ([(3, 1100)], 3, [[0, 3, 0, 0, 1100, 2]]),
     "70 rows of 16": (
         [(70, 16)],
         70,
-        [[0, 16, first, 0, 32] for first in range(0, 64, 16)] + [[0, 6, 64, 0, 32]],
+        [[0, 32, 0, 0, 16, 0], [0, 32, 32, 0, 16, 0], [0, 6, 64, 0, 16, 0]],
     ),
-    "3 rows of 1000": ([(3, 1000)], 3, [[0, 1, row, 0, 2048] for row in range(3)]),
+    "3 rows of 4100": ([(3, 4100)], 3, [[0, 1, row, 0, 4100, 4] for row in range(3)]),
 }
 
 
@@ -98,8 +105,7 @@ def test_rows_share_tiles(
     shapes: list[tuple[int, ...]], rows: int, expected: list[list[int]], device: torch.device
 ) -> None:
     tensors = [torch.zeros(shape, device=device) for shape in shapes]
-    tuning = Tuning(block=512, tile=2048)
-    (batch,) = build([entry(t, t, None, rows) for t in tensors], tuning).batches
+    (batch,) = build([entry(t, t, None, rows) for t in tensors], Tuning(tile=8192)).batches
     assert batch.tiles.tolist() == expected
     assert batch.n_tiles == len(expected)
     assert batch.n_spans == batch.n_chunks == 0
@@ -108,7 +114,7 @@ def test_rows_share_tiles(
 def test_lengths_that_cut_an_access(device: torch.device) -> None:
     """In aligned tensors: they have spans."""
     tensors = [torch.zeros(n, device=device) for n in (10, 1, 33, 36)]
-    (batch,) = build([entry(t, t) for t in tensors], Tuning(block=512, tile=2048)).batches
+    (batch,) = build([entry(t, t) for t in tensors], Tuning()).batches
     assert batch.kind.aligned
     lengths = [tensors[i].numel() for i in batch.order]
     assert [lengths[row[0]] for row in batch.tiles.tolist()] == [36]
@@ -146,7 +152,7 @@ def test_aligned_batches_are_aligned(device: torch.device) -> None:
         if batch.kind.aligned:
             # the kernel's GRANULE: a row's end cuts no access either
             granule = 4 if set(batch.kind[:3]) == {wide} else 8
-            for first, count, _, listed, _ in batch.tiles.tolist():
+            for first, count, _, listed, *_ in batch.tiles.tolist():
                 assert not (batch.rows[first : first + (count if listed else 1), 0] % granule).any()
 
 

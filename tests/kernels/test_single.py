@@ -14,7 +14,7 @@ from bngd_triton.kernels import Tuning, fused_step_, launch
 from bngd_triton.kernels.build_plan import build
 from bngd_triton.kernels.fused_step import FusedStep
 from bngd_triton.kernels.plan import Plan
-from bngd_triton.kernels.tables import CHUNK_ITEM, SPAN_ITEM, TILE_ITEM
+from bngd_triton.kernels.tables import CHUNK_ITEM, SPAN_ITEM
 from bngd_triton.options import Options
 from bngd_triton.records import skipped_slices
 from bngd_triton.verify.oracle import oracle_step
@@ -89,7 +89,7 @@ def test_nonfinite(nonfinite: str, tuning: Tuning, device: torch.device) -> None
 @pytest.mark.parametrize(
     ("shapes", "kinds"),
     [
-        ([(16,), (32,), (8, 4)], {TILE_ITEM}),
+        ([(16,), (32,), (8, 4)], set()),
         ([(1500,), (901,)], {SPAN_ITEM, CHUNK_ITEM}),
         ([(7,)], {SPAN_ITEM, CHUNK_ITEM}),
     ],
@@ -109,7 +109,7 @@ def test_empty_work(device: torch.device) -> None:
     tensor = torch.randn(16, device=device)
     plan = plan_of([tensor], LANES)
     (batch,) = plan.batches
-    for name in ("spans", "tiles", "chunks"):
+    for name in ("spans", "chunks"):
         setattr(batch, name, getattr(batch, name)[:0])
     work = batch.work(plan.tuning)
     assert work.items.shape == (0, 6)
@@ -140,12 +140,10 @@ def test_order_of_the_work(device: torch.device) -> None:
     assert batch.work(tuning) is work
     items = work.items.tolist()
 
-    for kind, table in (
-        (SPAN_ITEM, batch.spans), (TILE_ITEM, batch.tiles), (CHUNK_ITEM, batch.chunks),
-    ):  # fmt: skip
+    for kind, table in ((SPAN_ITEM, batch.spans), (CHUNK_ITEM, batch.chunks)):
         listed = [item[1 : 1 + table.shape[1]] for item in items if item[0] == kind]
         assert sorted(listed) == sorted(table.tolist())
-    assert len(items) == batch.n_spans + batch.n_tiles + batch.n_chunks
+    assert len(items) == batch.n_spans + batch.n_chunks
 
     slices = {item[5] for item in items if item[0] == SPAN_ITEM}
     assert work.first_slice == min(slices)
@@ -165,7 +163,7 @@ def test_order_of_the_work(device: torch.device) -> None:
     def turn(item: list[int]) -> int:
         if item[0] == SPAN_ITEM:
             return 2 * numbers[wave_of[item[5]]]
-        return 2 * numbers[wave_of[item[4]]] + 3 if item[0] == CHUNK_ITEM else 1
+        return 2 * numbers[wave_of[item[4]]] + 3
 
     turns = [turn(item) for item in items]
     assert turns == sorted(turns)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import re
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -41,29 +40,22 @@ SIMPLE_KERNELS: dict[str, tuple[str, dict[str, Any], int]] = {
 BUDGETS = {
     "update": (48, 56),
     "lanes": (80, 80),
-    "lanes+tiles": (96, 168),
     "stream": (80, 88),
-    "stream+tiles": (112, 168),
+    "tiles": (96, 168),
     "column_moments": (56, 56),
     "standardize": (80, 80),
     "publish": (64, 64),
     "rates": (24, 24),
     # the loop over tickets keeps values for every kind of item; 128 leave 4 programs, 168 leave 3
     "single lanes": (120, 144),
-    "single lanes+tiles": (168, 232),
     "single stream": (136, 168),
-    "single stream+tiles": (168, 240),
 }
 # where other versions of Triton need more. Without a program less: 128 leave 4 to an SM, as 120 do,
 # and all up to 256 leave 2 waves to a SIMD of gfx942. 88 leave 5 where 80 leave 6
 OTHER_BUDGETS: dict[tuple[int, ...], dict[str, tuple[int, int]]] = {
     (3, 6): {"single lanes": (128, 144)},
     (3, 8): {"lanes": (88, 88)},
-    (3, 9): {
-        "lanes": (88, 88),
-        "single lanes+tiles": (168, 240),
-        "single stream+tiles": (168, 248),
-    },
+    (3, 9): {"lanes": (88, 88)},
 }
 # more where parameters have a master or are rounded stochastically, or with micro-batches
 MASTER_REGISTERS = 24
@@ -71,7 +63,7 @@ MASTER_REGISTERS = 24
 READ_AGAIN = {"lanes": 5, "stream": 1}
 # nothing reads again what moves: evict_first on the loads of gradient, parameter and momentum and
 # on the stores of the last two; once for each shape of a tile, or in the update's loop and after it
-MOVED = {"tiles": 4, "update": 2, "single": 2}
+MOVED = {"update": 2, "single": 2}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +77,6 @@ class Case:
     buffer: str
     aligned: bool = True
     wide: bool = True
-    tiles: bool = False
     master: str = "plain"
     windows: bool = False
     tables: bool = False
@@ -93,10 +84,10 @@ class Case:
     @property
     def variant(self) -> str:
         """The kernel and its form: a key of `BUDGETS`."""
-        if self.kernel == "update" or self.kernel in SIMPLE_KERNELS:
+        if self.kernel in ("update", "tiles", *SIMPLE_KERNELS):
             return self.kernel
         form = "single " if self.kernel == "single" else ""
-        return form + ("lanes" if self.wide else "stream") + ("+tiles" if self.tiles else "")
+        return form + ("lanes" if self.wide else "stream")
 
     @property
     def budget(self) -> int:
@@ -113,9 +104,13 @@ class Case:
     @property
     def hints(self) -> Counter[str]:
         """How many accesses ask for which eviction policy."""
-        parts = re.split("[ +]", self.variant)
+        # a tile's shapes: all five, or the last three
+        shapes = 5 if self.aligned else 3
+        parts = self.variant.split()
         again = sum(READ_AGAIN.get(part, 0) for part in parts)
         moved = sum(MOVED.get(part, 0) for part in parts)
+        if self.kernel == "tiles":
+            again, moved = 2 * shapes, shapes
         master = self.master in ("remainder", "master")
         wanted = {
             "load evict_last": again,
@@ -135,12 +130,12 @@ def cases(quick: bool, targets: list[str], only: list[str]) -> Iterator[Case]:
     """What to compile, the longest first."""
     combinations = COMBINATIONS[:2] if quick else COMBINATIONS
     unaligned = () if quick else ALWAYS
-    # the longest to compile, and together of nothing but what the others check by themselves
-    skipped = ("stream+tiles", "single stream", "single lanes+tiles", "single stream+tiles")
-    variants: list[dict[str, Any]] = [
-        {"kernel": kernel, "wide": wide, "tiles": tiles}
+    # long to compile, and of nothing but what the others check by themselves
+    skipped = ("single stream",)
+    variants: list[dict[str, Any]] = [{"kernel": "tiles"}]
+    variants += [
+        {"kernel": kernel, "wide": wide}
         for kernel in ("single", "statistics")
-        for tiles in (True, False)
         for wide in (True, False)
     ]
     variants += [{"kernel": kernel} for kernel in ("update", *SIMPLE_KERNELS)]
@@ -167,13 +162,9 @@ def narrow_cases(quick: bool, targets: list[str], only: list[str]) -> Iterator[C
     kinds = [(*kind, False) for kind in MASTER_COMBINATIONS[: 1 if quick else None]]
     if not quick:
         kinds += [("plain", COMBINATIONS[0], True), (*MASTER_COMBINATIONS[0], True)]
-    for kernel, (master, dtypes, windows) in itertools.product(("statistics", "update"), kinds):
-        tiles = kernel == "statistics"
-        # tiles take up to a minute each
+    for kernel, (master, dtypes, windows) in itertools.product(("tiles", "update"), kinds):
         for target in targets:
-            if tiles and target not in ALWAYS:
-                continue
             named = dict(zip(("param", "grad", "buffer"), dtypes))
-            case = Case(kernel, target, **named, tiles=tiles, master=master, windows=windows)
-            if case.variant in only and not (quick and tiles):
+            case = Case(kernel, target, **named, master=master, windows=windows)
+            if case.variant in only and not (quick and kernel == "tiles"):
                 yield case

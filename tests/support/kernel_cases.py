@@ -12,7 +12,8 @@ from bngd_triton.kernels import Tuning
 from bngd_triton.kernels.support import interpreting
 
 # small work items, so that small tensors have several spans, chunks and merges;
-# rows of up to 256 entries are tiles, but aligned ones whose length would cut a 16-byte access
+# rows of up to 256 entries are tiles, but aligned ones whose length would cut a 16-byte access:
+# 32 of 8, 8 of 32, 4 of 64, 2 of 128, or one, of which so many entries are 4 trips
 SMALL = {
     "block": 32,
     "unroll": 2,
@@ -21,6 +22,7 @@ SMALL = {
     "update_block": 64,
     "chunk": 256,
     "tile": 256,
+    "tile_block": 64,
 }
 LANES = Tuning(wide=True, **SMALL)
 TILES = Tuning(wide=False, **SMALL)

@@ -18,7 +18,7 @@ VERSION = tuple(map(int, triton.__version__.split(".")[:2]))
 # bytes of one access at most
 WIDEST = 16
 # ptxas trades a few bytes outside the loops for a register step; where depends on its version
-SPILL_BYTES = {"update": 16, "statistics": 16, "single": 56}
+SPILL_BYTES = {"update": 16, "tiles": 16, "statistics": 16, "single": 56}
 # an access with an eviction policy in TTIR: `evictionPolicy = x`, from Triton 3.9 on
 # `{cachePolicy = #tt.cache_policy<.., eviction_policy = x>}`
 HINT = r"tt\.(load|store) .*eviction(?:P|_p)olicy = (\w+)"
@@ -176,11 +176,13 @@ def asked_widths(ttir: str, threads: int) -> dict[str, Counter[int]]:
     """Loads and stores, by width in bytes, that the tensors of the streamed accesses ask for."""
     asked: dict[str, Counter[int]] = {"load": Counter(), "store": Counter()}
     access = HINT + r"[>}]* : tensor<([\dx]+)x!tt\.ptr<[a-z]+(\d+)>>"
-    for kind, _, shape, bits in re.findall(access, ttir):
+    found = re.findall(access, ttir)
+    # as many elements to an access as the widest type allows: more would leave gaps in its own
+    most = WIDEST * 8 // max((int(bits) for *_, bits in found), default=8)
+    for kind, _, shape, bits in found:
         elements = max(math.prod(map(int, shape.split("x"))) // threads, 1)
-        size = elements * int(bits) // 8
-        width = min(size, WIDEST)
-        asked[kind][width] += size // width
+        width = min(elements, most)
+        asked[kind][width * int(bits) // 8] += elements // width
     return asked
 
 
