@@ -39,6 +39,8 @@ _LOOKS = {
     "BNGD, eps 0": _Look("#009E73", "-", "s"),
     "BNGD, eps 1e-8": _Look("#000000", ":", "X"),
 }
+# of the sweep that chose the rates of `run.EXPLODING`
+SWEEP_EPOCHS = 15
 # where the accuracy panel marks runs that ended in NaN
 _NAN_HEIGHT = -8
 
@@ -74,12 +76,18 @@ def print_tables(results: Results, settings: Settings, console: Console) -> None
     names = list(dict.fromkeys(run.optimizer for run in results.loss_scale))
     if names:
         console.print(_scale_table(results.loss_scale, names, settings), "")
+    other = (
+        ""
+        if settings.epochs == SWEEP_EPOCHS
+        else f"With epochs = {settings.epochs} other rates may be better. "
+    )
     console.print(
         f"Norms are the gradient's, before clipping. One seed ({settings.seed}): a few points "
         "between two rows are no result. The learning rates of the first table are each "
-        "optimizer's best of a sweep (five seeds, 15 epochs), where AdamW with clipping came first "
-        "(93.2 %, BNGD by rows 90.3 %): clipping cures this explosion too, with a threshold to "
-        "choose. Rates fall linearly to 0, which BNGD needs: its steps do not shrink by themselves."
+        f"optimizer's best of a sweep (five seeds, {SWEEP_EPOCHS} epochs), where AdamW with "
+        "clipping came first (93.2 %, BNGD by rows 90.3 %): clipping cures this explosion too, "
+        f"with a threshold to choose. {other}Rates fall linearly to 0, which BNGD needs: "
+        "its steps do not shrink by themselves."
     )
 
 

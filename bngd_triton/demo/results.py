@@ -29,6 +29,10 @@ class Settings:
     scale_epochs: int = 20
 
 
+# a tenth of the epochs
+QUICK = Settings(epochs=5, scales=SCALES[::3], scale_epochs=5)
+
+
 @dataclass
 class Run:
     """What one training run gave so far; lists have one entry per finished epoch.

@@ -145,11 +145,11 @@ def compare(
     results: Results,
     progress: Progress,
     watch: Callable[[Run], None],
-    finished: Callable[[], None],
+    finished: Callable[[str], None],
 ) -> None:
     """Train what `results` lacks of both experiments; it holds what is done at any time.
 
-    `watch` sees a run after each epoch, `finished` is called after each run.
+    `watch` sees a run after each epoch, `finished` gets a line about each run that has ended.
     """
     first = [(results.exploding, arm, 1.0, settings.epochs, exploding_task) for arm in EXPLODING]
     second = [
@@ -166,7 +166,7 @@ def compare(
         earlier = len(there)
         ended = sum(job[3] for job in jobs[:earlier])
         progress.update(bars[name], completed=ended)
-        for runs, arm, scale, epochs, task in jobs[earlier:]:
+        for number, (runs, arm, scale, epochs, task) in enumerate(jobs[earlier:], earlier + 1):
             run = Run(arm.name, arm.lr, arm.clip, scale)
             runs.append(run)
             label = arm.name if task is exploding_task else f"{arm.name}, c = {scale:g}"
@@ -177,7 +177,10 @@ def compare(
                 watch(run)
 
             train(run, arm, task(settings.seed), epochs, settings, show)
-            finished()
+            finished(
+                f"{name} {number}/{len(jobs)}, {label}: loss {run.losses[-1]:.3g}, "
+                f"test {run.accuracies[-1]:.1f} %"
+            )
             # a run that stopped early leaves a gap
             ended += epochs
             progress.update(bars[name], completed=ended)
@@ -217,9 +220,16 @@ def demo(
         MofNCompleteColumn(),
         TextColumn("{task.fields[now]}"),
     )
+    watched = console.is_terminal
+
+    def finished(line: str) -> None:
+        keep(results, settings, kept)
+        if not watched:
+            console.print(line, soft_wrap=True)
+
     try:
-        with _one_thread(), Progress(*columns, console=console) as progress:
-            compare(settings, results, progress, watch, lambda: keep(results, settings, kept))
+        with _one_thread(), Progress(*columns, console=console, disable=not watched) as progress:
+            compare(settings, results, progress, watch, finished)
     except KeyboardInterrupt:
         code = 130
         for run in results.exploding + results.loss_scale:

@@ -13,7 +13,7 @@ from rich.console import Console
 
 import bngd_triton
 from bngd_triton import cli
-from bngd_triton.demo import resume
+from bngd_triton.demo import plot, resume
 from bngd_triton.demo import run as demo
 
 TINY = demo.Settings(epochs=1, scales=(1e-12, 1e15), scale_epochs=1)
@@ -293,9 +293,53 @@ def test_missing_package(tmp_path, monkeypatch, capsys):
     )
 
 
-def test_no_command(capsys):
-    assert cli.main([]) == 2
-    assert "command" in capsys.readouterr().err
+def test_the_command_alone_prints_its_help(capsys):
+    assert cli.main([]) == 0
+    printed = capsys.readouterr()
+    assert all(f"\n    {name} " in printed.out for name in ("demo", "bench", "info", "verify"))
+    assert not printed.err
+
+
+def test_quick_is_a_shorter_demo(tmp_path, monkeypatch, capsys):
+    calls = []
+    monkeypatch.setattr(demo, "demo", lambda *args, results: calls.append(args[0]) or 0)
+    given = ["demo", "--device", "cpu", "--out", str(tmp_path), "--quick"]
+    assert cli.main([*given, "--seed", "3"]) == 0
+    assert cli.main([*given, "--epochs", "3"]) == 2
+    assert "--epochs: not allowed with argument --quick" in capsys.readouterr().err
+    (quick,) = calls
+    whole = demo.Settings(seed=3)
+    assert quick.seed == 3
+    assert quick.epochs < whole.epochs
+    assert set(quick.scales) < set(whole.scales)
+    # what the help and the panel call 27 decades
+    assert (min(quick.scales), max(quick.scales)) == (min(whole.scales), max(whole.scales))
+    epochs = [5 * len(one.scales) * one.scale_epochs for one in (quick, whole)]
+    assert epochs[0] <= epochs[1] / 10
+
+
+@pytest.mark.parametrize("epochs", [1, 15])
+def test_what_the_tables_say_of_rates_holds_for_their_epochs(epochs):
+    text = StringIO()
+    plot.print_tables(demo.Results(), demo.Settings(epochs=epochs), Console(file=text, width=2000))
+    printed = text.getvalue()
+    assert "a sweep (five seeds, 15 epochs)" in printed
+    assert ("With epochs = 1 other rates may be better." in printed) == (epochs == 1)
+
+
+def test_progress_is_a_line_a_run_where_no_terminal_shows_it(tiny):
+    printed = tiny[3]
+    assert "\x1b" not in printed
+    lines = printed.splitlines()
+    runs = len(demo.EXPLODING), 2 * len(demo.LOSS_SCALE)
+    assert lines[0].startswith("exploding network 1/7, SGD: loss ")
+    assert lines[0].endswith(" %")
+    assert [line.split(",")[0] for line in lines[: sum(runs)]] == [
+        f"{name} {number + 1}/{count}"
+        for name, count in zip(("exploding network", "loss scale"), runs)
+        for number in range(count)
+    ]
+    assert "exploding network" not in " ".join(lines[sum(runs) :])
 
 
 def test_python_m():
