@@ -1,4 +1,4 @@
-"""python -m bench.tasks [--only TASK,... OPTIMIZER,...] [--out DIR]"""
+"""Train what the results lack, or write the tables: python -m bench.tasks [--report]."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 
 from bench.tasks.contestants import CONTESTANTS
 from bench.tasks.problems import TASKS, Task, transformer
+from bench.tasks.report import report
 from bench.tasks.sweep import TEST, sweep
 
 # of the transformer, to see how the best rate moves; 100 steps of four sequences each
@@ -29,7 +30,11 @@ def main() -> None:
     parser.add_argument("--tasks", default=",".join(TASKS), help="names, by commas")
     parser.add_argument("--optimizers", default=",".join(CONTESTANTS), help="names, by commas")
     parser.add_argument("--widths", action="store_true", help="the transformer at four widths")
+    parser.add_argument("--report", action="store_true", help="write README's and docs' tables")
     args = parser.parse_args()
+    if args.report:
+        report(args.out, Path.cwd(), WIDTHS)
+        return
     torch.set_num_threads(1)
     if args.widths:
         sweep(WIDTHS, AT_WIDTHS, args.out / "widths.json", TEST[:1])

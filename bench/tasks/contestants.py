@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
-import optimi
 import torch
 from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
@@ -58,9 +58,18 @@ def _muon(model: nn.Module, lr: float) -> list[Optimizer]:
     ]
 
 
-def _default(kind: Callable[..., Any]) -> float | None:
-    rate = inspect.signature(kind).parameters["lr"].default
-    return None if rate is inspect.Parameter.empty else float(rate)
+def _optimi(name: str) -> Callable[[nn.Module, float], list[Optimizer]]:
+    """One of torch-optimi's, which is needed only by those that train with it."""
+
+    def build(model: nn.Module, lr: float) -> list[Optimizer]:
+        kind = getattr(importlib.import_module("optimi"), name)
+        return [kind(model.parameters(), lr=lr, weight_decay=0.0, triton=False)]
+
+    return build
+
+
+def _default(kind: Callable[..., Any]) -> float:
+    return float(inspect.signature(kind).parameters["lr"].default)
 
 
 def _bngd(title: str, **options: Any) -> Contestant:
@@ -73,7 +82,7 @@ CONTESTANTS = {
     "sgd-clip": Contestant("SGD, clip 1", 0.1, _default(SGD), _sgd, CLIP),
     "adamw": Contestant("AdamW", 4.6e-3, _default(AdamW), _adamw),
     "adamw-clip": Contestant("AdamW, clip 1", 4.6e-3, _default(AdamW), _adamw, CLIP),
-    "lion": Contestant("Lion", 1e-3, _default(optimi.Lion), _of(optimi.Lion, triton=False)),
+    "lion": Contestant("Lion", 1e-3, None, _optimi("Lion")),
     "muon": Contestant(
         "Muon and AdamW",
         4.6e-3,
@@ -84,8 +93,8 @@ CONTESTANTS = {
     "stable-adamw": Contestant(
         "StableAdamW",
         4.6e-3,
-        _default(optimi.StableAdamW),
-        _of(optimi.StableAdamW, triton=False),
+        None,
+        _optimi("StableAdamW"),
     ),
     "bngd-tensor": _bngd("BNGD tensor", granularity="tensor"),
     "bngd-row": _bngd("BNGD row", granularity="row"),

@@ -42,7 +42,7 @@ def test_resuming_is_bit_identical_to_an_uninterrupted_run(
     resumed = make_params(path.device, dtype)
     load_params(resumed, saved["params"])
     # other options on purpose: those of the checkpoint count
-    again = BNGD(resumed, lr=7.0, weight_decay=0.7, eps=0.7, fused=path.fused)
+    again = BNGD(resumed, lr=0.7, weight_decay=0.7, eps=0.7, fused=path.fused)
     again.load_state_dict(saved["optimizer"])
     take_steps(again, resumed, [2, 3])
     assert_equal(resumed, params)
