@@ -1,5 +1,7 @@
 #!/usr/bin/env bash
 # One call of at most 9 minutes on a rented GPU with torch and Triton: bench/session.sh OUT
+# CACHE=DIR takes kernels that `python -m bench.precompile --out DIR` compiled elsewhere, by the same
+# Triton: 4 minutes on a core that the session then has for its own.
 # Nothing is installed and no step ends the rest; OUT gets logs and results, and what was not run.
 set -u
 cd "$(dirname "$0")/.."
@@ -9,6 +11,10 @@ mkdir -p "$out"
 # the package as it installs
 [ -e bngd_triton/kernels ] || ln -s ../kernels bngd_triton/kernels
 export PYTHONPATH=$PWD
+if [ -n "${CACHE:-}" ]; then
+  "$python" -m bench.precompile --moved "$CACHE" && TRITON_CACHE_DIR=$(realpath "$CACHE")
+  export TRITON_CACHE_DIR
+fi
 
 step() { # name, seconds, command
   local name=$1 most=$2

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from bench.counts import h200
+from bench.counts.bounds import bounds
 from bench.counts.usual_path import usual_path
 from support.machine_code import run_tool
 from support.ptx.counting import SECTOR
@@ -71,6 +72,8 @@ def kind(opcode: str) -> str:
         return "convert" if "f64" in parts else "other"
     if root in ("selp", "shfl"):
         return "other"
+    if root in ("div", "sqrt") and parts[-1] == "f64":
+        return "divide"
     return {"f64": "float64", "f32": "float32"}.get(parts[-1], "other")
 
 
@@ -81,12 +84,20 @@ def registers_of(compiled: Any) -> int:
     return int(found[1])
 
 
+def versions() -> dict[str, str]:
+    import numpy as np
+    import triton
+
+    found = {"triton": triton.__version__, "torch": torch.__version__, "numpy": np.__version__}
+    return {**found, "target": "sm_90"}
+
+
 def machine() -> Any:
     """The one of this process, behind Triton's dispatch."""
     os.environ.pop("TRITON_INTERPRET", None)
     from support.ptx.driver import Machine, Schedule
 
-    made = Machine(Schedule(races=False), processors=4, profiled=True)
+    made = Machine(Schedule(races=False), processors=4, profiled=True, traces=True)
     made.install()
     return made
 
@@ -122,7 +133,7 @@ def row(case: Case, launched: Any, entries: int) -> dict[str, Any]:
     by_space = {
         space: [t for t in touched if t.site.space == space] for space in ("global", "shared")
     }
-    made = {
+    made: dict[str, Any] = {
         "case": case.name,
         "kernel": launched.name.strip("_").removesuffix("_kernel"),
         "registers": registers,
@@ -131,11 +142,14 @@ def row(case: Case, launched: Any, entries: int) -> dict[str, Any]:
         "instructions": {k: round(v / entries, 3) for k, v in sorted(count.items())},
         "sector_bytes": round(SECTOR * sum(t.units for t in by_space["global"]) / entries, 3),
         "least_bytes": round(SECTOR * sum(t.least for t in by_space["global"]) / entries, 3),
+        "once_bytes": round(SECTOR * sum(map(len, launched.profile.sectors)) / entries, 3),
         "conflicts": sum(t.units - t.least for t in by_space["shared"]),
     }
     made["instructions"]["all"] = round(sum(count.values()) / entries, 3)
-    if case.form == "two-launch" and case.shape == LONG:
+    # the usual path is not the CDF's
+    if case.form == "two-launch" and case.shape == LONG and "cdf" not in case.name:
         made["machine_code"] = machine_code(compiled, launched.name, entries / launched.grid[0])
+    made["bounds"] = bounds(made, launched, entries)
     return made
 
 

@@ -75,6 +75,39 @@ def test_a_load_that_may_be_late_is_a_race_where_it_matters(schedule: Schedule) 
         run_it("", "")
 
 
+# thread 40 goes on with what it loads; then thread 0 loads and stores
+ONE_BY_ONE = """
+setp.eq.u32 %p1, %r90, 0;
+setp.eq.u32 %p2, %r90, 40;
+@%p2 ld.global.b32 { %r1 }, [ %rd80 + 0 ];
+@%p2 st.global.b32 [ %rd81 + 0 ], { %r1 };
+@%p1 ld.global.b32 { %r2 }, [ %rd80 + 0 ];
+add.s32 %r2, %r2, 1;
+BARRIER
+@%p1 st.global.b32 [ %rd80 + 0 ], { %r2 };
+"""
+# all load one of two entries; the last to load each is who stores it
+TWO_ENTRIES = """
+and.b32 %r1, %r90, 1;
+mad.wide.u32 %rd1, %r1, 4, %rd80;
+ld.global.b32 { %r2 }, [ %rd1 + 0 ];
+add.s64 %rd2, %rd81, %rd90;
+st.global.b32 [ %rd2 + 0 ], { %r2 };
+setp.ge.u32 %p1, %r90, 62;
+BARRIER
+@%p1 st.global.b32 [ %rd1 + 0 ], { %r90 };
+"""
+
+
+@everywhere
+@pytest.mark.parametrize("body", [ONE_BY_ONE, TWO_ENTRIES], ids=["one by one", "two entries"])
+def test_of_several_threads_that_load_none_is_forgotten(body: str, schedule: Schedule) -> None:
+    arrays = np.zeros(2, u32), np.zeros(64, u32)
+    run(body.replace("BARRIER", "bar.sync 0;"), *arrays, threads=64, schedule=schedule)
+    with pytest.raises(PtxError, match="race, no barrier"):
+        run(body.replace("BARRIER", ""), *arrays, threads=64, schedule=schedule)
+
+
 @everywhere
 def test_threads_may_store_the_same_and_no_two_values(schedule: Schedule) -> None:
     same = "mov.u32 %r1, 7;\nst.global.b32 [ %rd80 + 0 ], { %r1 };\n"

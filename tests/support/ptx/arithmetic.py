@@ -111,18 +111,5 @@ def prmt(a: Any, b: Any, selector: int) -> Any:
     return result
 
 
-def shift_left(x: Any, by: Any) -> Any:
-    """All bits gone from the width on, as hardware has it and C does not."""
-    return np.where(by < x.dtype.itemsize * 8, x << by.astype(x.dtype), x.dtype.type(0))[()]
-
-
-def shift_right(x: Any, by: Any) -> Any:
-    """Zeros, or copies of the sign, from the width on."""
-    most = u32(x.dtype.itemsize * 8 - 1)
-    if x.dtype.kind == "i":
-        return x >> np.minimum(by, most).astype(x.dtype)
-    return np.where(by <= most, x >> by.astype(x.dtype), x.dtype.type(0))[()]
-
-
 def unordered(a: Any, b: Any) -> Any:
     return np.isnan(a) | np.isnan(b)

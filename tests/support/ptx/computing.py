@@ -77,9 +77,11 @@ def integers(t: Any, ins: Instruction, dtype: Any) -> list[str]:
             result = f"~{plain(0)}", bits
         elif root == "neg":
             result = f"({t.constant(bits(0))} - {plain(0)})", bits
-        elif root in ("shl", "shr"):
-            name, value = ("shift_left", plain(0)) if root == "shl" else ("shift_right", typed(0))
-            result = f"{name}({value}, {typed(1, u32)})", bits if root == "shl" else dtype
+        elif root == "shl":
+            # NumPy shifts everything out from the width on, as hardware does
+            result = f"({plain(0)} << {typed(1, u32)}.astype({NAMES[bits]}))", bits
+        elif root == "shr":
+            result = f"({typed(0)} >> {typed(1, u32)}.astype({NAMES[dtype]}))", dtype
         elif root in ("min", "max"):
             result = f"np.{root}imum({typed(0)}, {typed(1)})", dtype
         elif root == "popc":

@@ -38,6 +38,8 @@ class Profile:
 
     def __init__(self) -> None:
         self.touched: dict[int, Touched] = {}
+        # sectors that were loaded, and that were stored
+        self.sectors: tuple[set[int], set[int]] = (set(), set())
 
     def note(self, site: Site, addresses: Any, mask: Any, n: int) -> None:
         of_site = self.touched.setdefault(site.number, Touched(site))
@@ -51,7 +53,9 @@ class Profile:
             if site.space == "shared":
                 self._wavefronts(of_site, at, here)
             else:
-                of_site.units += len(np.unique(at[here] // SECTOR))
+                sectors = np.unique(at[here] // SECTOR)
+                of_site.units += len(sectors)
+                self.sectors[site.stores].update(sectors.tolist())
                 of_site.least += -(-len(np.unique(at[here])) * site.size // SECTOR)
 
     @staticmethod

@@ -189,10 +189,7 @@ class Shadow:
         record["program"][at], record["time"][at] = clock.program, clock.now
         record["thread"][at], record["site"][at] = threads, site
         if self.has_atomics[at].any():
-            found = self._against_atomics(clock, at, by_control=True)
-            for k in at[self.has_atomics[at]].tolist():
-                self.released.pop(k, None)
-            return found
+            return self._against_atomics(clock, at, by_control=True)
         return None
 
     def atomic(
