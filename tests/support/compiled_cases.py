@@ -47,13 +47,11 @@ BUDGETS = {
     "publish": (64, 64),
     "rates": (24, 24),
     # the loop over tickets keeps values for every kind of item; 128 leave 4 programs, 168 leave 3
-    "single lanes": (120, 144),
+    "single lanes": (128, 144),
     "single stream": (136, 168),
 }
-# where other versions of Triton need more. Without a program less: 128 leave 4 to an SM, as 120 do,
-# and all up to 256 leave 2 waves to a SIMD of gfx942. 88 leave 5 where 80 leave 6
+# where other versions of Triton need more: 88 leave 5 programs to an SM where 80 leave 6
 OTHER_BUDGETS: dict[tuple[int, ...], dict[str, tuple[int, int]]] = {
-    (3, 6): {"single lanes": (128, 144)},
     (3, 8): {"lanes": (88, 88)},
     (3, 9): {"lanes": (88, 88)},
 }

@@ -177,11 +177,12 @@ def asked_widths(ttir: str, threads: int) -> dict[str, Counter[int]]:
     asked: dict[str, Counter[int]] = {"load": Counter(), "store": Counter()}
     access = HINT + r"[>}]* : tensor<([\dx]+)x!tt\.ptr<[a-z]+(\d+)>>"
     found = re.findall(access, ttir)
-    # as many elements to an access as the widest type allows: more would leave gaps in its own
-    most = WIDEST * 8 // max((int(bits) for *_, bits in found), default=8)
-    for kind, _, shape, bits in found:
+    for kind, policy, shape, bits in found:
+        # as many elements to an access as the widest type of the same walk allows: more would
+        # leave gaps in its own
+        widest = max(int(b) for _, p, _, b in found if p == policy)
         elements = max(math.prod(map(int, shape.split("x"))) // threads, 1)
-        width = min(elements, most)
+        width = min(elements, WIDEST * 8 // widest)
         asked[kind][width * int(bits) // 8] += elements // width
     return asked
 
