@@ -53,7 +53,7 @@ def arms() -> dict[str, Callable[[list[Parameter]], Optimizer]]:
     """What is timed, by name."""
     found: dict[str, Callable[[list[Parameter]], Optimizer]] = {
         BASE: lambda params: SGD(params, 1e-3, momentum=0.9, fused=True),
-        "BNGD tensor": lambda params: BNGD(params, fused=False),
+        "BNGD tensor": lambda params: BNGD(params, granularity="tensor", fused=False),
         "BNGD row": lambda params: BNGD(params, granularity="row", fused=False),
         "SGD foreach": lambda params: SGD(params, 1e-3, momentum=0.9, foreach=True),
         "AdamW foreach": lambda params: AdamW(params, 1e-3, foreach=True),

@@ -57,8 +57,8 @@ class BNGD(Optimizer):
         nesterov: look one step of momentum ahead.
         weight_decay: decoupled; each step multiplies the parameters by ``1 - lr * weight_decay``.
         eps: added to the RMS, in the gradient's units. 0 is allowed and safe.
-        granularity: ``"tensor"``, one slice per parameter; ``"row"``, one per output unit (index
-            of dimension 0) of a parameter with two or more dimensions; ``"global"``, one for all
+        granularity: ``"row"``, one slice per output unit (index of dimension 0) of a parameter with
+            two or more dimensions; ``"tensor"``, one per parameter; ``"global"``, one for all
             parameters of the group that have a gradient.
         normalizer: ``"zscore"``, or ``"cdf"``: ``sqrt(3) * (2 * Phi(ghat) - 1)``, whose entries
             are bounded by sqrt(3).
@@ -124,7 +124,7 @@ class BNGD(Optimizer):
         nesterov: bool = False,
         weight_decay: float = 0.0,
         eps: float = 1e-8,
-        granularity: Granularity = "tensor",
+        granularity: Granularity = "row",
         normalizer: Normalizer = "zscore",
         centering: float = 1.0,
         center_1d: bool = False,
@@ -168,7 +168,7 @@ class BNGD(Optimizer):
             params: as for the class.
             lr: as for the class.
         """
-        return cls(params, lr, momentum=0.0, center_1d=True, eps=1e-8)
+        return cls(params, lr, momentum=0.0, granularity="tensor", center_1d=True, eps=1e-8)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; its options default to the constructor's.

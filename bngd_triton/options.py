@@ -51,7 +51,7 @@ class Options:
     nesterov: bool = False
     weight_decay: float = 0.0
     eps: float = 1e-8
-    granularity: Granularity = "tensor"
+    granularity: Granularity = "row"
     normalizer: Normalizer = "zscore"
     centering: float = 1.0
     center_1d: bool = False

@@ -30,7 +30,7 @@ FACTORS: dict[str, dict[str, Any]] = {
         "f32/bf16": (_SINGLE, _BRAIN),
     },
     "granularity": {
-        "tensor": {},
+        "tensor": {"granularity": "tensor"},
         "row": {"granularity": "row"},
         "global": {"granularity": "global"},
     },

@@ -23,7 +23,7 @@ def oracle_step(
     nesterov: bool = False,
     weight_decay: float = 0.0,
     eps: float = 1e-8,
-    granularity: str = "tensor",
+    granularity: str = "row",
     normalizer: str = "zscore",
     centering: float = 1.0,
     center_1d: bool = False,

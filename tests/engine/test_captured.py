@@ -81,8 +81,8 @@ def test_sync_hyperparameters_reaches_a_replay(
 ) -> None:
     """A replay runs the launches alone; options reach it through the device table."""
     params, twins = make_params(device), make_params(device)
-    optimizer = BNGD(params, 1e-2, fused=True)
-    eager = BNGD(twins, 1e-2, fused=False)
+    optimizer = BNGD(params, 1e-2, granularity="tensor", fused=True)
+    eager = BNGD(twins, 1e-2, granularity="tensor", fused=False)
     for one, its in ((optimizer, params), (eager, twins)):
         take_steps(one, its, range(2))
         one.param_groups[0].update(change)
@@ -142,7 +142,7 @@ def test_an_ordinary_step_leaves_a_captured_one_as_it_is(
     runs = []
     for fused in (True, False):
         params = make_params(device)
-        optimizer = BNGD(params, 1e-2, fused=fused)
+        optimizer = BNGD(params, 1e-2, granularity="tensor", fused=fused)
         take_steps(optimizer, params, range(2))
         static = [param.grad for param in params]
         with monkeypatch.context() as patch:
@@ -186,7 +186,7 @@ def test_gradients_of_a_captured_step_find_it_again(
 ) -> None:
     """Eager steps between replays, on the graph's gradients and on others, in turns."""
     params = make_params(device)
-    optimizer = BNGD(params, 1e-2, fused=True)
+    optimizer = BNGD(params, 1e-2, granularity="tensor", fused=True)
     take_steps(optimizer, params, range(2))
     static = [param.grad for param in params]
     with monkeypatch.context() as patch:
@@ -214,7 +214,7 @@ def test_a_sync_reaches_every_captured_step_that_can_follow(
     device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     params = make_params(device)
-    optimizer = BNGD(params, 1e-2, fused=True)
+    optimizer = BNGD(params, 1e-2, granularity="tensor", fused=True)
     take_steps(optimizer, params, range(2))
     tables = []
     for _ in range(2):

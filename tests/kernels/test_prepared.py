@@ -137,7 +137,7 @@ def test_the_signature_of_a_step_tells_its_tensors_and_options_apart(device: tor
     ):
         assert sign([one], groups) != base, desc
     for options in (
-        Options(LR, granularity="row"), Options(LR, center_1d=True), Options(LR, momentum=0.0)
+        Options(LR, granularity="tensor"), Options(LR, center_1d=True), Options(LR, momentum=0.0)
     ):  # fmt: skip
         assert sign([made(param, grad, momentum, 0)], [options, groups[1]]) != base, options
 
@@ -145,7 +145,7 @@ def test_the_signature_of_a_step_tells_its_tensors_and_options_apart(device: tor
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"granularity": "row"}, "granularity of group 1"),
+        ({"granularity": "tensor"}, "granularity of group 1"),
         ({"center_1d": True}, "center_1d of group 1"),
         ({"momentum": 0.0}, "momentum of group 1"),
         ({"accumulation_steps": 4}, "accumulation_steps of group 1"),

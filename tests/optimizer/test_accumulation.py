@@ -237,7 +237,7 @@ def test_windows_are_laid_out_once(device: torch.device, monkeypatch: pytest.Mon
         Stepper, "lay_out_and_step", lambda *args: (layouts.append(None), full(*args))
     )
     params = make_params(device)
-    optimizer = BNGD(params, accumulation_steps=3, fused=True)
+    optimizer = BNGD(params, granularity="tensor", accumulation_steps=3, fused=True)
     take_steps(optimizer, params, range(7))
     assert len(layouts) == 1
     # a gradient that is missing once costs its step, the end of its window and one to settle

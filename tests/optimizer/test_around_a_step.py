@@ -209,4 +209,4 @@ def test_an_old_pickle_takes_new_groups_and_steps(path: StepPath) -> None:
 def test_repr_shows_the_options(path: StepPath) -> None:
     text = repr(BNGD(make_params(path.device), fused=path.fused))
     assert text.startswith("BNGD (")
-    assert "granularity: tensor" in text
+    assert "granularity: row" in text

@@ -144,7 +144,7 @@ def test_statistics_and_functions_of_tensors_under_any_defaults(device: torch.de
 
 
 def test_the_halves_of_a_sharded_step_under_any_defaults(device: torch.device) -> None:
-    options = [Options(0.01)]
+    options = [Options(0.01, granularity="tensor")]
     grads = [torch.randn(300, device=device), torch.randn(4, 70, device=device)]
     runs = []
     for name, dtype in ((None, torch.float32), ("meta", torch.float32), (None, torch.float16)):

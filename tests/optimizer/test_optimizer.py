@@ -254,6 +254,7 @@ def test_article_is_centred_without_momentum(path: StepPath) -> None:
     expected = values(params)
     take_steps(optimizer, params, [0])
     options: dict[str, Any] = {"lr": 0.1, "momentum": 0.0, "center_1d": True, "eps": 1e-8}
+    options["granularity"] = "tensor"
     assert_close(params, oracle_step(expected, make_grads(params, 0), [None] * 3, **options)[0])
     assert {key: optimizer.param_groups[0][key] for key in options} == options
 

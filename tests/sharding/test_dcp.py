@@ -179,7 +179,9 @@ def test_asking_for_state_between_steps_without_any() -> None:
     def weights(ask: bool) -> Tensor:
         torch.manual_seed(0)
         model = nn.Linear(6, 5).bfloat16()
-        optimizer = BNGD(model.parameters(), momentum=0.0, master_weights="stochastic")
+        optimizer = BNGD(
+            model.parameters(), granularity="tensor", momentum=0.0, master_weights="stochastic"
+        )
         for _ in range(3):
             model(torch.ones(2, 6).bfloat16()).square().sum().backward()
             optimizer.step()

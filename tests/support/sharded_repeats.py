@@ -81,7 +81,8 @@ def strided_on_one_rank(params: list[Tensor], optimizer: BNGD) -> None:
 
 
 def by_row(params: list[Tensor], optimizer: BNGD) -> None:
-    optimizer.param_groups[0]["granularity"] = "row"
+    group = optimizer.param_groups[0]
+    group["granularity"] = "tensor" if group["granularity"] == "row" else "row"
 
 
 def overflow_elsewhere(params: list[Tensor], optimizer: BNGD) -> None:

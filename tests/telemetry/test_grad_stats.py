@@ -22,6 +22,7 @@ NAMES = ["weight", "bias", "table", "scale"]
 
 def build(path: StepPath, **options: Any) -> tuple[list[Parameter], BNGD]:
     params = [Parameter(torch.zeros(shape, device=path.device)) for shape in SHAPES]
+    options = {"granularity": "tensor", **options}
     return params, BNGD(list(zip(NAMES, params)), fused=path.fused, **options)
 
 
@@ -168,7 +169,7 @@ def test_only_parameters_that_have_had_a_gradient(path: StepPath) -> None:
 def test_unnamed_parameters_go_by_their_place(path: StepPath) -> None:
     params = [Parameter(torch.zeros(4, 6, device=path.device)) for _ in range(3)]
     groups = [{"params": params[:1]}, {"params": params[1:], "granularity": "row"}]
-    optimizer = BNGD(groups, fused=path.fused)
+    optimizer = BNGD(groups, granularity="tensor", fused=path.fused)
     set_grads(params, 0)
     optimizer.step()
     shapes = {name: tuple(stats.mean.shape) for name, stats in optimizer.grad_stats().items()}
@@ -236,7 +237,7 @@ def test_an_overflow_found_by_a_scaler_is_recorded(path: StepPath) -> None:
 def test_statistics_of_float64_gradients(device: torch.device) -> None:
     for size in (1.0, 1e200, 1e-200):
         params = [Parameter(torch.zeros(4, 6, dtype=torch.float64, device=device))]
-        optimizer = BNGD([("weight", params[0])])
+        optimizer = BNGD([("weight", params[0])], granularity="tensor")
         grad = torch.randn(4, 6, dtype=torch.float64) + 0.5
         params[0].grad = (grad * size).to(device)
         optimizer.step()
