@@ -213,7 +213,7 @@ def _bench(args: argparse.Namespace) -> int:
     command = [sys.executable, "-m"]
     if args.plot:
         if importlib.util.find_spec("matplotlib") is None:
-            return _fail("matplotlib is not installed: pip install 'bngd-triton[demo]'", 1)
+            return _fail("matplotlib is not installed: pip install matplotlib", 1)
         command += ["bench.report", str(args.plot.resolve())]
     else:
         command += ["bench.run", "--suite", args.suite, "--only", args.only, "--chart"]
@@ -230,7 +230,8 @@ def _demo(args: argparse.Namespace) -> int:
         package = (error.name or "").partition(".")[0]
         if package not in _DEMO_PACKAGES:
             raise
-        return _fail(f"{package} is not installed: pip install 'bngd-triton[demo]'", 1)
+        packages = "scikit-learn matplotlib rich"
+        return _fail(f"{package} is not installed: pip install {packages}", 1)
     length = QUICK if args.quick else Settings(epochs=args.epochs)
     settings = replace(length, device=args.device, seed=args.seed, target_loss=args.target_loss)
     try:

@@ -36,7 +36,7 @@ class GradStats(NamedTuple):
         std: population standard deviation.
         rms: ``sqrt(mean**2 + std**2)``.
         kappa: ``sqrt(1 + mean**2 / std**2)``, at least 1; the cosine of gradient and centred
-            gradient is ``1 / kappa``. Infinite without spread, NaN for zeros.
+            gradient is ``1 / kappa``. Infinite without spread, 1 for zeros, which have no mean.
         skipped: how often the slice was left as it was because of an inf or NaN.
     """
 
@@ -53,7 +53,12 @@ def grad_stats(record: Tensor, *, scalar: bool) -> GradStats:
     # rows that a group had before its granularity was changed remain rows
     mean, std, skipped = (copy[0] if scalar and len(copy) == 1 else copy).unbind(-1)
     rms = torch.hypot(mean, std)
-    return GradStats(mean, std, rms, rms / std, skipped)
+    return GradStats(mean, std, rms, kappa_of(rms, std), skipped)
+
+
+def kappa_of(rms: Tensor, std: Tensor) -> Tensor:
+    """``rms / std``, 1 where both are 0."""
+    return (rms / std).masked_fill(rms == 0, 1.0)
 
 
 def master_key(param: Tensor) -> str:

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..checkpoint_files import replace_file
-from ..state import GradStats
+from ..state import GradStats, kappa_of
+from ..state_dicts import parameter_names
 
 COLUMNS = GradStats._fields
 _MEAN, _STD, _SKIPPED = (COLUMNS.index(name) for name in ("mean", "std", "skipped"))
@@ -141,6 +142,8 @@ class GradStatsLogger:
             ``add_histogram(tag, values, step)``; the caller closes it.
         path: a folder for TensorBoard's files, instead of `writer`; `close` closes them.
         first_step: the number of the first step.
+        model: gives its parameters' names to the log where the optimizer was made from unnamed
+            ones, as timm, Transformers and Lightning do.
 
     Attributes:
         log: a `GradStatsLog`.
@@ -166,6 +169,7 @@ class GradStatsLogger:
         path: str | os.PathLike[str] | None = None,
         *,
         first_step: int = 0,
+        model: nn.Module | None = None,
     ) -> None:
         if not callable(getattr(optimizer, "grad_stats", None)):
             raise TypeError(
@@ -181,6 +185,7 @@ class GradStatsLogger:
                 raise TypeError(f"writer must have {method}, got {type(writer).__name__}")
         self.log = GradStatsLog()
         self._stats: Callable[[], dict[str, GradStats]] = optimizer.grad_stats
+        self._renamed = {} if model is None else _names_of(optimizer, model)
         self._every = every
         self._next = first_step
         self._own = _summary_writer(path, first_step) if path is not None else None
@@ -197,13 +202,29 @@ class GradStatsLogger:
             self._take(number)
         self._next = number + 1
 
+    def latest(self) -> dict[str, float]:
+        """The last logged step as plain numbers, for any logger: ``wandb.log(logger.latest())``.
+
+        Returns:
+            ``{"grad_mean/<name>": ..., "grad_std/<name>": ...}``, the tags that TensorBoard gets;
+            empty before the first logged step.
+        """
+        if not self.log.steps:
+            return {}
+        _, names, values = self.log.steps[-1]
+        return {
+            f"grad_{column}/{name}": value
+            for name, row in zip(names, values.tolist())
+            for column, value in zip(COLUMNS, row)
+        }
+
     def close(self) -> None:
         """Close TensorBoard's files where `path` was given."""
         if self._own is not None:
             self._own.close()
 
     def _take(self, number: int) -> None:
-        stats = self._stats()
+        stats = {self._renamed.get(name, name): of for name, of in self._stats().items()}
         if not stats:
             raise RuntimeError(
                 f"step {number} has no statistics, since no parameter has had a gradient: call "
@@ -229,6 +250,17 @@ class GradStatsLogger:
         """The last step's names if they are the same, so that they are kept once."""
         last = self.log.steps[-1].names if self.log.steps else ()
         return last if last == names else names
+
+
+def _names_of(optimizer: Any, model: nn.Module) -> dict[str, str]:
+    """The model's name of each parameter, by the optimizer's."""
+    names = {id(param): name for name, param in model.named_parameters()}
+    return {
+        own: names[id(param)]
+        for index, group in enumerate(optimizer.param_groups)
+        for own, param in zip(parameter_names(group, index), group["params"])
+        if id(param) in names
+    }
 
 
 def _to_host(stats: dict[str, GradStats]) -> dict[str, Tensor]:
@@ -258,7 +290,7 @@ def _whole(rows: Tensor) -> Tensor:
     within, between = (std / scale).square().mean(), (mean / scale).var(correction=0)
     average, spread = mean.mean(), scale * (within + between).sqrt()
     rms = torch.hypot(average, spread)
-    return torch.stack([average, spread, rms, rms / spread, skipped])
+    return torch.stack([average, spread, rms, kappa_of(rms, spread), skipped])
 
 
 def _summary_writer(path: str | os.PathLike[str], first_step: int) -> Any:

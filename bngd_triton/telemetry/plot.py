@@ -43,11 +43,13 @@ def plot_grad_stats(log: GradStatsLog, file: str | os.PathLike[str]) -> None:
         if (error.name or "").partition(".")[0] != "matplotlib":
             raise
         raise ModuleNotFoundError(
-            "a picture needs matplotlib, which is not installed: pip install 'bngd-triton[demo]'",
+            "a picture needs matplotlib, which is not installed: pip install matplotlib",
             name=error.name,
         ) from error
     names, steps, heights, crosses = _cells(log)
-    figure = Figure(figsize=(8, min(1.6 + 0.17 * len(names), 12)), layout="constrained")
+    # the colour bar's label takes 2.6 inches
+    height = max(2.6, min(1.6 + 0.17 * len(names), 12))
+    figure = Figure(figsize=(8, height), layout="constrained")
     axes = figure.subplots()
     axes.set_facecolor("0.75")
     image = axes.imshow(
@@ -59,7 +61,7 @@ def plot_grad_stats(log: GradStatsLog, file: str | os.PathLike[str]) -> None:
     lines, columns = crosses.nonzero(as_tuple=True)
     axes.plot(columns, lines, linestyle="none", marker="x", color="red", markersize=5)
     _label(axes, names, steps)
-    figure.colorbar(image, label="log10 of the gradient's standard deviation")
+    figure.colorbar(image, label="log10 of the\ngradient's standard deviation")
     figure.savefig(file, dpi=100)
 
 

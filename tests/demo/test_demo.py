@@ -289,7 +289,7 @@ def test_missing_package(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     assert cli.main(["demo", "--out", str(tmp_path)]) == 1
     assert capsys.readouterr().err == (
-        "bngd: error: sklearn is not installed: pip install 'bngd-triton[demo]'\n"
+        "bngd: error: sklearn is not installed: pip install scikit-learn matplotlib rich\n"
     )
 
 
