@@ -285,7 +285,7 @@ def test_arithmetic_is_in_the_wider_dtype(
     param = torch.zeros(6, 7, dtype=param_dtype)
     grad = (torch.randn(6, 7, dtype=torch.float64) * scale).to(grad_dtype)
     want = -normalized(grad.double().flatten(), 0.0, "zscore", 1.0).view(6, 7)
-    step_([param], [grad], None, lr=1.0, momentum=0.0, eps=0.0)
+    step_([param], [grad], None, lr=1.0, momentum=0.0, eps=0.0, granularity="tensor")
     unit = torch.finfo(param_dtype).eps / 2
     assert_within("step", param, want, (unit + 8 * 2.0**-53) * (1 + want.abs()))
 
@@ -386,8 +386,8 @@ def test_golden_trajectory(path: StepPath) -> None:
 @pytest.mark.parametrize(
     ("options", "still"),
     [
-        ({}, "nothing"),
-        ({"granularity": "row"}, "rows"),
+        ({"granularity": "tensor"}, "nothing"),
+        ({}, "rows"),
         ({"centering": 0.0}, "all"),
         ({"granularity": "global"}, "nothing"),
         ({"granularity": "global", "centering": 0.0}, "all"),
