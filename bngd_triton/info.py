@@ -39,7 +39,12 @@ _ERROR = "error: "
 
 def collect() -> dict[str, Any]:
     """Everything, as JSON can hold it: a part that cannot be had is ``"error: ..."``."""
+    devices = _devices()
     return {
+        "steps are served by": {
+            name: found["served by"] if isinstance(found, Mapping) else found
+            for name, found in devices.items()
+        },
         "versions": {
             "bngd_triton": __version__,
             "python": platform.python_version(),
@@ -55,7 +60,7 @@ def collect() -> dict[str, Any]:
             "TRITON_INTERPRET": os.environ.get("TRITON_INTERPRET"),
             "interpreter": _tried(interpreting),
         },
-        "devices": _devices(),
+        "devices": devices,
         "private functions of torch": {name: _tried(partial(_found, name)) for name in PRIVATE},
         "optional packages": {name: _version(name) for name in EXTRAS},
     }

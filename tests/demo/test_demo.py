@@ -13,7 +13,7 @@ from rich.console import Console
 
 import bngd_triton
 from bngd_triton import cli
-from bngd_triton.demo import plot, resume
+from bngd_triton.demo import resume
 from bngd_triton.demo import run as demo
 
 TINY = demo.Settings(epochs=1, scales=(1e-12, 1e15), scale_epochs=1)
@@ -316,15 +316,6 @@ def test_quick_is_a_shorter_demo(tmp_path, monkeypatch, capsys):
     assert (min(quick.scales), max(quick.scales)) == (min(whole.scales), max(whole.scales))
     epochs = [5 * len(one.scales) * one.scale_epochs for one in (quick, whole)]
     assert epochs[0] <= epochs[1] / 10
-
-
-@pytest.mark.parametrize("epochs", [1, 15])
-def test_what_the_tables_say_of_rates_holds_for_their_epochs(epochs):
-    text = StringIO()
-    plot.print_tables(demo.Results(), demo.Settings(epochs=epochs), Console(file=text, width=2000))
-    printed = text.getvalue()
-    assert "a sweep (five seeds, 15 epochs)" in printed
-    assert ("With epochs = 1 other rates may be better." in printed) == (epochs == 1)
 
 
 def test_progress_is_a_line_a_run_where_no_terminal_shows_it(tiny):

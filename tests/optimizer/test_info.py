@@ -39,6 +39,9 @@ def test_this_machine(capsys: pytest.CaptureFixture[str]) -> None:
     assert set(private.values()) == {True}
     assert found["devices"]["cpu"]["architecture"] == "interpreter"
     text = printed(capsys)
+    # the verdict first
+    verdict = found["steps are served by"]["cpu"]
+    assert text.startswith(f"steps are served by\n  cpu                      {verdict}\n")
     for name in (*found, *found["devices"]):
         assert name in text
     assert re.search(rf"\n  torch +{re.escape(torch.__version__)}\n", text)
@@ -113,7 +116,11 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 @pytest.mark.usefixtures("gpus")
 def test_gpus() -> None:
-    found = info.collect()["devices"]
+    everything = info.collect()
+    found = everything["devices"]
+    assert list(everything["steps are served by"].values()) == [
+        "the eager reference", "the kernels", "the kernels", "the eager reference", "unknown",
+    ]  # fmt: skip
     h100 = found["cuda:0"]
     assert h100["served by"] == "the kernels"
     assert h100["because"] is None
