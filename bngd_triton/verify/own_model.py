@@ -145,7 +145,7 @@ def verify_step(model: nn.Module, optimizer: BNGD, loss_fn: LossFunction) -> Ste
                 "loss_fn must return a scalar tensor that depends on the model's parameters, got "
                 f"{loss!r}"
             )
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
     checked: list[CheckedParameter] = []
     groups = optimizer.param_groups
     before = [_Before(optimizer, index, names) for index in range(len(groups))]
