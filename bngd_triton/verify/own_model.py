@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..engine.collect import gather
-from ..engine.step import closing_of
+from ..engine.step import inputs_of
 from ..optimizer import BNGD
 from ..options import Options
 from ..state import MOMENTUM, master_of
@@ -199,8 +199,7 @@ class _Before:
         places = [j for j, param in enumerate(group["params"]) if param.grad is not None]
         self.params: list[Tensor] = [group["params"][j] for j in places]
         self.names = [names[index, j] for j in places]
-        inputs = optimizer._inputs_of(closing_of(optimizer.param_groups))
-        self.fused = gather(optimizer, index, self.options, inputs, ()).fused
+        self.fused = gather(optimizer, index, self.options, inputs_of(optimizer), ()).fused
         self.snapshots = self._snapshots(optimizer)
         self.target = oracle_step(
             [one.wide for one in self.snapshots],

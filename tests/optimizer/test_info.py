@@ -60,6 +60,7 @@ def test_every_private_function_is_listed() -> None:
         used |= set(re.findall(r"\btorch\._C\.\w+", text))
         named = re.findall(r'getattr\(torch\._C, "(\w+)"', text)
         used |= {f"torch._C.{name}" for name in named}
+        used |= {f"torch.{name}" for name in re.findall(r"\btorch\.(_[a-z]\w+)", text)}
     assert used
     listed = set(info.PRIVATE)
     # a module is listed by its functions
