@@ -95,6 +95,10 @@ class Written:
         start, end = np.array(span, np.uint64)
         return bool(self._touched(start, end - start))
 
+    def apart(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Copies of those that lie in this memory, the others as they are."""
+        return [tensor.clone() if self.holds(tensor) else tensor for tensor in tensors]
+
 
 def _span(tensor: Tensor) -> tuple[int, int] | None:
     """From the first byte that a tensor's entries use to the one after the last."""
@@ -117,8 +121,7 @@ def reach(tensor: Tensor) -> int:
 
 def apart(grads: Sequence[Tensor], written: Iterable[Tensor | None]) -> list[Tensor]:
     """Gradients as they are before a step writes: copies of those that lie where it writes."""
-    memory = Written(tensor for tensor in written if tensor is not None)
-    return [grad.clone() if memory.holds(grad) else grad for grad in grads]
+    return Written(tensor for tensor in written if tensor is not None).apart(grads)
 
 
 @contextlib.contextmanager

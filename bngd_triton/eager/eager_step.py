@@ -34,15 +34,15 @@ class EagerStep:
     Args:
         tensors: what is stepped.
         options: the group's.
-        hollow: whether tensors without entries are recorded: others hold parts of their slices.
+        empty: whether tensors without entries are recorded: others hold parts of their slices.
     """
 
     def __init__(
-        self, tensors: Sequence[StepTensor], options: Options, *, hollow: bool = False
+        self, tensors: Sequence[StepTensor], options: Options, *, empty: bool = False
     ) -> None:
         kinds: dict[Any, list[int]] = {}
         for i, tensor in enumerate(tensors):
-            if tensor.param.numel() or hollow:
+            if tensor.param.numel() or empty:
                 kinds.setdefault(kind_of(i, tensor), []).append(i)
         # families share an arithmetic: where it is done, in which dtype, and of gradients or none
         self._families: dict[tuple[torch.device, torch.dtype, bool], list[Run]] = {}
@@ -119,7 +119,7 @@ def apply_(
     given: Sequence[Moments] | None = None,
 ) -> None:
     """`EagerStep.run` on what was checked before, under `torch.no_grad`, laid out for once."""
-    step = EagerStep(tensors, options, hollow=given is not None)
+    step = EagerStep(tensors, options, empty=given is not None)
     step.run(tensors, [tensor.grad for tensor in tensors], options, inputs, given)
 
 

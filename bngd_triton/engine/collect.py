@@ -102,7 +102,7 @@ def gather(
     if options.granularity == "global" and options.accumulation_steps > 1:
         _check_complete(group["params"], every)
     shares = _shares(params, grads, names, options)
-    # who looks for an inf alone would leave the others waiting: `Spread` looks with them, and
+    # who looks for an inf alone would leave the others waiting: `ShardedStep` looks with them, and
     # below are looked at the rows that nobody else has a part of, but others have rows beside
     finite = inputs.found_inf is None
     fused = check_group(
@@ -129,7 +129,7 @@ def copy_shared_gradients(work: Sequence[Work], state: dict[Tensor, Any]) -> Non
     held = [entry[key] for entry in entries for key in KEYS if key in entry]
     written = Written(map(local, [*params, *held]))
     for part in work:
-        part.grads[:] = [grad.clone() if written.holds(grad) else grad for grad in part.grads]
+        part.grads[:] = written.apart(part.grads)
 
 
 def check_scaled(groups: Sequence[dict[str, Any]]) -> None:

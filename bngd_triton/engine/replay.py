@@ -26,7 +26,7 @@ from ..tensors import Written, dispatches, is_sharded, local, reach
 
 if TYPE_CHECKING:
     # torch may be built without torch.distributed
-    from ..sharding.sharded_step import Spread
+    from ..sharding.sharded_step import ShardedStep
 
 _params = itemgetter("params")
 _grad = attrgetter("grad")
@@ -39,12 +39,12 @@ class Lot(NamedTuple):
         prepared: the step, by the kernels or by the reference; None for parameters of which this
             process holds nothing.
         pairs: each parameter, and what of it the step was last run with, in the step's order.
-        spread: keeps the statistics of slices of which other processes hold parts.
+        sharded: keeps the statistics of slices of which other processes hold parts.
     """
 
     prepared: FusedStep | EagerStep | None
     pairs: Sequence[tuple[Tensor, StepTensor]]
-    spread: Spread | None = None
+    sharded: ShardedStep | None = None
 
 
 class Replay:
@@ -75,20 +75,20 @@ class Replay:
             Lot(
                 lot.prepared,
                 [(param, tensor._replace(grad=None)) for param, tensor in lot.pairs],
-                lot.spread,
+                lot.sharded,
             )
             for lot in lots
         ]
-        self.spreads = [lot.spread for lot in lots if lot.spread is not None]
-        for spread in self.spreads:
-            spread.keep()
+        self.sharded_steps = [lot.sharded for lot in lots if lot.sharded is not None]
+        for step in self.sharded_steps:
+            step.keep()
         self.fused = optimizer.fused
         self.reader, self.options, self.closing = reader, reader.options, inputs.closing
         self.layouts = [one.layout for one in reader.options]
 
         stepped = [self.params[i] for i in self.moved]
         grads = list(map(_grad, stepped))
-        self.sharded = bool(self.spreads) or any(map(is_sharded, stepped))
+        self.sharded = bool(self.sharded_steps) or any(map(is_sharded, stepped))
         self.placed = _placed([*stepped, *grads]) if self.sharded else []
         # whether all ranks learn of what a GradScaler found was asked, or not, for this step
         self.scaled = inputs.found_inf is not None
@@ -214,17 +214,17 @@ class Replay:
                     lot.prepared.write(options, inputs.closing)
             self.options, self.closing = options, inputs.closing
         # the other ranks wait for them
-        for spread in self.spreads:
-            spread.measure_again(options, inputs)
+        for step in self.sharded_steps:
+            step.measure_again(options, inputs)
         for lot, end in zip(self.lots, ends):
             if isinstance(lot.prepared, EagerStep):
                 tensors = [tensor for _, tensor in lot.pairs]
                 of_lot = grads[end - len(tensors) : end]
                 lot.prepared.run(tensors, of_lot, options[tensors[0].group], inputs)
-            elif lot.spread is None and lot.prepared is not None:
+            elif lot.sharded is None and lot.prepared is not None:
                 lot.prepared.update_again(inputs)
-        for spread in self.spreads:
-            spread.move(options, inputs)
+        for step in self.sharded_steps:
+            step.update(options, inputs)
         return True
 
     def memory(self) -> list[Tensor]:
@@ -234,16 +234,18 @@ class Replay:
         ]
 
 
-def lots_of(spreads: Iterable[Spread], hollow: Sequence[tuple[Tensor, StepTensor]]) -> list[Lot]:
-    """The lots of a step that was measured; what has no entries here comes last."""
+def lots_of(
+    sharded_steps: Iterable[ShardedStep], empty: Sequence[tuple[Tensor, StepTensor]]
+) -> list[Lot]:
+    """The lots of a step that was measured; what has no entries in this process comes last."""
     from ..sharding.sharded_step import by_kernels
 
-    lots, empty = [], list(hollow)
-    for spread in spreads:
-        served = [(part.param, part.member) for part in spread.parts if by_kernels(part)]
-        lots.append(Lot(spread.prepared, served, spread))
-        empty += [(part.param, part.member) for part in spread.parts if not by_kernels(part)]
-    return [*lots, Lot(None, empty)]
+    lots, without = [], list(empty)
+    for step in sharded_steps:
+        served = [(part.param, part.member) for part in step.parts if by_kernels(part)]
+        lots.append(Lot(step.prepared, served, step))
+        without += [(part.param, part.member) for part in step.parts if not by_kernels(part)]
+    return [*lots, Lot(None, without)]
 
 
 def same_kinds(tensors: list[Tensor]) -> Callable[..., bool]:

@@ -28,7 +28,7 @@ from .replay import Lot, Replay, lots_of
 
 if TYPE_CHECKING:
     # torch may be built without torch.distributed
-    from ..sharding.sharded_step import Part, Spread
+    from ..sharding.sharded_step import Part, ShardedStep
 
 
 class Captured(NamedTuple):
@@ -46,7 +46,7 @@ class Stepper:
         self.replay: Replay | None = None
         self.captured: list[Captured] = []
         self.reader = OptionsReader()
-        self.spread: dict[torch.device, Spread] = {}
+        self.sharded_steps: dict[torch.device, ShardedStep] = {}
         # whether some group counts micro-batches; whether some group rounds stochastically
         self.windowed = False
         self.rounding = False
@@ -113,9 +113,9 @@ class Stepper:
                 for param in group["params"]:
                     optimizer.state.get(param, {}).pop(WINDOW, None)
         copy_shared_gradients(work, optimizer.state)
-        served, eager, hollow, parts = _divided(optimizer, work, options)
+        served, eager, empty, parts = _divided(optimizer, work, options)
         # the other ranks wait for what is here: first
-        spreads = [
+        sharded_steps = [
             self._measured(device, parts, options, inputs)
             for device in dict.fromkeys(part.member.param.device for part in parts)
         ]
@@ -132,22 +132,22 @@ class Stepper:
         self.prepared = self._updated([tensor for _, tensor in served], options, inputs)
         if self.prepared is not None:
             lots.insert(0, Lot(self.prepared, served))
-        if spreads or hollow:
-            lots += lots_of(spreads, hollow)
+        if sharded_steps or empty:
+            lots += lots_of(sharded_steps, empty)
         if _repeatable(work, options) and Replay.serves(lots):
             self.replay = Replay(optimizer, lots, self.reader, inputs)
-        for spread in spreads:
-            spread.move(options, inputs)
+        for sharded in sharded_steps:
+            sharded.update(options, inputs)
 
     def _measured(
         self, device: torch.device, parts: list[Part], options: list[Options], inputs: StepInputs
-    ) -> Spread:
+    ) -> ShardedStep:
         """The statistics of what other ranks have parts of, on one device."""
-        if device not in self.spread:
-            from ..sharding.sharded_step import Spread
+        if device not in self.sharded_steps:
+            from ..sharding.sharded_step import ShardedStep
 
-            self.spread[device] = Spread()
-        found = self.spread[device]
+            self.sharded_steps[device] = ShardedStep()
+        found = self.sharded_steps[device]
         here = [part for part in parts if part.member.param.device == device]
         found.measure(here, options, inputs)
         return found
@@ -170,13 +170,13 @@ class Division(NamedTuple):
     Attributes:
         served: by the kernels.
         eager: of each group, by the reference.
-        hollow: of which other ranks hold all.
+        empty: of which other ranks hold all.
         parts: of which other ranks hold parts.
     """
 
     served: list[tuple[Tensor, StepTensor]]
     eager: list[list[tuple[Tensor, StepTensor]]]
-    hollow: list[tuple[Tensor, StepTensor]]
+    empty: list[tuple[Tensor, StepTensor]]
     parts: list[Part]
 
 
@@ -204,7 +204,7 @@ def _divided(optimizer: Any, work: Sequence[Work], options: Sequence[Options]) -
             elif tensor.param.numel():
                 found.served.append((param, tensor))
             elif is_sharded(param):
-                found.hollow.append((param, tensor))
+                found.empty.append((param, tensor))
     return found
 
 

@@ -30,8 +30,8 @@ class Part(NamedTuple):
     name: str
 
 
-class Spread:
-    """What a rank keeps from one step of spread tensors to the next."""
+class ShardedStep:
+    """What a rank keeps from one step of sharded tensors to the next."""
 
     def __init__(self) -> None:
         self._exchange: Exchange | None = None
@@ -103,8 +103,8 @@ class Spread:
             if not bool(table[:, MOMENT_MEAN : MOMENT_M2 + 1].isfinite().all()):
                 raise nonfinite_somewhere(part.name)
 
-    def move(self, options: list[Options], inputs: StepInputs) -> None:
-        """Move the parts by the statistics that were found."""
+    def update(self, options: list[Options], inputs: StepInputs) -> None:
+        """Update the parts by the statistics that were found."""
         kernels = [t for part, t in zip(self.parts, self._tables) if by_kernels(part)]
         if self.prepared is not None:
             self.prepared.update_by(kernels, inputs)
