@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import ast
 import builtins
+import contextlib
 import importlib.util
 import os
 import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -94,6 +96,35 @@ def test_the_code_of_a_page_runs(
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the page itself runs it")
+def test_the_graph_of_the_training_page_is_rehearsed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a GPU a replay is an iteration, which must leave gradients where they were."""
+    setup, *_ = found = blocks(DOCS / "training.md")
+    (code,) = [block for block in found if "graph.replay" in block]
+    scope: dict[str, Any] = {}
+    exec(setup, scope)
+    where: list[torch.Tensor] = []
+
+    def replay() -> None:
+        where[:] = where or [param.grad for param in scope["net"].parameters()]
+        scope["iteration"]()
+        assert all(old is param.grad for old, param in zip(where, scope["net"].parameters()))
+
+    waiting = SimpleNamespace(wait_stream=lambda _: None, synchronize=lambda: None)
+    for name, stand_in in {
+        "is_available": lambda: True,
+        "Stream": lambda: waiting,
+        "current_stream": lambda: waiting,
+        "CUDAGraph": lambda: SimpleNamespace(replay=replay),
+        "stream": contextlib.nullcontext,
+        "graph": lambda _, stream: contextlib.nullcontext(stream),
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    exec(code.replace('"cuda"', '"cpu"').replace(".cuda()", ""), scope)
+    assert len(where) == 4
+    assert scope["optimizer"].param_groups[0]["lr"] == pytest.approx(0.0, abs=1e-9)
 
 
 def check_what_is_left(page: str, scope: dict[str, Any]) -> None:
