@@ -1,5 +1,7 @@
 """Batch-normalised gradient descent for PyTorch, with fused Triton kernels."""
 
+from typing import TYPE_CHECKING, Any
+
 from .checkpoint_files import load_checkpoint, save_checkpoint
 from .fp32_weights import fp32_state_dict, load_fp32_state_dict
 from .gradient_release import release_gradients
@@ -26,4 +28,17 @@ __all__ = [
     "release_gradients",
     "save_checkpoint",
     "standardize",
+    "verify_step",
 ]
+
+if TYPE_CHECKING:
+    from .verify.own_model import verify_step
+
+
+def __getattr__(name: str) -> Any:
+    """What no training needs is imported when it is asked for."""
+    if name == "verify_step":
+        from .verify.own_model import verify_step
+
+        return verify_step
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

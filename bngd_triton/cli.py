@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import importlib.util
 import json
 import math
@@ -146,8 +147,10 @@ def _add_verify(commands: Any, device: str) -> None:
         "promised, and names the case.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    verify.add_argument("--device", default=device, help="where to step")
-    verify.add_argument("--seed", type=int, default=0, help="of parameters and gradients")
+    verify.add_argument("--device", default=device, help="where to step; --model decides itself")
+    verify.add_argument(
+        "--seed", type=int, default=0, help="of parameters and gradients, or of what FACTORY draws"
+    )
     which = verify.add_mutually_exclusive_group()
     which.add_argument("--quick", action="store_true", help="a dozen cases, under half a minute")
     which.add_argument(
@@ -155,6 +158,12 @@ def _add_verify(commands: Any, device: str) -> None:
         action="append",
         metavar="NAME",
         help="only this case, such as bf16,row,decay; may be repeated",
+    )
+    which.add_argument(
+        "--model",
+        metavar="MODULE:FACTORY",
+        help="one step of your own model instead: FACTORY() returns model, optimizer and a "
+        "function that takes the model and returns its loss",
     )
     verify.add_argument("--json", type=Path, metavar="FILE", help="write everything to a file")
 
@@ -178,6 +187,8 @@ def _verify(args: argparse.Namespace) -> int:
         _check_folder(args.json.absolute().parent, "--json")
         if args.json.is_dir():
             raise ValueError(f"--json must be a file, got the folder {args.json}")
+    if args.model:
+        return _verify_model(args)
     device = torch.empty(1, dtype=torch.float32, device=args.device).device
     if device.type == "cpu":
         # read when kernels are defined, which comes later
@@ -200,6 +211,27 @@ def _verify(args: argparse.Namespace) -> int:
         # all pairs of values in the interpreter, all triples on a GPU
         cases = suite(0 if args.quick else 2 if device.type == "cpu" else 3)
     return verify(cases, device, args.seed, args.json)
+
+
+def _verify_model(args: argparse.Namespace) -> int:
+    """One step of a user's model; what its code raises is shown as it is."""
+    from .verify.own_model import verify_step
+
+    module, _, name = args.model.partition(":")
+    if not (module and name):
+        raise ValueError(f"--model must be MODULE:FACTORY, got {args.model!r}")
+    # as `python -m` does
+    sys.path.insert(0, os.getcwd())
+    torch.manual_seed(args.seed)
+    try:
+        factory = getattr(importlib.import_module(module), name)
+    except (ModuleNotFoundError, AttributeError) as error:
+        raise ValueError(f"--model {args.model}: {error}") from error
+    report = verify_step(*factory())
+    print(report)
+    if args.json is not None:
+        args.json.write_text(json.dumps(report.as_dict(), indent=1) + "\n", encoding="utf-8")
+    return 0 if report.ok else 1
 
 
 def _bench(args: argparse.Namespace) -> int:

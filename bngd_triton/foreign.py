@@ -33,8 +33,13 @@ def meant(name: str) -> str | None:
     return next(iter(difflib.get_close_matches(plain, OWN, 1, ALIKE)), None)
 
 
-def check_own(group: Mapping[str, Any], index: int) -> None:
+def check_own(group: Mapping[str, Any], index: int, whole: Mapping[str, Any]) -> None:
     """Refuse a group with options that no step would follow.
+
+    Args:
+        group: as it was given.
+        index: its place.
+        whole: options of the optimizer, not of its groups.
 
     Raises:
         ValueError: another optimizer's, or nearly one of ours; names them, and the way out.
@@ -46,6 +51,13 @@ def check_own(group: Mapping[str, Any], index: int) -> None:
             "would not follow them, and its lr is in other units. Give parameters and options of "
             'its own: BNGD([{"params": group["params"], "lr": ...} for group in param_groups])'
         )
+    for name, value in whole.items():
+        # wrappers such as ZeroRedundancyOptimizer repeat the constructor's in each group
+        if name in group and group[name] is not value:
+            raise ValueError(
+                f"{name} is an option of the whole optimizer, not of a group; "
+                f"use BNGD(params, {name}={group[name]!r})"
+            )
     for name in group:
         if name not in OWN and (option := meant(name)) is not None:
             raise ValueError(
@@ -54,15 +66,19 @@ def check_own(group: Mapping[str, Any], index: int) -> None:
             )
 
 
-def refuse_arguments(surplus: Iterable[Any], named: Iterable[str]) -> None:
+def refuse_arguments(
+    surplus: Iterable[Any], named: Iterable[str], choices: Mapping[str, Any]
+) -> None:
     """Refuse what the constructor does not take.
 
     Args:
         surplus: arguments by position after `momentum`.
         named: keywords that are no option.
+        choices: what must be None, True or False.
 
     Raises:
-        TypeError: if there are any; says what to write.
+        TypeError: arguments that are not taken; says what to write.
+        ValueError: another choice.
     """
     for value in surplus:
         raise TypeError(
@@ -73,3 +89,6 @@ def refuse_arguments(surplus: Iterable[Any], named: Iterable[str]) -> None:
         option = meant(name)
         hint = FOREIGN.get(name) or (f"did you mean {option}?" if option else None)
         raise TypeError(f"BNGD has no option {name}; {hint or 'it has ' + ', '.join(OWN)}")
+    for name, value in choices.items():
+        if value not in (None, True, False):
+            raise ValueError(f"{name} must be None, True or False, got {value!r}")

@@ -18,7 +18,7 @@ from torch.amp import GradScaler
 
 from .eager.eager_step import apply_
 from .engine.collect import check_group
-from .engine.step import closing_of, member, prepare_state
+from .engine.step import closing_of, inputs_of, member, prepare_state
 from .fp32_weights import check_pair
 from .kernels.fused_step import FusedStep
 from .kernels.plan import capturing
@@ -195,7 +195,7 @@ class GradientRelease:
                 "release_gradients(model, optimizer, grad_scaler=scaler)"
             )
         optimizer._stepper.replay = None
-        inputs = optimizer._inputs_of(closing_of(optimizer.param_groups))
+        inputs = inputs_of(optimizer)
         optimizer._stepper.lay_out_and_step(optimizer, inputs, self._moved)
         self._moved.clear()
         if self._scaler is not None and self._scaler.is_enabled():

@@ -31,6 +31,7 @@ EXTRAS = (
 # what the host's fast paths use of torch beside its public functions; without them steps are the
 # same, but take longer on the host, or parameters stay where they are
 PRIVATE = (
+    "torch._disable_dynamo",
     "torch._C._dynamo.guards.TensorGuards",
     "torch._C._storage_Use_Count",
 )
@@ -39,7 +40,12 @@ _ERROR = "error: "
 
 def collect() -> dict[str, Any]:
     """Everything, as JSON can hold it: a part that cannot be had is ``"error: ..."``."""
+    devices = _devices()
     return {
+        "steps are served by": {
+            name: found["served by"] if isinstance(found, Mapping) else found
+            for name, found in devices.items()
+        },
         "versions": {
             "bngd_triton": __version__,
             "python": platform.python_version(),
@@ -55,7 +61,7 @@ def collect() -> dict[str, Any]:
             "TRITON_INTERPRET": os.environ.get("TRITON_INTERPRET"),
             "interpreter": _tried(interpreting),
         },
-        "devices": _devices(),
+        "devices": devices,
         "private functions of torch": {name: _tried(partial(_found, name)) for name in PRIVATE},
         "optional packages": {name: _version(name) for name in EXTRAS},
     }

@@ -12,10 +12,9 @@ from torch.optim import Optimizer
 
 from .clocks import Clocks
 from .engine.groups import check_joining, flatten_groups
-from .engine.step import Stepper, closing_of, prepare_state
+from .engine.step import Stepper, count_micro_batch, make_all_state
 from .foreign import check_own, refuse_arguments
 from .options import Granularity, MasterWeights, Nonfinite, Normalizer, Options
-from .records import StepInputs
 from .standstill import Standstill
 from .state import GradStats, Records, grad_stats
 from .state_dicts import (
@@ -25,7 +24,7 @@ from .state_dicts import (
     parameter_names,
 )
 from .summed_gradients import SummedGradients
-from .tensors import lasting
+from .tensors import lasting_when_inferring
 
 if TYPE_CHECKING:
     # typing has it from Python 3.11 on; a checker then refuses any argument there
@@ -81,11 +80,8 @@ class BNGD(Optimizer):
             goes on with the next epoch's first micro-batches.
         seed: of stochastic rounding.
         flatten: move the parameters that the kernels serve into flat buffers: None where it is
-            safe, False nowhere, True everywhere or an error, but for frozen ones. Views made
-            earlier with ``p.data``, and CUDA graphs captured earlier, would keep the old memory:
-            make the optimizer first. Whoever frees parameters' memory with
-            ``untyped_storage().resize_(0)`` needs False: views of a buffer have none to free.
-            CUDA IPC may refuse parameters that have moved.
+            safe, False nowhere, True everywhere or an error, but for frozen ones. Who holds on to
+            a parameter's memory needs False, or makes the optimizer first: docs/training.md.
         fused: None uses the kernels for float16, bfloat16 and float32 parameters on a GPU that
             Triton serves and `reference.step_` for the rest; False never uses them; True is an
             error for a parameter to be trained that they cannot serve. Under TRITON_INTERPRET=1,
@@ -138,7 +134,7 @@ class BNGD(Optimizer):
         fused: bool | None = None,
         **foreign: Never,
     ) -> None:
-        refuse_arguments(surplus, foreign)
+        refuse_arguments(surplus, foreign, {"flatten": flatten, "fused": fused})
         options = Options(
             lr=lr, momentum=momentum, nesterov=nesterov, weight_decay=weight_decay, eps=eps,
             granularity=granularity, normalizer=normalizer, centering=centering,
@@ -146,9 +142,6 @@ class BNGD(Optimizer):
             master_weights=master_weights, momentum_dtype=momentum_dtype,
             accumulation_steps=accumulation_steps, seed=seed,
         )  # fmt: skip
-        for name, value in (("flatten", flatten), ("fused", fused)):
-            if value not in (None, True, False):
-                raise ValueError(f"{name} must be None, True or False, got {value!r}")
         self.fused = fused
         self.flatten = flatten
         self._forget()
@@ -176,14 +169,8 @@ class BNGD(Optimizer):
         Args:
             param_group: ``{"params": ...}`` and any of the per-group options.
         """
-        check_own(param_group, len(self.param_groups))
-        for name in ("fused", "flatten"):
-            # wrappers such as ZeroRedundancyOptimizer repeat the constructor's in each group
-            if name in param_group and param_group[name] is not getattr(self, name):
-                raise ValueError(
-                    f"{name} is an option of the whole optimizer, not of a group; "
-                    f"use BNGD(params, {name}={param_group[name]!r})"
-                )
+        whole = {"flatten": self.flatten, "fused": self.fused}
+        check_own(param_group, len(self.param_groups), whole)
         super().add_param_group(param_group)
         index = len(self.param_groups) - 1
         group = self.param_groups[index]
@@ -232,47 +219,25 @@ class BNGD(Optimizer):
             raise
         return loss
 
-    # opaque to torch.compile: a compiled training step breaks its graph here, and nothing in it
-    # depends on an option's value
+    # a compiled training step breaks its graph here, and nothing in it depends on an option's
+    # value; private, but torch.optim stands on it, and the public function takes a second to import
     @torch._disable_dynamo  # type: ignore[attr-defined]
+    @lasting_when_inferring
     def _step(self) -> None:
-        if torch.is_inference_mode_enabled():
-            with lasting():
-                self._step()
-            return
         if not self.state and asks_for_state(self):
-            with torch.no_grad():
-                for group in self.param_groups:
-                    params = [param for param in group["params"] if param.grad is not None]
-                    prepare_state(self, params, Options.of(group))
+            make_all_state(self)
             return
         if self._release is None:
             self._stepper.step(self)
         else:
             self._release.finish()
         if self._stepper.windowed:
-            self._count_micro_batch()
+            self._summed.look(self.param_groups)
+            count_micro_batch(self.param_groups)
         if self._stepper.rounding:
             for clock in self._clocks.values():
                 clock.add_(1)
         self._standstill.look(self)
-
-    def _inputs_of(self, closing: list[bool]) -> StepInputs:
-        """What this step brings, with what a GradScaler has left here."""
-        scale, found = self.__dict__.get("grad_scale"), self.__dict__.get("found_inf")
-        # a number: set by hand, or what was found on no device at all
-        if isinstance(scale, (int, float)):
-            scale = torch.tensor(float(scale), dtype=torch.float32, device="cpu")
-        if isinstance(found, (int, float)):
-            found = torch.tensor(float(found), dtype=torch.float32, device="cpu")
-        return StepInputs(closing, self._clocks, scale, found)
-
-    def _count_micro_batch(self) -> None:
-        self._summed.look(self.param_groups)
-        closing = closing_of(self.param_groups)
-        for group, closed in zip(self.param_groups, closing):
-            if group["accumulation_steps"] > 1:
-                group["micro_step"] = 0 if closed else group["micro_step"] + 1
 
     @property
     def skipped(self) -> int:
@@ -304,6 +269,7 @@ class BNGD(Optimizer):
         """
         self._stepper.sync(self)
 
+    @lasting_when_inferring
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a checkpoint of `state_dict`; options come with it, `fused` and `flatten` do not.
 
@@ -317,10 +283,6 @@ class BNGD(Optimizer):
         Raises:
             ValueError: the checkpoint is another optimizer's, or does not fit.
         """
-        if torch.is_inference_mode_enabled():
-            with lasting():
-                self.load_state_dict(state_dict)
-            return
         with loading(self):
             super().load_state_dict(state_dict)
 
@@ -344,10 +306,8 @@ class BNGD(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._forget()
-        self.__dict__.setdefault("fused", None)
-        self.__dict__.setdefault("flatten", None)
-        self.__dict__.setdefault("_records", Records())
-        self.__dict__.setdefault("_release", None)
+        lacking = {"fused": None, "flatten": None, "_release": None, "_records": Records()}
+        self.__dict__.update(lacking | self.__dict__)
         self._constructed = True
         for group in self.param_groups:
             for count in COUNTS:

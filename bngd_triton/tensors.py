@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, TypeGuard
+import functools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, ParamSpec, TypeGuard, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 def is_sharded(tensor: object) -> TypeGuard[Any]:
@@ -123,6 +127,19 @@ def lasting() -> Iterator[None]:
     # leaving it turns autograd on
     with torch.inference_mode(False), torch.no_grad():
         yield
+
+
+def lasting_when_inferring(method: Callable[P, T]) -> Callable[P, T]:
+    """`method`, whose tensors are `lasting` though `torch.inference_mode` is on."""
+
+    @functools.wraps(method)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> T:
+        if not torch.is_inference_mode_enabled():
+            return method(*args, **kwargs)
+        with lasting():
+            return method(*args, **kwargs)
+
+    return wrapped
 
 
 def is_dense(tensor: Tensor) -> bool:

@@ -25,19 +25,18 @@ class _Look(NamedTuple):
 
     color: str
     line: str = "-"
-    marker: str = "o"
 
 
 _LOOKS = {
     "SGD": _Look("#E69F00"),
-    "SGD, clip 1": _Look("#E69F00", "--", "^"),
-    "AdamW": _Look("#0072B2", "-", "D"),
+    "SGD, clip 1": _Look("#E69F00", "--"),
+    "AdamW": _Look("#0072B2"),
     "AdamW, clip 1": _Look("#0072B2", "--"),
     "BNGD tensor": _Look("#CC79A7"),
     "BNGD row": _Look("#009E73"),
     "BNGD row, center_1d": _Look("#000000", "-."),
-    "BNGD, eps 0": _Look("#009E73", "-", "s"),
-    "BNGD, eps 1e-8": _Look("#000000", ":", "X"),
+    "BNGD, eps 0": _Look("#009E73"),
+    "BNGD, eps 1e-8": _Look("#000000", ":"),
 }
 # of the sweep that chose the rates of `run.EXPLODING`
 SWEEP_EPOCHS = 15
@@ -58,10 +57,13 @@ def print_tables(results: Results, settings: Settings, console: Console) -> None
         collapse_padding=True,
         pad_edge=False,
     )
-    table.add_column("optimizer", no_wrap=True)
-    for name in ("lr", "last loss", "test %", "least norm", "largest norm"):
-        table.add_column(name, justify="right")
-    table.add_column("epochs")
+    table.add_column("optimizer", overflow="fold")
+    # the whole table has 79 columns
+    with_norms = console.width >= 79
+    norm_names = ("least norm", "largest norm") if with_norms else ()
+    for name in ("lr", "last loss", "test %", *norm_names):
+        table.add_column(name, justify="right", overflow="fold")
+    table.add_column("epochs", overflow="fold")
     for run in results.exploding:
         norms = [f"{norm:.1e}" for norm in run.grad_norms] or ["-", "-"]
         table.add_row(
@@ -69,7 +71,7 @@ def print_tables(results: Results, settings: Settings, console: Console) -> None
             f"{run.lr:.0e}",
             _figure(run.losses[-1], ".3f") if run.losses else "-",
             _accuracy(run),
-            *norms,
+            *(norms if with_norms else ()),
             str(len(run.losses)) + ("" if run.status == "finished" else f", {run.status}"),
         )
     console.print(table)
@@ -82,8 +84,9 @@ def print_tables(results: Results, settings: Settings, console: Console) -> None
         else f"With epochs = {settings.epochs} other rates may be better. "
     )
     console.print(
-        f"Norms are the gradient's, before clipping. One seed ({settings.seed}): a few points "
-        "between two rows are no result. The learning rates of the first table are each "
+        f"Norms{'' if with_norms else ', in the JSON,'} are the gradient's, before clipping. "
+        f"One seed ({settings.seed}): a few points between two rows are no result. "
+        "The learning rates of the first table are each "
         f"optimizer's best of a sweep (five seeds, {SWEEP_EPOCHS} epochs), where AdamW with "
         "clipping came first (93.2 %, BNGD by rows 90.3 %): clipping cures this explosion too, "
         f"with a threshold to choose. {other}Rates fall linearly to 0, which BNGD needs: "
@@ -99,9 +102,9 @@ def _scale_table(runs: Sequence[Run], names: list[str], settings: Settings) -> T
         title_justify="left",
         show_edge=False,
     )
-    table.add_column("c", justify="right")
+    table.add_column("c", justify="right", overflow="fold")
     for name in names:
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", overflow="fold")
     cells = {(run.loss_scale, run.optimizer): _accuracy(run) for run in runs}
     for scale in settings.scales:
         table.add_row(f"{scale:g}", *(cells.get((scale, name), "-") for name in names))
@@ -127,8 +130,9 @@ def draw(results: Results, settings: Settings, path: Path) -> None:
         axes.spines[["top", "right"]].set_visible(False)
         if axes.get_legend_handles_labels()[0]:
             axes.legend(
-                loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=2, frameon=False, fontsize=10
-            )
+                loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=2, frameon=False,
+                fontsize=10, labelspacing=0.7,
+            )  # fmt: skip
     figure.savefig(path, dpi=110)
 
 
@@ -174,12 +178,13 @@ def _draw_scales(axes: Any, runs: Sequence[Run], settings: Settings) -> None:
     for place, name in enumerate(names):
         look = _LOOKS[name]
         mine = [run for run in runs if run.optimizer == name and run.accuracies]
-        # side by side: at most scales most optimizers are within a point
-        x = [run.loss_scale * 10 ** (0.45 * (place - (len(names) - 1) / 2)) for run in mine]
+        x = [run.loss_scale for run in mine]
         accuracies = [run.accuracies[-1] for run in mine]
+        # at most scales most optimizers are within a point: rings in rings, the last the smallest
         axes.plot(
             x, [value if math.isfinite(value) else _NAN_HEIGHT for value in accuracies],
-            color=look.color, linestyle="none", marker=look.marker, markersize=7, label=name,
+            color=look.color, linestyle="none", marker="o", markerfacecolor="none",
+            markersize=20 - 4 * place, markeredgewidth=1.8, label=name,
         )  # fmt: skip
         axes.plot(x, accuracies, color=look.color, linestyle=look.line, linewidth=1, alpha=0.4)
 

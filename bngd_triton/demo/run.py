@@ -214,12 +214,8 @@ def demo(
     if not results.exploding:
         kept.unlink(missing_ok=True)
     code = 0
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[now]}"),
-    )
+    now = TextColumn("{task.fields[now]}")
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), now)
     watched = console.is_terminal
 
     def finished(line: str) -> None:

@@ -56,12 +56,12 @@ class Stepper:
         replay = self.replay
         if replay is not None:
             closing = closing_of(optimizer.param_groups) if self.windowed else replay.closing
-            if replay.run(optimizer, optimizer._inputs_of(closing)):
+            if replay.run(optimizer, inputs_of(optimizer, closing)):
                 if any(map(capturing, replay.devices)):
                     self._hold(replay)
                 return
         self.replay = None
-        self.lay_out_and_step(optimizer, optimizer._inputs_of(closing_of(optimizer.param_groups)))
+        self.lay_out_and_step(optimizer, inputs_of(optimizer))
 
     def _hold(self, replay: Replay) -> None:
         """Keep all that a CUDA graph has captured: its replays read and write it."""
@@ -224,6 +224,14 @@ def prepare_state(optimizer: Any, params: Sequence[Tensor], options: Options) ->
     optimizer._clocks.wind(optimizer.param_groups, {param.device for param in params})
 
 
+@torch.no_grad()
+def make_all_state(optimizer: Any) -> None:
+    """Make what a first step would, and move nothing."""
+    for group in optimizer.param_groups:
+        params = [param for param in group["params"] if param.grad is not None]
+        prepare_state(optimizer, params, Options.of(group))
+
+
 def member(
     optimizer: Any, param: Tensor, grad: Tensor | None, options: Options, group: int, key: int
 ) -> StepTensor:
@@ -250,3 +258,29 @@ def member(
 def closing_of(groups: Sequence[dict[str, Any]]) -> list[bool]:
     """For each group, whether the next micro-batch is the last of its window."""
     return [g["micro_step"] + 1 >= g["accumulation_steps"] for g in groups]
+
+
+def count_micro_batch(groups: Sequence[dict[str, Any]]) -> None:
+    """Go on to the next micro-batch of each window."""
+    for group, closed in zip(groups, closing_of(groups)):
+        if group["accumulation_steps"] > 1:
+            group["micro_step"] = 0 if closed else group["micro_step"] + 1
+
+
+def inputs_of(optimizer: Any, closing: Sequence[bool] | None = None) -> StepInputs:
+    """What the next step of all groups brings, with what a GradScaler has left in the optimizer.
+
+    Args:
+        optimizer: its groups, clocks and attributes.
+        closing: see `closing_of`.
+    """
+    found = []
+    for name in ("grad_scale", "found_inf"):
+        value = optimizer.__dict__.get(name)
+        # a number: set by hand, or what was found on no device at all
+        if isinstance(value, (int, float)):
+            value = torch.tensor(float(value), dtype=torch.float32, device="cpu")
+        found.append(value)
+    if closing is None:
+        closing = closing_of(optimizer.param_groups)
+    return StepInputs(closing, optimizer._clocks, *found)

@@ -68,7 +68,7 @@ def by_form(case: Case, device: torch.device, seed: int, form: str) -> Run:
     make_state(state, params, options)
     masters = [master_of(state[param], param, options) for param in params]
     buffers = [state[param][MOMENTUM] for param in params] if options.buffered else None
-    steps = [_snapshot(params, masters, buffers)]
+    steps = [snapshot(params, masters, buffers)]
     skipped = 0
     for step in range(STEPS):
         _fill(grads, gradients(case, tuning, step, seed))
@@ -79,7 +79,7 @@ def by_form(case: Case, device: torch.device, seed: int, form: str) -> Run:
                 rounding_key=step if case.stochastic else None, **case.rule,
             )
         )  # fmt: skip
-        steps.append(_snapshot(params, masters, buffers))
+        steps.append(snapshot(params, masters, buffers))
     return Run(steps, skipped, _overwritten(placed))
 
 
@@ -148,10 +148,10 @@ class _Optimizing:
         state, options = self.optimizer.state, Options.of(self.optimizer.param_groups[0])
         params = [param.detach() for param in self.params]
         if not state:
-            return _snapshot(params, [None] * len(params), None)
+            return snapshot(params, [None] * len(params), None)
         masters = [master_of(state[param], param, options) for param in self.params]
         buffers = [state[p][MOMENTUM] for p in self.params] if options.buffered else None
-        return _snapshot(params, masters, buffers)
+        return snapshot(params, masters, buffers)
 
     def _done(self) -> Run:
         # parameters with a storage of their own have moved to flat buffers
@@ -167,14 +167,17 @@ def _overwritten(placed: Sequence[Placed]) -> int:
     return sum(one.overwritten() for one in placed)
 
 
-def _snapshot(
-    params: Sequence[Tensor], masters: Sequence[Tensor | None], buffers: Sequence[Tensor] | None
+def snapshot(
+    params: Sequence[Tensor],
+    masters: Sequence[Tensor | None],
+    buffers: Sequence[Tensor | None] | None,
 ) -> list[Snapshot]:
+    """Copies of parameters, masters and momenta on the CPU."""
     return [
         Snapshot(
             param.cpu().clone(),
             widen(param, master).cpu().clone(),
-            None if buffers is None else buffers[i].cpu().clone(),
+            None if buffer is None else buffer.cpu().clone(),
         )
-        for i, (param, master) in enumerate(zip(params, masters))
+        for param, master, buffer in zip(params, masters, buffers or [None] * len(params))
     ]

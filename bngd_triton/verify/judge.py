@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from ..kernels.devices import tuning_for
+from ..options import Options
+from ..records import NARROW
 from .arms import Run, Snapshot, by_optimizer, more_arms
-from .cases import LR, STEPS, Case
+from .cases import STEPS, Case
 from .oracle import oracle_step
 from .tensors import gradients
 from .tolerances import step_bounds
@@ -145,24 +147,46 @@ class _Truth:
     def _errors(
         self, step: int, before: Sequence[Snapshot], after: Sequence[Snapshot]
     ) -> Iterator[Error]:
-        shrunk = 1 - LR * self.case.rule.get("weight_decay", 0.0)
+        options = Options(**self.case.options)
         for old, new, target, momentum in zip(before, after, *self._targets(step, before)):
-            theta = old.wide.double()
-            update = (shrunk * theta - target) / LR
-            size = update.abs()
-            if new.momentum is not None:
-                size = torch.maximum(size, momentum.abs())
-            dtype = new.wide.dtype
-            bounds = step_bounds(
-                theta, target, size, dtype, LR, self.case["normalizer"] == "cdf",
-                buffer=torch.float32 if new.momentum is None else new.momentum.dtype,
-                stochastic=self.case.stochastic,
-            )  # fmt: skip
-            # ghat is a difference of numbers of size 1
-            scale = torch.stack([theta.abs(), target.abs(), LR * (1 + update.abs())]).amax(0)
-            yield _compare("parameter", new.wide, target, bounds[0], _ulp(scale, dtype))
-            if new.momentum is not None:
-                yield _compare("momentum", new.momentum, momentum, bounds[1])
+            yield from step_errors(old, new, target, momentum, options)
+
+
+def step_errors(
+    old: Snapshot, new: Snapshot, target: Tensor, momentum: Tensor | None, options: Options
+) -> Iterator[Error]:
+    """The errors of a parameter and of its momentum after one step.
+
+    Args:
+        old: before the step.
+        new: after it.
+        target: the oracle's parameter.
+        momentum: the oracle's.
+        options: of the step.
+    """
+    lr = float(options.lr)
+    theta = old.wide.double()
+    # a step of lr 0 moves nothing
+    update = ((1 - lr * options.weight_decay) * theta - target) / (lr or 1.0)
+    size = update.abs()
+    if new.momentum is not None and momentum is not None:
+        size = torch.maximum(size, momentum.abs())
+    dtype = _bounded(new.wide.dtype)
+    bounds = step_bounds(
+        theta, target, size, dtype, lr, options.normalizer == "cdf",
+        buffer=torch.float32 if new.momentum is None else _bounded(new.momentum.dtype),
+        stochastic=options.master_weights == "stochastic" and dtype in NARROW,
+    )  # fmt: skip
+    # ghat is a difference of numbers of size 1
+    scale = torch.stack([theta.abs(), target.abs(), lr * (1 + update.abs())]).amax(0)
+    yield _compare("parameter", new.wide, target, bounds[0], _ulp(scale, dtype))
+    if new.momentum is not None and momentum is not None:
+        yield _compare("momentum", new.momentum, momentum, bounds[1])
+
+
+def _bounded(dtype: torch.dtype) -> torch.dtype:
+    """The dtype whose bounds apply: float64 is held to float32's."""
+    return torch.float32 if dtype is torch.float64 else dtype
 
 
 def _same(one: Tensor | None, other: Tensor | None) -> bool:

@@ -7,7 +7,7 @@ and literal: one slice at a time, sums without rounding error (`math.fsum`).
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -60,19 +60,12 @@ def oracle_step(
     new_buffers = [None if buffer is None else _plain(buffer) for buffer in buffers]
     plain_grads = [None if grad is None else _plain(grad) for grad in grads]
     stepped = [i for i, grad in enumerate(grads) if grad is not None]
-    # each slice: the parameters it spans, and its rows in them
-    slices: list[list[tuple[int, int | None]]] = []
-    if granularity == "global" and stepped:
-        slices.append([(i, None) for i in stepped])
-    for i in stepped if granularity != "global" else []:
-        by_row = granularity == "row" and params[i].dim() >= 2
-        slices += [[(i, row)] for row in range(params[i].shape[0])] if by_row else [[(i, None)]]
     if momentum:
         for i in stepped:
             if new_buffers[i] is None:
                 new_buffers[i] = torch.zeros_like(new_params[i])
 
-    for members in slices:
+    for members in _slices(params, stepped, granularity):
         values = [_part(plain_grads[i], row) for i, row in members]
         g = torch.cat([value.reshape(-1) for value in values])
         if not g.numel():
@@ -97,6 +90,21 @@ def oracle_step(
                 update = momentum * m + (1 - momentum) * fresh if nesterov else m
             theta.copy_((1 - rate * weight_decay) * theta - rate * update)
     return new_params, new_buffers
+
+
+def _slices(
+    params: Sequence[Tensor], stepped: Sequence[int], granularity: str
+) -> Iterator[list[tuple[int, int | None]]]:
+    """Each slice: the parameters it spans, and its row in them; None for all of one."""
+    if granularity == "global":
+        if stepped:
+            yield [(i, None) for i in stepped]
+        return
+    for i in stepped:
+        if granularity == "row" and params[i].dim() >= 2:
+            yield from ([(i, row)] for row in range(params[i].shape[0]))
+        else:
+            yield [(i, None)]
 
 
 def normalized(g: Tensor, eps: float, normalizer: str, centering: float) -> Tensor:

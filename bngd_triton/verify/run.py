@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import platform
+import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -83,23 +84,28 @@ def _table(results: Sequence[Result]) -> list[str]:
             for factor, values in FACTORS.items()
             for value in values
         ]
-    width = max(12, *(len(label) for _, label, _ in rows)) if rows else 12
+    # labels of cases, and all in narrow terminals, have lines of their own
+    own_lines = len(results) <= _FEW or shutil.get_terminal_size().columns < 79
+    margin = 2 if own_lines else 24
     lines = [
-        f"{'':12}{'':{width}} {'cases':>6} {'failed':>6} {'kernels':>8} {'reference':>9} "
+        f"{'':{margin}} {'cases':>6} {'failed':>6} {'kernels':>8} {'reference':>9} "
         f"{'of bound':>8} {'equal bits':>10}",
-        f"{'':12}{'':{width}} {'':6} {'':6} {'ulp':>8} {'ulp':>9}",
+        f"{'':{margin}} {'':6} {'':6} {'ulp':>8} {'ulp':>9}",
     ]
     before = ""
     for factor, label, found in rows:
         if not found:
             continue
         shown, before = factor if factor != before else "", factor
+        if own_lines:
+            lines.append(f"{factor} {label}".strip())
+        label = "" if own_lines else f"{shown:12}{label}"
         promised = [one for one in found if one.bits]
         equal = f"{sum(one.bits == 'equal' for one in promised)}/{len(promised)}"
         kernels = max((one.kernels.ulp for one in found if one.kernels), default=math.nan)
         eager = max((one.eager.ulp for one in found if one.eager), default=math.nan)
         lines.append(
-            f"{shown:12}{label:{width}} {len(found):6} {sum(bool(r.failures) for r in found):6} "
+            f"{label:{margin}} {len(found):6} {sum(bool(r.failures) for r in found):6} "
             f"{kernels:8.2f} {eager:9.2f} {max(one.share for one in found):8.2f} "
             f"{equal if promised else '':>10}"
         )

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from bngd_triton import BNGD, release_gradients
+from bngd_triton.engine.step import inputs_of
 from bngd_triton.kernels import launch
 from bngd_triton.verify.tolerances import CDF
 from support import capture
@@ -95,7 +96,7 @@ def test_sync_hyperparameters_reaches_a_replay(
     # left alone unless it is to propagate
     params[-1].grad[3] = twins[-1].grad[3] = torch.inf
     assert step.point_at([param.grad.data_ptr() for param in params])
-    step.update_again(optimizer._inputs_of([True]))
+    step.update_again(inputs_of(optimizer, [True]))
     eager.step()
     # of an erf, which both have of their own
     bound = CDF if "normalizer" in change else 0.0

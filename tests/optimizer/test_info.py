@@ -39,6 +39,9 @@ def test_this_machine(capsys: pytest.CaptureFixture[str]) -> None:
     assert set(private.values()) == {True}
     assert found["devices"]["cpu"]["architecture"] == "interpreter"
     text = printed(capsys)
+    # the verdict first
+    verdict = found["steps are served by"]["cpu"]
+    assert text.startswith(f"steps are served by\n  cpu                      {verdict}\n")
     for name in (*found, *found["devices"]):
         assert name in text
     assert re.search(rf"\n  torch +{re.escape(torch.__version__)}\n", text)
@@ -57,6 +60,7 @@ def test_every_private_function_is_listed() -> None:
         used |= set(re.findall(r"\btorch\._C\.\w+", text))
         named = re.findall(r'getattr\(torch\._C, "(\w+)"', text)
         used |= {f"torch._C.{name}" for name in named}
+        used |= {f"torch.{name}" for name in re.findall(r"\btorch\.(_[a-z]\w+)", text)}
     assert used
     listed = set(info.PRIVATE)
     # a module is listed by its functions
@@ -113,7 +117,11 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 @pytest.mark.usefixtures("gpus")
 def test_gpus() -> None:
-    found = info.collect()["devices"]
+    everything = info.collect()
+    found = everything["devices"]
+    assert list(everything["steps are served by"].values()) == [
+        "the eager reference", "the kernels", "the kernels", "the eager reference", "unknown",
+    ]  # fmt: skip
     h100 = found["cuda:0"]
     assert h100["served by"] == "the kernels"
     assert h100["because"] is None

@@ -24,12 +24,11 @@ from support.sharded_steps import (
     Raised,
     Run,
     Scaled,
-    alone,
     raising,
     runs,
     scaled,
-    visited,
 )
+from support.sharded_visits import alone, visited
 
 pytestmark = [
     pytest.mark.skipif(

@@ -6,19 +6,16 @@ import json
 import math
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from bngd_triton import BNGD, GradStats, GradStatsLog, GradStatsLogger, plot_grad_stats
-from bngd_triton.telemetry.log import COLUMNS, LoggedStep
-from bngd_triton.telemetry.plot import _cells
+from bngd_triton import BNGD, GradStatsLog, GradStatsLogger
+from bngd_triton.telemetry.log import COLUMNS
+from support.given_statistics import INF, NAN, Given, logged
 from support.paths import StepPath
-
-NAN, INF = math.nan, math.inf
 
 
 class Writer:
@@ -35,31 +32,6 @@ class Writer:
         assert values.numel()
         assert values.isfinite().all()
         self.histograms[tag, step] = values
-
-
-class Given:
-    """An optimizer whose statistics are given: mean, std and skips by name."""
-
-    def __init__(self, **stats: tuple[Any, Any, Any]) -> None:
-        self.stats = stats
-
-    def grad_stats(self) -> dict[str, GradStats]:
-        found = {}
-        for name, values in self.stats.items():
-            mean, std, skipped = (torch.tensor(value, dtype=torch.float64) for value in values)
-            rms = torch.hypot(mean, std)
-            found[name] = GradStats(mean, std, rms, rms / std, skipped)
-        return found
-
-
-def logged(*stats: dict[str, tuple[Any, Any, Any]]) -> GradStatsLog:
-    """A log of one step each."""
-    given = Given()
-    logger = GradStatsLogger(given, every=1)
-    for each in stats:
-        given.stats = each
-        logger.step()
-    return logger.log
 
 
 def make(path: StepPath, granularity: str) -> tuple[BNGD, list[Parameter]]:
@@ -269,65 +241,4 @@ def test_tensorboard_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setitem(sys.modules, "tensorboard", None)
     with pytest.raises(ModuleNotFoundError, match="pip install tensorboard"):
         GradStatsLogger(Given(a=(0.0, 1.0, 0.0)), path=tmp_path / "runs")
-    assert not list(tmp_path.iterdir())
-
-
-def test_picture(tmp_path: Path) -> None:
-    pictures = []
-    for skipped in (0.0, 0.0, 1.0):
-        many = {f"layers.{i}.weight": (0.0, 10.0**-i, skipped) for i in range(70)}
-        plot_grad_stats(logged(many, many), tmp_path / "a.png")
-        pictures.append((tmp_path / "a.png").read_bytes())
-    assert pictures[0].startswith(b"\x89PNG")
-    assert pictures[0] == pictures[1] != pictures[2]
-    plot_grad_stats(logged({"only": (0.0, 0.0, 1.0)}), tmp_path / "a.svg")
-    assert "</svg>" in (tmp_path / "a.svg").read_text()
-
-
-def test_what_the_picture_shows() -> None:
-    names, steps, heights, crosses = _cells(
-        logged(
-            {"a": (0.0, 100.0, 0.0), "b": (NAN, NAN, 1.0)},
-            {"a": (0.0, 0.01, 2.0), "b": (0.0, 0.0, 1.0)},
-            {"a": (0.0, 1.0, 2.0), "b": (0.0, 10.0, 2.0), "c": (0.0, 1.0, 1.0)},
-        )
-    )
-    assert (names, steps) == (["a", "b", "c"], [0, 1, 2])
-    assert heights.tolist()[0] == pytest.approx([2, -2, 0])
-    assert heights.tolist()[1] == pytest.approx([NAN, -INF, 1], nan_ok=True)
-    assert heights.tolist()[2] == pytest.approx([NAN, NAN, 0], nan_ok=True)
-    assert crosses.tolist() == [[False, True, False], [True, False, True], [False, False, True]]
-
-
-def test_a_long_log_keeps_its_peaks_and_its_skips() -> None:
-    log = GradStatsLog()
-    for step in range(1200):
-        values = torch.tensor([[0.0, 1.0, 1.0, 1.0, float(step >= 700)]], dtype=torch.float64)
-        if step == 1000:
-            values[0, 1] = 1e5
-        if step % 3 == 0:
-            values[0, 1] = NAN
-        log.steps.append(LoggedStep(10 * step, ("a",), values))
-    _, steps, heights, crosses = _cells(log)
-    assert len(steps) == heights.shape[1] == crosses.shape[1] == 400
-    assert steps[1] == 30
-    assert heights[0, 333] == 5
-    assert heights[0].sum() == 5
-    assert crosses.nonzero().tolist() == [[0, 700 // 3]]
-
-
-def test_bad_pictures_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    logger = GradStatsLogger(Given(a=(0.0, 1.0, 0.0)), every=1)
-    with pytest.raises(TypeError, match=r"log must be a GradStatsLog \(logger\.log\), got GradSta"):
-        plot_grad_stats(logger, tmp_path / "a.png")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="log is empty"):
-        plot_grad_stats(logger.log, tmp_path / "a.png")
-    logger.step()
-    with pytest.raises(ValueError, match="abc"):
-        plot_grad_stats(logger.log, tmp_path / "a.abc")
-    for module in [name for name in sys.modules if name.startswith("matplotlib")]:
-        monkeypatch.delitem(sys.modules, module)
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(ModuleNotFoundError, match=r"pip install matplotlib"):
-        plot_grad_stats(logger.log, tmp_path / "a.png")
     assert not list(tmp_path.iterdir())

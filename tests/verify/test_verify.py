@@ -240,6 +240,25 @@ def test_the_worst_come_first(
     assert found["cases"][2]["kernels"] == {"ulp": 1.0, "share": None, "where": "step 1, somewhere"}
 
 
+@pytest.mark.parametrize("columns", [60, 80])
+@pytest.mark.parametrize("few", [True, False])
+def test_the_table_fits_the_terminal(
+    columns: int, few: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    error = Error(0.5, 0.25, "")
+    results = [Result(case.name, error, error) for case in suite(2)]
+    lines = verify._table(results[:3] if few else results)
+    assert max(map(len, lines)) < columns
+    text = "\n".join(lines)
+    if few:
+        assert all(f"\n{result.case}\n" in text for result in results[:3])
+    elif columns == 60:
+        assert "\ngranularity row\n" in text
+    else:
+        assert re.search(r"\ngranularity +tensor +\d+ ", text)
+
+
 def test_interrupted(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

@@ -139,7 +139,7 @@ def step(machine: Machine, case: StepCase, form: str, schedule: str) -> list[str
     tuning = prepare(machine, schedule, form, case.wide)
     torch.manual_seed(0)
     inside = Guarded(case.offset)
-    options = dict(case.options)
+    options = {"granularity": "tensor", **dict(case.options)}
     accumulated = options.get("accumulation_steps", 1)
     params = [inside(torch.randn(shape).to(case.param)) for shape in case.shapes]
     momenta = masters = windows = None

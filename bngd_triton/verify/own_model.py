@@ -1,0 +1,233 @@
+"""`verify_step`: one step of somebody's own model, held against the definition in float64."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..engine.collect import gather
+from ..engine.step import inputs_of
+from ..optimizer import BNGD
+from ..options import Options
+from ..state import MOMENTUM, master_of
+from ..state_dicts import parameter_names
+from ..tensors import is_sharded
+from .arms import Snapshot, snapshot
+from .judge import step_errors
+from .oracle import oracle_step
+
+LossFunction = Callable[[nn.Module], Tensor]
+# options of a group that the definition takes
+_RULE = (
+    "lr", "momentum", "nesterov", "weight_decay", "eps", "granularity", "normalizer", "centering",
+    "center_1d", "nonfinite", "maximize",
+)  # fmt: skip
+
+
+class CheckedParameter(NamedTuple):
+    """What a step did to one parameter.
+
+    Attributes:
+        name: as the optimizer was given it, else as the model names it.
+        shape: of the parameter.
+        dtype: of the parameter.
+        path: ``"kernels"`` or ``"eager"``: which implementation served it.
+        share: the largest error of parameter (its master, where it has one) and momentum, as a
+            share of its bound in `verify.tolerances`; up to 1 is right.
+        where: a sentence about the entry with that error.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    path: str
+    share: float
+    where: str
+
+    @property
+    def ok(self) -> bool:
+        """Whether the error is within its bound."""
+        return self.share <= 1
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What `verify_step` found; ``str`` gives a table.
+
+    Attributes:
+        loss: before the step.
+        parameters: those that have a gradient.
+        without_gradient: names of the others.
+    """
+
+    loss: float
+    parameters: tuple[CheckedParameter, ...]
+    without_gradient: tuple[str, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether every parameter is within its bound."""
+        return all(checked.ok for checked in self.parameters)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything, as JSON can hold it: a share that is no finite number is None."""
+        rows = [
+            {
+                **checked._asdict(),
+                "dtype": str(checked.dtype).removeprefix("torch."),
+                "share": checked.share if math.isfinite(checked.share) else None,
+                "ok": checked.ok,
+            }
+            for checked in self.parameters
+        ]
+        return {
+            "passed": self.ok,
+            "loss": self.loss if math.isfinite(self.loss) else None,
+            "parameters": rows,
+            "without_gradient": list(self.without_gradient),
+        }
+
+    def __str__(self) -> str:
+        lines = ["of bound  path     dtype     shape           name"]
+        for checked in self.parameters:
+            dtype = str(checked.dtype).removeprefix("torch.")
+            shape = " x ".join(map(str, checked.shape)) or "scalar"
+            lines.append(
+                f"{checked.share:8.2f}  {checked.path:7}  {dtype:8}  {shape:14}  {checked.name}"
+            )
+        wrong = [checked for checked in self.parameters if not checked.ok]
+        lines += [f"{checked.name}: {checked.where}" for checked in wrong]
+        count = len(self.parameters)
+        lines.append(
+            f"loss {self.loss:.6g}; {count - len(wrong)} of {count} parameters within their bounds"
+        )
+        if self.without_gradient:
+            lines.append(f"without a gradient: {', '.join(self.without_gradient)}")
+        return "\n".join(lines)
+
+
+def verify_step(model: nn.Module, optimizer: BNGD, loss_fn: LossFunction) -> StepReport:
+    """Hold one step of a model against the definition in float64, parameter by parameter.
+
+    Model and optimizer are copied, and the copies take the step: nothing of the caller's changes,
+    the state of random number generators included. The definition (`verify.oracle`) is literal and
+    runs on the CPU: about a second for four million entries.
+
+    Args:
+        model: as it is trained, before or after any number of steps.
+        optimizer: of its parameters.
+        loss_fn: takes the model (a copy of `model`) and returns its loss on one batch, a scalar
+            tensor.
+
+    Returns:
+        A report; its ``ok`` is the verdict.
+
+    Raises:
+        TypeError: `optimizer` is no BNGD.
+        ValueError: no parameter of the optimizer has a gradient from the loss.
+        NotImplementedError: micro-batches, gradient release and sharded parameters.
+    """
+    _check(optimizer)
+    names = _names(model, optimizer)
+    cuda = list({p.device for p in model.parameters() if p.device.type == "cuda"})
+    with torch.random.fork_rng(cuda):
+        model, optimizer = copy.deepcopy((model, optimizer))
+        optimizer.zero_grad()
+        loss = loss_fn(model)
+        if not isinstance(loss, Tensor) or not loss.requires_grad:
+            raise ValueError(
+                "loss_fn must return a scalar tensor that depends on the model's parameters, got "
+                f"{loss!r}"
+            )
+        loss.backward()
+    checked: list[CheckedParameter] = []
+    groups = optimizer.param_groups
+    before = [_Before(optimizer, index, names) for index in range(len(groups))]
+    if not any(group.params for group in before):
+        raise ValueError(
+            "no parameter of the optimizer has a gradient: loss_fn must compute the loss with the "
+            "model that it is given, whose parameters must be the optimizer's"
+        )
+    optimizer.step()
+    for group in before:
+        checked.extend(group.compare(optimizer))
+    served = {name for one in before for name in one.names}
+    return StepReport(
+        float(loss.detach()), tuple(checked), tuple(n for n in names.values() if n not in served)
+    )
+
+
+def _check(optimizer: Any) -> None:
+    if not isinstance(optimizer, BNGD):
+        raise TypeError(f"optimizer must be a BNGD, got {type(optimizer).__name__}")
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    refused = {
+        "accumulation_steps > 1": any(g["accumulation_steps"] > 1 for g in optimizer.param_groups),
+        "gradient release": optimizer._release is not None,
+        "sharded parameters": any(map(is_sharded, params)),
+    }
+    for what, found in refused.items():
+        if found:
+            raise NotImplementedError(
+                f"verify_step does not serve {what}; verify an optimizer of the same options "
+                "without"
+            )
+
+
+def _names(model: nn.Module, optimizer: BNGD) -> dict[tuple[int, int], str]:
+    """The name of each parameter, by the places of its group and of itself."""
+    of_model = {id(param): name for name, param in model.named_parameters()}
+    return {
+        (i, j): name if "param_names" in group else of_model.get(id(param), name)
+        for i, group in enumerate(optimizer.param_groups)
+        for j, (name, param) in enumerate(zip(parameter_names(group, i), group["params"]))
+    }
+
+
+class _Before:
+    """One group of parameters before the step, and where the definition takes them."""
+
+    def __init__(self, optimizer: BNGD, index: int, names: dict[tuple[int, int], str]) -> None:
+        group = optimizer.param_groups[index]
+        self.options = Options.of(group)
+        places = [j for j, param in enumerate(group["params"]) if param.grad is not None]
+        self.params: list[Tensor] = [group["params"][j] for j in places]
+        self.names = [names[index, j] for j in places]
+        self.fused = gather(optimizer, index, self.options, inputs_of(optimizer), ()).fused
+        self.snapshots = self._snapshots(optimizer)
+        self.target = oracle_step(
+            [one.wide for one in self.snapshots],
+            [param.grad for param in self.params],
+            [one.momentum for one in self.snapshots],
+            **{name: getattr(self.options, name) for name in _RULE},
+        )
+
+    def _snapshots(self, optimizer: BNGD) -> list[Snapshot]:
+        states = [optimizer.state.get(param, {}) for param in self.params]
+        masters: list[Tensor | None] = [
+            master_of(state, param, self.options) if state else None
+            for param, state in zip(self.params, states)
+        ]
+        momenta: Sequence[Tensor | None] = [
+            state.get(MOMENTUM) if self.options.buffered else None for state in states
+        ]
+        return snapshot([param.detach() for param in self.params], masters, momenta)
+
+    def compare(self, optimizer: BNGD) -> Iterator[CheckedParameter]:
+        """With what the step did."""
+        rows = zip(
+            self.params, self.names, self.fused, self.snapshots, self._snapshots(optimizer),
+            *self.target,
+        )  # fmt: skip
+        for param, name, fused, old, new, target, momentum in rows:
+            errors = step_errors(old, new, target, momentum, self.options)
+            worst = max(errors, key=lambda error: error.share)
+            path = "kernels" if fused else "eager"
+            shape = tuple(param.shape)
+            yield CheckedParameter(name, shape, param.dtype, path, worst.share, worst.where)

@@ -1,0 +1,159 @@
+"""`verify_step` and `bngd verify --model`: one step of somebody's own model."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from bngd_triton import BNGD, cli, release_gradients, verify_step
+from bngd_triton.eager import eager_step
+from support.paths import StepPath
+
+FACTORY = """
+import torch
+from bngd_triton import BNGD
+
+def make():
+    model = torch.nn.Linear(30, 5)
+    x = torch.randn(16, 30)
+    return model, BNGD(model.named_parameters(), lr=1e-2), lambda m: m(x).square().mean()
+"""
+
+
+def network(dtype: torch.dtype = torch.float32, device: str = "cpu") -> nn.Sequential:
+    return nn.Sequential(nn.Linear(20, 6), nn.BatchNorm1d(6), nn.Dropout(0.5), nn.Linear(6, 3)).to(
+        device=device, dtype=dtype
+    )
+
+
+def loss_of(model: nn.Module) -> Tensor:
+    weight = next(model.parameters())
+    x = torch.linspace(-1, 1, 160, device=weight.device).view(8, 20).to(weight.dtype)
+    out: Tensor = model(x)
+    return (out.float() - 1).square().mean()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "options"),
+    [
+        (torch.float32, {"granularity": "tensor", "weight_decay": 0.1}),
+        (torch.bfloat16, {"nesterov": True}),
+        (torch.bfloat16, {"master_weights": "stochastic", "momentum_dtype": torch.bfloat16}),
+        (torch.float16, {"granularity": "global", "maximize": True}),
+        (torch.float32, {"normalizer": "cdf", "momentum": 0.0, "center_1d": True}),
+        (torch.float32, {"lr": torch.tensor(0.0)}),
+    ],
+    ids=str,
+)
+def test_a_right_step_is_right_for_every_parameter(
+    dtype: torch.dtype, options: dict[str, Any], path: StepPath
+) -> None:
+    """Before the first step, and with the state of one."""
+    model = network(dtype, str(path.device))
+    optimizer = BNGD(model.parameters(), fused=path.fused, **({"lr": 1e-2} | options))
+    for _ in range(2):
+        report = verify_step(model, optimizer, loss_of)
+        assert report.ok
+        assert [one.name for one in report.parameters] == [n for n, _ in model.named_parameters()]
+        assert {one.path for one in report.parameters} == {"kernels" if path.fused else "eager"}
+        assert any(one.share > 0 for one in report.parameters) or options.get("lr") == 0
+        optimizer.zero_grad()
+        loss_of(model).backward()
+        optimizer.step()
+
+
+def test_float64_parameters_are_served() -> None:
+    model = network(torch.float64)
+    assert verify_step(model, BNGD(model.parameters()), loss_of).ok
+
+
+def test_nothing_of_the_callers_changes() -> None:
+    model = network()
+    optimizer = BNGD(model.parameters(), lr=0.1)
+    loss_of(model).backward()
+    optimizer.step()
+    held = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    grads = [param.grad for param in model.parameters()]
+    random = torch.get_rng_state()
+    verify_step(model, optimizer, loss_of)
+    assert torch.equal(torch.get_rng_state(), random)
+    assert all(param.grad is grad for param, grad in zip(model.parameters(), grads))
+    weights, state = held
+    torch.testing.assert_close(model.state_dict(), weights, rtol=0, atol=0)
+    now = optimizer.state_dict()
+    torch.testing.assert_close(now["state"], state["state"], rtol=0, atol=0)
+    assert now["param_groups"] == state["param_groups"]
+
+
+@pytest.mark.parametrize("what", ["parameter", "momentum"])
+def test_a_wrong_step_names_its_parameter(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thousandth of a step, in one parameter's entry: bounds are some millionths."""
+    model = network()
+    optimizer = BNGD(model.parameters(), lr=0.1)
+    right = eager_step.EagerStep.run
+
+    def run(self: Any, tensors: Any, *rest: Any) -> None:
+        right(self, tensors, *rest)
+        wrong = tensors[4].param if what == "parameter" else tensors[4].momentum
+        wrong.view(-1)[7] += 1e-4
+
+    monkeypatch.setattr(eager_step.EagerStep, "run", run)
+    report = verify_step(model, optimizer, loss_of)
+    assert not report.ok
+    (wrong,) = [one for one in report.parameters if not one.ok]
+    assert wrong.name == "3.weight"
+    assert f"{what} of shape (3, 6), entry 7" in wrong.where
+    assert f"3.weight: {wrong.where}" in str(report)
+    assert "5 of 6 parameters within their bounds" in str(report)
+
+
+def test_parameters_without_a_gradient_are_listed() -> None:
+    model = network()
+    model[0].bias.requires_grad_(False)
+    report = verify_step(model, BNGD(model.parameters()), loss_of)
+    assert report.without_gradient == ("0.bias",)
+    assert "without a gradient: 0.bias" in str(report)
+
+
+def test_what_it_cannot_hold_is_refused() -> None:
+    model = network()
+    with pytest.raises(TypeError, match="must be a BNGD, got SGD"):
+        verify_step(model, torch.optim.SGD(model.parameters()), loss_of)  # type: ignore[arg-type]
+    with pytest.raises(NotImplementedError, match="accumulation_steps > 1"):
+        verify_step(model, BNGD(model.parameters(), accumulation_steps=2), loss_of)
+    optimizer = BNGD(model.parameters())
+    with pytest.raises(ValueError, match="scalar tensor that depends on"):
+        verify_step(model, optimizer, lambda model: torch.tensor(1.0))
+    with pytest.raises(ValueError, match="with the model that it is given"):
+        verify_step(model, optimizer, lambda _: loss_of(model))
+    model.zero_grad()
+    release_gradients(model, optimizer)
+    with pytest.raises(NotImplementedError, match="gradient release"):
+        verify_step(model, optimizer, loss_of)
+
+
+def test_the_command_steps_a_factorys_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "factory_of_a_test.py").write_text(FACTORY)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", ["/"])
+    command = ["verify", "--model", "factory_of_a_test:make", "--json", "report.json"]
+    assert cli.main(command) == 0
+    assert "2 of 2 parameters within their bounds" in capsys.readouterr().out
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["passed"]
+    assert [(one["name"], one["dtype"], one["ok"]) for one in report["parameters"]] == [
+        ("weight", "float32", True), ("bias", "float32", True),
+    ]  # fmt: skip
+    for wrong, message in (("factory_of_a_test:none", "no attribute 'none'"),
+                           ("nowhere_at_all:make", "No module named"),
+                           ("factory_of_a_test", "must be MODULE:FACTORY")):  # fmt: skip
+        assert cli.main(["verify", "--model", wrong]) == 2
+        assert message in capsys.readouterr().err
