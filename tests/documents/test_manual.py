@@ -33,6 +33,10 @@ def test_every_public_name_is_in_the_api() -> None:
     public = {f"bngd_triton.{name}" for name in bngd_triton.__all__}
     public |= {f"bngd_triton.kernels.{name}" for name in kernels.__all__}
     public |= {"bngd_triton.reference.step_", "bngd_triton.integrations.register_timm"}
+    # what verify_step returns
+    public |= {
+        f"bngd_triton.verify.own_model.{name}" for name in ("StepReport", "CheckedParameter")
+    }
     assert named == public
 
 
