@@ -101,10 +101,9 @@ def _slices(
             yield [(i, None) for i in stepped]
         return
     for i in stepped:
-        if granularity == "row" and params[i].dim() >= 2:
-            yield from ([(i, row)] for row in range(params[i].shape[0]))
-        else:
-            yield [(i, None)]
+        by_row = granularity == "row" and params[i].dim() >= 2
+        for row in range(params[i].shape[0]) if by_row else [None]:
+            yield [(i, row)]
 
 
 def normalized(g: Tensor, eps: float, normalizer: str, centering: float) -> Tensor:
