@@ -32,9 +32,9 @@ if TYPE_CHECKING:
 
 
 class BNGD(Optimizer):
-    r"""Batch-normalised gradient descent: every batch's gradient is standardised before it is used.
+    """Batch-normalised gradient descent: every batch's gradient is standardised before it is used.
 
-    For each slice :math:`g` of each gradient::
+    For each slice ``g`` of each gradient:
 
         g     <- -g if maximize
         v     <- g - centering * mean(g)

@@ -1,9 +1,15 @@
-"""The code of the pages of docs/ runs as it stands, and their figures are those of the examples."""
+"""The code of README and of every page of docs/ runs as the page stands, from top to bottom."""
 
 from __future__ import annotations
 
+import ast
+import builtins
+import contextlib
+import importlib.util
 import os
 import re
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,95 +18,144 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from support.checkout import DOCS, EXAMPLES
+from support.checkout import DOCS, EXAMPLES, ROOT
 
-TRAINING, DISTRIBUTED, TELEMETRY = (
-    DOCS / f"{name}.md" for name in ("training", "distributed", "telemetry")
-)
+PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
+TELEMETRY = DOCS / "telemetry.md"
 pytestmark = pytest.mark.skipif(
     not DOCS.exists(), reason="the tests run without the checkout around them"
 )
 NUMBER = r"(?<![\w.])\d+(?:\.\d+)?(?![\w]|\.\w)"
+# what a block may import without a first line that says `# needs PACKAGE`
+ALWAYS = {*sys.stdlib_module_names, "torch", "bngd_triton"}
 
 
 def blocks(page: Path, language: str = "python") -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", page.read_text(), re.S)
 
 
-def test_the_code_of_the_training_page_runs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    setup, *sections = blocks(TRAINING)
-    assert len(sections) == 7
-    for section in sections:
-        scope: dict[str, Any] = {}
-        torch.manual_seed(0)
-        exec(compile(setup, str(TRAINING), "exec"), scope)
-        if "BNGD(" not in section:
-            # these speak of an optimizer that has stepped
-            exec(compile(sections[2], str(TRAINING), "exec"), scope)
-        if "graph.replay" in section:
-            # a graph needs a GPU; its replay is a step
-            step = scope["optimizer"].step
-            scope |= {"batches": range(2), "graph": SimpleNamespace(replay=step)}
-            scope["scheduler"] = torch.optim.lr_scheduler.LinearLR(scope["optimizer"])
-        before = scope["model"][0].weight.detach().clone()
-        exec(compile(section, str(TRAINING), "exec"), scope)
-        assert scope["model"][0].weight.isfinite().all()
-        if "BNGD(" in section:
-            assert not torch.equal(scope["model"][0].weight.to(before.dtype), before), section
-    assert (tmp_path / "run.pt").exists()
+WITH_CODE = [page for page in PAGES if page.exists() and blocks(page)]
 
 
-@pytest.mark.skipif(
-    not (dist.is_available() and dist.is_gloo_available()), reason="this torch has no gloo"
-)
-def test_the_code_of_the_distributed_page_runs(tmp_path: Path) -> None:
-    sharding, saving = blocks(DISTRIBUTED)
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        scope: dict[str, Any] = {"world": 1, "folder": str(tmp_path)}
-        exec(compile(sharding, str(DISTRIBUTED), "exec"), scope)
-        model, optimizer = scope["model"], scope["optimizer"]
-        model(torch.randn(4, 8)).square().mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        before = [param.full_tensor().clone() for param in model.parameters()]
-        exec(compile(saving, str(DISTRIBUTED), "exec"), scope)
-        assert (tmp_path / "step-100" / ".metadata").exists()
-        for param, old in zip(model.parameters(), before):
-            assert torch.equal(param.full_tensor(), old)
-    finally:
-        dist.destroy_process_group()
+def needs(block: str) -> set[str]:
+    """The packages that the block's first line asks for."""
+    first = re.match(r"# needs (.*)\n", block)
+    return set(first[1].split(" and ")) if first else set()
 
 
-def test_links_of_the_distributed_page_lead_somewhere() -> None:
-    links = re.findall(r"\]\((?!http)([^)#]+)\)", DISTRIBUTED.read_text())
-    assert len(links) > 3
-    for link in links:
-        assert (DOCS / link).exists(), link
+def nodes(block: str) -> Iterator[ast.AST]:
+    return ast.walk(ast.parse(block))
 
 
-def test_the_code_of_the_telemetry_page_runs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    watch, save = blocks(TELEMETRY)
-    model = torch.nn.Linear(3, 2)
-    names: dict[str, Any] = {
-        "model": model,
-        "batches": [(torch.randn(4, 3), torch.randn(4, 2)) for _ in range(3)],
-        "loss_fn": torch.nn.functional.mse_loss,
-        "step": 3,
+def imported(block: str) -> set[str]:
+    modules = {
+        name
+        for node in nodes(block)
+        for name in (
+            [alias.name for alias in node.names]
+            if isinstance(node, ast.Import)
+            else [node.module or ""]
+            if isinstance(node, ast.ImportFrom)
+            else []
+        )
     }
-    # tensorboard is not among the packages of these tests
-    exec(watch.replace(', path="runs/first"', ""), names)
-    optimizer = names["optimizer"]
-    names["scheduler"] = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=9)
-    exec(save, names)
-    assert sorted(os.listdir()) == ["grad-stats.png", "run.pt"]
-    assert names["saved"]["step"] == 3
+    return {module.split(".")[0] for module in modules}
+
+
+def bound(block: str) -> Iterator[str]:
+    for node in nodes(block):
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            yield node.id
+        elif isinstance(node, ast.FunctionDef | ast.ClassDef):
+            yield node.name
+        elif isinstance(node, ast.arg):
+            yield node.arg
+        elif isinstance(node, ast.alias):
+            yield (node.asname or node.name).split(".")[0]
+
+
+def test_pages_with_code_are_found() -> None:
+    assert {page.stem for page in WITH_CODE} >= {"README", "first-steps", "training", "distributed"}
+
+
+@pytest.mark.parametrize("page", WITH_CODE, ids=lambda page: page.stem)
+def test_the_code_of_a_page_runs(
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a package is missing for is left to the test below, and to tests/integrations."""
+    if "torch.distributed" in page.read_text() and not dist.is_gloo_available():
+        pytest.skip("this torch has no gloo")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("RANK", raising=False)
+    scope: dict[str, Any] = {"__name__": page.stem}
+    try:
+        for block in blocks(page):
+            if all(map(importlib.util.find_spec, needs(block))):
+                exec(compile(block, str(page), "exec"), scope)
+        check_what_is_left(page.stem, scope)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the page itself runs it")
+def test_the_graph_of_the_training_page_is_rehearsed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a GPU a replay is an iteration, which must leave gradients where they were."""
+    setup, *_ = found = blocks(DOCS / "training.md")
+    (code,) = [block for block in found if "graph.replay" in block]
+    scope: dict[str, Any] = {}
+    exec(setup, scope)
+    where: list[torch.Tensor] = []
+
+    def replay() -> None:
+        where[:] = where or [param.grad for param in scope["net"].parameters()]
+        scope["iteration"]()
+        assert all(old is param.grad for old, param in zip(where, scope["net"].parameters()))
+
+    waiting = SimpleNamespace(wait_stream=lambda _: None, synchronize=lambda: None)
+    for name, stand_in in {
+        "is_available": lambda: True,
+        "Stream": lambda: waiting,
+        "current_stream": lambda: waiting,
+        "CUDAGraph": lambda: SimpleNamespace(replay=replay),
+        "stream": contextlib.nullcontext,
+        "graph": lambda _, stream: contextlib.nullcontext(stream),
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    exec(code.replace('"cuda"', '"cpu"').replace(".cuda()", ""), scope)
+    assert len(where) == 4
+    assert scope["optimizer"].param_groups[0]["lr"] == pytest.approx(0.0, abs=1e-9)
+
+
+def check_what_is_left(page: str, scope: dict[str, Any]) -> None:
+    """What the text beside the code says of it."""
+    for name, value in scope.items():
+        if isinstance(value, torch.nn.Module):
+            assert all(param.isfinite().all() for param in value.parameters()), name
+    if page == "README":
+        assert scope["loss"] < 0.1 * scope["batches"][0][1].square().mean()
+    elif page == "training":
+        assert os.listdir() == ["run.pt"]
+    elif page == "distributed":
+        assert (Path(scope["checkpoint"]) / ".metadata").exists()
+    elif page == "telemetry":
+        assert {"grad-stats.png", "stats.json", "run.pt"} <= set(os.listdir())
+        assert scope["saved"]["step"] == 300
+
+
+@pytest.mark.parametrize("page", WITH_CODE, ids=lambda page: page.stem)
+def test_a_page_defines_what_it_uses_and_says_what_it_needs(page: Path) -> None:
+    """For every block, those that cannot run here, too."""
+    known = set(dir(builtins))
+    for block in blocks(page):
+        known.update(bound(block))
+        used = {
+            node.id
+            for node in nodes(block)
+            if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)
+        }
+        assert used <= known, used - known
+        assert imported(block) <= ALWAYS | needs(block)
 
 
 def test_figures_of_the_telemetry_page_are_the_example_s(

@@ -1,4 +1,4 @@
-"""The README's code runs, and its figures are those of the committed results."""
+"""README's commands, links of every page, and the demo's figures as they were committed."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from support.checkout import ROOT
 
@@ -18,9 +17,9 @@ pytestmark = pytest.mark.skipif(
 
 
 def tables() -> list[list[list[str]]]:
-    """The README's tables, as rows of cells without header and rule."""
+    """The tables of the demo's page, as rows of cells without header and rule."""
     found: list[list[list[str]]] = [[]]
-    for line in (ROOT / "README.md").read_text().splitlines():
+    for line in (ROOT / "docs" / "demo.md").read_text().splitlines():
         if line.startswith("|"):
             found[-1].append([cell.strip() for cell in line.strip("|").split("|")])
         elif found[-1]:
@@ -61,24 +60,6 @@ def test_accuracies_by_loss_scale() -> None:
     assert want in tables()
 
 
-def test_the_example_trains() -> None:
-    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
-    torch.manual_seed(0)
-    model = torch.nn.Sequential(torch.nn.Linear(3, 32), torch.nn.Tanh(), torch.nn.Linear(32, 1))
-    x = torch.randn(64, 3)
-    y = x.sin().sum(1, keepdim=True)
-    names: dict[str, Any] = {
-        "torch": torch,
-        "model": model,
-        "steps": 200,
-        "batches": [(x, y)] * 200,
-        "loss_fn": torch.nn.functional.mse_loss,
-    }
-    before = torch.nn.functional.mse_loss(model(x), y).item()
-    exec(code, names)
-    assert torch.nn.functional.mse_loss(model(x), y).item() < before / 10
-
-
 def test_both_commands_stand_on_lines_of_their_own() -> None:
     lines = (ROOT / "README.md").read_text().splitlines()
     setup = "python3 -m venv .venv && .venv/bin/pip install -q -c constraints.txt -e"
@@ -88,10 +69,19 @@ def test_both_commands_stand_on_lines_of_their_own() -> None:
     )
 
 
+def anchors(page: Path) -> set[str]:
+    """Of the headings, as the repository and the manual make them."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.M)
+    plain = [re.sub(r"[^\w -]", "", text).lower().replace(" ", "-") for text in headings]
+    return {f"#{text}" for text in plain}
+
+
 @pytest.mark.skipif(not (ROOT / "bngd_triton").is_dir(), reason="pages link to the whole checkout")
 @pytest.mark.parametrize("page", sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]), ids=str)
 def test_files_that_a_page_links_to_exist(page: Path) -> None:
-    links = re.findall(r"\]\((?!http)([^)#\s]+)", page.read_text())
+    links = re.findall(r"\]\((?!http)([^)#\s]*)(#[^)\s]*)?\)", page.read_text())
     # `compiled[grid](...)` is code
-    missing = [link for link in links if link != "..." and not (page.parent / link).exists()]
-    assert missing == []
+    links = [(link, place) for link, place in links if link != "..."]
+    assert [link for link, _ in links if not (page.parent / link).exists()] == []
+    places = [(page.parent / link if link else page, place) for link, place in links if place]
+    assert [(file, place) for file, place in places if place not in anchors(file)] == []
