@@ -58,7 +58,7 @@ def test_a_step_reads_gradients_before_it_writes(
         given: list[Any] = (
             [{"params": params}] if groups == 1 else [{"params": [p]} for p in params]
         )
-        optimizer = BNGD(given, lr=0.1, fused=path.fused, flatten=False)
+        optimizer = BNGD(given, lr=0.1, granularity="tensor", fused=path.fused, flatten=False)
         for _ in range(steps):
             for param in params:
                 # of small whole numbers, whose statistics are the same in every order
@@ -83,13 +83,14 @@ def test_so_do_the_functions(sharing: str, path: StepPath) -> None:
         grads: tuple[Tensor, ...] = SHARING[sharing](BNGD(params), params)
         if copied:
             grads = tuple(grad.clone() for grad in grads)
-        step_([p.detach() for p in params], grads, None, lr=0.1, momentum=0.0)
+        tensors = [p.detach() for p in params]
+        step_(tensors, grads, None, lr=0.1, momentum=0.0, granularity="tensor")
         runs.append(values(params))
     assert_equal(runs[0], runs[1])
 
 
 def test_gradients_apart_are_not_copied(path: StepPath, monkeypatch: pytest.MonkeyPatch) -> None:
     params = make(path)
-    optimizer = BNGD(params, lr=0.1, fused=path.fused)
+    optimizer = BNGD(params, lr=0.1, granularity="tensor", fused=path.fused)
     monkeypatch.setattr(Tensor, "clone", None)
     take_steps(optimizer, params, range(2))

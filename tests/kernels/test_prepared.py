@@ -67,6 +67,7 @@ def test_several_steps_of_a_prepared_step(device: torch.device) -> None:
     optimizers = [
         BNGD(
             [{"params": a, "lr": 1e-2}, {"params": b, "granularity": "row", "nesterov": True}],
+            granularity="tensor",
             fused=fused,
             weight_decay=0.01,
         )

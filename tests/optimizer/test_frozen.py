@@ -140,7 +140,7 @@ def test_a_frozen_parameter_on_another_device_in_a_group_of_one_slice(path: Step
 def test_a_real_parameter_seen_as_complex_is_trained(path: StepPath) -> None:
     """The way out that the refusal of complex parameters names."""
     param = Parameter(torch.randn(4, 3, 2, device=path.device))
-    optimizer = BNGD([param], lr=0.01, fused=path.fused)
+    optimizer = BNGD([param], lr=0.01, granularity="tensor", fused=path.fused)
     target = torch.randn(4, 3, dtype=COMPLEX, device=path.device)
     losses = []
     for _ in range(300):

@@ -17,7 +17,7 @@ def pair(device: torch.device, **options: Any) -> Iterator[tuple[list[Parameter]
     for fused in (True, False):
         torch.manual_seed(0)
         params = [
-            Parameter(torch.randn(shape, device=device)) for shape in ((4, 8), (600, 5), (16,))
+            Parameter(torch.randn(shape, device=device)) for shape in ((4, 8), (60, 50), (16,))
         ]
         groups = [{"params": params[:2]}, {"params": params[2:], "lr": 3e-3}]
         # by rows the interpreter takes nine seconds in the place of one
