@@ -20,7 +20,6 @@ def pair(device: torch.device, **options: Any) -> Iterator[tuple[list[Parameter]
             Parameter(torch.randn(shape, device=device)) for shape in ((4, 8), (60, 50), (16,))
         ]
         groups = [{"params": params[:2]}, {"params": params[2:], "lr": 3e-3}]
-        # by rows the interpreter takes nine seconds in the place of one
         options = {"granularity": "tensor", **options}
         yield params, BNGD(groups, fused=fused, **options)
 
