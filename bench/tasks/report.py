@@ -148,8 +148,9 @@ def report(results: Path, root: Path, titles: dict[str, Task]) -> None:
 def _draw(found: Found, path: Path) -> None:
     """Score against rate, a panel a task."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import NullLocator
 
-    figure = Figure(figsize=(13, 5.6), layout="constrained")
+    figure = Figure(figsize=(13, 6), layout="constrained")
     looks = {
         "sgd-clip": ("#E69F00", "--"), "adamw": ("#0072B2", "-"), "muon": ("#CC79A7", "-."),
         "bngd-tensor": ("#000000", ":"), "bngd-row": ("#009E73", "-"),
@@ -164,12 +165,16 @@ def _draw(found: Found, path: Path) -> None:
             y = [mean(choice[third]) for third in thirds]
             axes.plot(x, y, color=color, linestyle=line, label=CONTESTANTS[who].title)
         axes.set_xscale("log")
+        axes.xaxis.set_minor_locator(NullLocator())
         if not task.higher:
             axes.set_yscale("log")
+            low, high = axes.get_ylim()
+            axes.yaxis.set_minor_formatter("{x:.2g}" if high < 10 * low else "")
+            axes.yaxis.set_major_formatter("{x:.2g}")
         axes.set_title(task.title, fontsize=9)
-        axes.tick_params(labelsize=7)
+        axes.tick_params(which="both", labelsize=7)
         axes.grid(alpha=0.25)
     handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False)
+    figure.legend(handles, labels, loc="outside upper center", ncols=5, frameon=False)
     figure.supxlabel("learning rate", fontsize=9)
     figure.savefig(path, dpi=90)
