@@ -19,7 +19,7 @@ from .factors import (
     admit,
     closing_factors,
     factors_from,
-    rows_of_records,
+    record_moments,
 )
 from .moments import Moments, exponent_of, joined, largest, moments, united
 from .rounding import hash_positions, positions_of
@@ -90,7 +90,7 @@ class EagerStep:
                 centering = options.centering if together else _centering(runs, lists, options)
                 factors = factors_from(found, options, centering, dtype, inputs.grad_scale)
                 if first is None:
-                    noted = rows_of_records(found, factors, options, inputs.grad_scale)
+                    noted = record_moments(found, factors, options, inputs.grad_scale)
                     self._note(number, owners, noted)
                     factors, seen = admit(factors, options, closing, inputs.found_inf, seen)
                     _keep(owners, seen)

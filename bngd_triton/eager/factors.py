@@ -160,10 +160,10 @@ def closing_factors(seen: Tensor, dtype: torch.dtype) -> Factors:
     return Factors(zero, None, zero, zero, zero, none, none, zero + 1, seen)
 
 
-def rows_of_records(
+def record_moments(
     found: Moments, factors: Factors, options: Options, grad_scale: Tensor | None
 ) -> Tensor:
-    """The statistics of the unscaled gradient, and 1 for a slice that an inf or a NaN left out.
+    """Rows for the records: statistics of the unscaled gradient, 1 for a slice left out by an inf.
 
     Returns:
         float64 [slices, 3], see `records.RECORD`; without the last column where it would be zeros.

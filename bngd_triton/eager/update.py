@@ -144,7 +144,11 @@ def normalize(
         ghat = ghat.mul_(factors.more)
     ghat = ghat.sub_(factors.high).sub_(factors.low).mul_(factors.inverse)
     if options.normalizer == "cdf":
-        # 2 * Phi(x) - 1 = erf(x / sqrt(2)); slices without spread keep their plain quotient
-        bounded = torch.erf(ghat * math.sqrt(0.5)) * math.sqrt(3.0)
-        ghat = torch.where(factors.uniform, ghat, bounded)
+        # slices without spread keep their plain quotient
+        ghat = torch.where(factors.uniform, ghat, bounded(ghat))
     return ghat
+
+
+def bounded(ghat: Tensor) -> Tensor:
+    """``sqrt(3) * (2 * Phi(ghat) - 1)``, by 2 * Phi(x) - 1 = erf(x / sqrt(2))."""
+    return torch.erf(ghat * math.sqrt(0.5)) * math.sqrt(3.0)

@@ -58,8 +58,8 @@ def factors_from(mean, m2, n, uniform, centering, eps, sign):
     """
     variance = m2 / n
     removed = tl.where(uniform, 0.0, centering)
-    left = (1.0 - removed) * mean
-    divisor = tl.sqrt(variance + left * left) + eps
+    kept = (1.0 - removed) * mean
+    divisor = tl.sqrt(variance + kept * kept) + eps
     zero = divisor == 0.0
     biased = (divisor.to(tl.int64, bitcast=True) >> 52) & 0x7FF
     total = tl.where(zero, 0, 1023 - biased)

@@ -57,7 +57,7 @@ def update_(
     With ``beta`` 0 and ``m`` 0 the new momentum is ghat. Nothing is read again: evict_first.
     """
     lr, decay, nesterov = options
-    # momentum
+    # momentum; beta is the group's momentum where nesterov is, which has no windows
     new = ghat * fresh
     m = m * beta + new
     u = tl.where(nesterov != 0, m * beta + new, m)
