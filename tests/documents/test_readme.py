@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 
+from bngd_triton import BNGD
+from bngd_triton.kernels import fused_step_
+from bngd_triton.options import Options, StepOptions
+from bngd_triton.reference import step_
 from support.checkout import ROOT
 
 pytestmark = pytest.mark.skipif(
@@ -85,3 +90,14 @@ def test_files_that_a_page_links_to_exist(page: Path) -> None:
     assert [link for link, _ in links if not (page.parent / link).exists()] == []
     places = [(page.parent / link if link else page, place) for link, place in links if place]
     assert [(file, place) for file, place in places if place not in anchors(file)] == []
+
+
+def test_every_option_is_in_the_table_and_in_the_docstrings() -> None:
+    names = {field.name for field in fields(Options)}
+    readme = (ROOT / "README.md").read_text()
+    table = [row.split("|")[1] for row in readme.splitlines() if row.startswith("| `")]
+    assert names <= set(re.findall(r"`(\w+)`", " ".join(table)))
+    assert names <= set(re.findall(r"^ {8}(\w+): ", BNGD.__doc__ or "", re.M))
+    for function in (step_, fused_step_):
+        _, _, listed = (function.__doc__ or "").partition("**step_options: ")
+        assert set(get_type_hints(StepOptions)) <= set(re.findall(r"\w+", listed))
