@@ -151,6 +151,7 @@ def build(case: Case, tuning: Any, modules: dict[str, Any]) -> Any:
         "BUFFER": DTYPES[case.buffer],
         "KIND": getattr(modules["tables"], MASTERS[case.master]),
         "ALIGNED": case.aligned,
+        "HINTS": case.hinted,
         "WINDOWS": case.windows,
         "SOFT": False,
     }

@@ -78,6 +78,7 @@ class Case:
     master: str = "plain"
     windows: bool = False
     tables: bool = False
+    hinted: bool = True
 
     @property
     def variant(self) -> str:
@@ -115,13 +116,13 @@ class Case:
             "load evict_first": (3 + master) * moved,
             "store evict_first": (2 + master) * moved,
         }
-        return +Counter(wanted)
+        return +Counter(wanted) if self.hinted else Counter()
 
     def __str__(self) -> str:
         kind = "aligned" if self.aligned else "any"
         dtypes = ",".join((self.param, self.grad, self.buffer))
-        extras = f"{self.master}{' windows' if self.windows else ''}"
-        return f"{self.variant:19s} {dtypes:14s} {extras:18s} {kind:7s} {self.target:6s}"
+        extras = self.master + " windows" * self.windows + " no hints" * (not self.hinted)
+        return f"{self.variant:19s} {dtypes:14s} {extras:19s} {kind:7s} {self.target:6s}"
 
 
 def cases(quick: bool, targets: list[str], only: list[str]) -> Iterator[Case]:
@@ -150,9 +151,14 @@ def cases(quick: bool, targets: list[str], only: list[str]) -> Iterator[Case]:
             if narrow and set(dtypes) == {"fp32"}:
                 yield dataclasses.replace(case, aligned=False)
     yield from narrow_cases(quick, targets, only)
-    for target in targets if "lanes" in only else ():
-        for form in ({"tables": True}, {"windows": True}):
-            yield Case("statistics", target, "fp32", "fp32", "fp32", **form)
+    for kernel, target in itertools.product(("statistics", "update", "tiles", "single"), targets):
+        forms: list[dict[str, Any]] = [{"hinted": False}]
+        if kernel == "statistics":
+            forms += [{"tables": True}, {"windows": True}]
+        for form in forms:
+            case = Case(kernel, target, "fp32", "fp32", "fp32", **form)
+            if case.variant in only and not (quick and kernel in ("tiles", "single")):
+                yield case
 
 
 def narrow_cases(quick: bool, targets: list[str], only: list[str]) -> Iterator[Case]:
