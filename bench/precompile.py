@@ -24,7 +24,7 @@ KEPT = (".cubin", ".json")
 # spans of several programs, and rows that are tiles of each width
 SHAPES = ((70_000,), (3, 9000), (6, 20), (4, 100), (3, 500), (2, 2000), (2051,), (16,))
 OPTIONS: tuple[dict[str, Any], ...] = (
-    {},
+    {"granularity": "tensor"},
     {"granularity": "row"},
     {"granularity": "row", "accumulation_steps": 4},
     {"master_weights": "stochastic"},

@@ -55,7 +55,7 @@ class StepCase:
         steps: how many.
         wide: whether statistics are float64 lanes, else blocks of float32.
         hints: whether the caches are told what is read again.
-        options: by name.
+        options: by name; by tensor, where they do not say otherwise.
     """
 
     shapes: tuple[tuple[int, ...], ...] = SHAPES
@@ -141,7 +141,7 @@ def step(machine: Machine, case: StepCase, form: str, schedule: str) -> list[str
     tuning = prepare(machine, schedule, form, wide=case.wide, hints=case.hints)
     torch.manual_seed(0)
     inside = Guarded(case.offset)
-    options = dict(case.options)
+    options = {"granularity": "tensor", **dict(case.options)}
     accumulated = options.get("accumulation_steps", 1)
     params = [inside(torch.randn(shape).to(case.param)) for shape in case.shapes]
     momenta = masters = windows = None
@@ -156,7 +156,7 @@ def step(machine: Machine, case: StepCase, form: str, schedule: str) -> list[str
         for param, master in zip(params, masters):
             param.copy_(master)
     if accumulated > 1:
-        by_row = options.get("granularity") == "row"
+        by_row = options["granularity"] == "row"
         rows = [shape[0] if by_row and len(shape) > 1 else 1 for shape in case.shapes]
         windows = [inside(torch.zeros(n, dtype=torch.uint8)) for n in rows]
     ours = params, momenta, masters, windows
