@@ -14,16 +14,14 @@ from typing import Any
 
 import numpy as np
 
-from support.ptx.arithmetic import PtxError, s64, u8, u32
-from support.ptx.memory import WARP, Memory, Site
+from support.ptx.arithmetic import PtxError, s64, u32
+from support.ptx.memory import WARP, Memory, Shared, Site
 from support.ptx.parse import Block
-from support.ptx.races import Clock, Shadow, describe
+from support.ptx.races import Clock, describe
 from support.ptx.translate import Program
 
 # where a thread is that returned
 END = 1 << 30
-# what a program finds in shared memory is anything
-LEFT = 0xA5
 
 
 @dataclass(frozen=True)
@@ -52,19 +50,16 @@ class State:
 
     def __init__(self, program: Program, grid: Any, number: int, params: Any, memory: Memory):
         x, y, _ = grid
-        self.program, self.params, self.memory = program, params, memory
+        self.program, self.params = program, params
         self.n = program.threads
         self.lanes = np.arange(self.n)
         self.grid = tuple(map(u32, grid))
         self.index = (u32(number % x), u32(number // x % y), u32(number // (x * y)))
-        self.shared: Any = np.full((program.shared + 15) // 16 * 16 or 16, LEFT, u8)
         self.profile: Any = None
         programs = int(np.prod(grid))
         self.clock = Clock(number, programs)
-        self.shared_granule = 1
-        self.shared_shadow = None
-        if memory.shadow is not None:
-            self.shared_shadow = Shadow(len(self.shared), programs)
+        shared = Shared(program.shared, programs, memory.shadow is not None)
+        self.spaces = {"global": memory, "shared": shared}
 
     def report(self, found: Any, site: Site) -> None:
         """Raise for a race."""

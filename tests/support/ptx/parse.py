@@ -14,7 +14,7 @@ from support.ptx.arithmetic import DTYPES, UNSIGNED, WIDTHS, PtxError, f32, f64
 # bytes of a register, by the letters of its name; 0 for a predicate
 REGISTER_WIDTHS = {"rd": 8, "r": 4, "rs": 2, "p": 0, "f": 4, "fd": 8, "h": 2}
 # what writes no register
-STORES = {"st", "stmatrix", "red", "bar", "barrier", "bra", "brx", "ret", "exit"}
+STORES = {"st", "stmatrix", "bar", "barrier", "bra", "brx", "ret", "exit"}
 # opcodes that say nothing about whether a register holds floats
 UNTYPED = {"mov", "st", "ld", "selp", "shfl"}
 
@@ -157,7 +157,7 @@ class Kernel:
     @staticmethod
     def _append(blocks: list[Block], begin: Any, instruction: Instruction) -> None:
         root = instruction.root
-        if root in ("bar", "barrier", "atom", "red") or "acquire" in instruction.parts:
+        if root in ("bar", "barrier", "atom") or "acquire" in instruction.parts:
             begin()
             blocks[-1].sync = "barrier" if root in ("bar", "barrier") else "atomic"
         block = blocks[-1]
