@@ -129,8 +129,10 @@ class Memory:
             region = self.starts.searchsorted(addresses, "right") - 1
         granule = self.granules[region]
         place = (addresses - self.starts[region]).astype(s64) // granule + self.first[region]
-        each = np.atleast_1d(np.maximum(site.size // granule, 1))[:, None]
-        return place[:, None] + np.minimum(np.arange(each.max()), each - 1)
+        each = np.maximum(site.size // granule, 1)
+        if not each.ndim:
+            return place[:, None] + np.arange(each)
+        return place[:, None] + np.minimum(np.arange(each.max()), each[:, None] - 1)
 
 
 class Shared:

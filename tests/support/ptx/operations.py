@@ -125,9 +125,9 @@ def lines_of(t: Any, ins: Instruction, mask: str, site: MakeSite) -> list[str]:
             target, texts[parts[1]].format(*(t.value(o, dtype) for o in operands)), np.bool_
         )
     if root == "selp":
-        kind = _kind(t, target, dtype)
-        a, b = (t.value(operand, kind) for operand in operands[:2])
-        return t.assign(target, f"select({t.value(operands[2], np.bool_)}, {a}, {b})", kind)
+        bits = UNSIGNED[WIDTHS[dtype]]
+        a, b = (t.value(operand, bits) for operand in operands[:2])
+        return t.assign(target, f"select({t.value(operands[2], np.bool_)}, {a}, {b})", bits)
     if root == "cvt":
         return _convert(t, ins)
     if dtype in (f32, f64):
@@ -143,12 +143,6 @@ def lines_of(t: Any, ins: Instruction, mask: str, site: MakeSite) -> list[str]:
     if root in ("shl", "shr"):
         values[1] = f"{t.value(operands[1], u32)}.astype({NAMES[dtype]})"
     return t.assign(target, texts[root].format(*values), dtype)
-
-
-def _kind(t: Any, target: str, dtype: Any) -> Any:
-    """The dtype of a register that gets what an opcode only moves."""
-    own = t.types[target]
-    return own if WIDTHS[own] == WIDTHS[dtype] else dtype
 
 
 def _floats(t: Any, ins: Instruction, dtype: Any) -> list[str]:
@@ -199,11 +193,10 @@ def _move(t: Any, ins: Instruction) -> list[str]:
     target, source = ins.operands
     if ins.parts[-1] == "pred":
         return t.assign(target, t.value(source, np.bool_), np.bool_)
-    dtype = dtype_of(ins)
+    dtype = UNSIGNED[WIDTHS[dtype_of(ins)]]
     packed = source if source.startswith("{") else target if target.startswith("{") else ""
     if not packed:
-        kind = _kind(t, target, dtype)
-        return t.assign(target, t.value(source, kind), kind)
+        return t.assign(target, t.value(source, dtype), dtype)
     named = split_operands(packed.strip("{} "))
     bits = 8 * WIDTHS[dtype] // len(named)
     part = UNSIGNED[bits // 8]
@@ -235,9 +228,6 @@ def _load(t: Any, ins: Instruction, mask: str, site: MakeSite) -> list[str]:
         return _atomic(t, ins, mask, site)
     _check_modifiers(ins, "global", "shared", "v2", "v4")
     named = split_operands(target.strip("{} "))
-    kinds = {t.types[register] for register in named if register != "_"}
-    if ins.parts[-1][0] == "b" and len(kinds) == 1 and WIDTHS[min(kinds, key=str)] == WIDTHS[dtype]:
-        (dtype,) = kinds
     where = site(ins.parts[1], WIDTHS[dtype] * len(named), False)
     call = f"load(state, {where}, {t.address(source)}, {NAMES[dtype]}, {len(named)}, {mask})"
     return [f"got = {call}", *t.assign_parts(target, dtype)]
