@@ -59,10 +59,16 @@ CALLS: dict[str, tuple[Any, str, Any]] = {
     "cvt.f64.f16": (u16, "{0}.view(f16).astype(f64)", f64),
     "cvt.rn.bf16.f32": (f32, "to_bf16({0})", u16),
     "cvt.rn.f16.f32": (f32, "{0}.astype(f16).view(u16)", u16),
+    "cvt.rn.f16x2.f32": (
+        f32,
+        "(({0}.astype(f16).view(u16).astype(u32) << u32(16)) | {1}.astype(f16).view(u16))",
+        u32,
+    ),
     "cvt.rn.bf16x2.f32": (f32, "((to_bf16({0}).astype(u32) << u32(16)) | to_bf16({1}))", u32),
     "cvt.f64.f32": (f32, "{0}.astype(f64)", f64),
     "cvt.rn.f32.f64": (f64, "{0}.astype(f32)", f32),
     "cvt.rmi.f32.f32": (f32, "np.floor({0})", f32),
+    "cvt.rmi.ftz.f32.f32": (f32, "np.floor(ftz({0}))", f32),
     # NumPy rounds integers to nearest even
     **{
         f"cvt.rn.{to}.{source}": (DTYPES[source], f"{{0}}.astype({to})", DTYPES[to])
@@ -113,17 +119,12 @@ def lines_of(t: Any, ins: Instruction, mask: str, site: MakeSite) -> list[str]:
     if ins.opcode in CALLS:
         dtype, text, result = CALLS[ins.opcode]
         return t.assign(target, text.format(*(t.value(o, dtype) for o in operands)), result)
+    if root == "setp":
+        return _compare(t, ins)
     if parts[-1] == "pred":
         dtype, texts = np.bool_, {k: BITS[k] for k in ("and", "or", "xor", "not")}
     else:
         dtype, texts = dtype_of(ins), {}
-    if root == "setp":
-        texts = FLOAT_COMPARISONS if dtype in (f32, f64) else COMPARISONS
-        if len(parts) != 3 or parts[1] not in texts:
-            raise unknown(ins)
-        return t.assign(
-            target, texts[parts[1]].format(*(t.value(o, dtype) for o in operands)), np.bool_
-        )
     if root == "selp":
         bits = UNSIGNED[WIDTHS[dtype]]
         a, b = (t.value(operand, bits) for operand in operands[:2])
@@ -143,6 +144,24 @@ def lines_of(t: Any, ins: Instruction, mask: str, site: MakeSite) -> list[str]:
     if root in ("shl", "shr"):
         values[1] = f"{t.value(operands[1], u32)}.astype({NAMES[dtype]})"
     return t.assign(target, texts[root].format(*values), dtype)
+
+
+def _compare(t: Any, ins: Instruction) -> list[str]:
+    _, compare, *flags, kind = ins.parts
+    targets, *operands = ins.operands
+    dtype = f16 if kind == "f16x2" else dtype_of(ins)
+    texts = FLOAT_COMPARISONS if dtype in (f16, f32, f64) else COMPARISONS
+    if flags or compare not in texts:
+        raise unknown(ins)
+    lines = []
+    for k, target in enumerate(targets.split("|")):
+        values = [t.value(operand, dtype) for operand in operands]
+        if kind == "f16x2":
+            values = [
+                f"({t.value(o, u32)} >> u32({16 * k})).astype(u16).view(f16)" for o in operands
+            ]
+        lines += t.assign(target, texts[compare].format(*values), np.bool_)
+    return lines
 
 
 def _floats(t: Any, ins: Instruction, dtype: Any) -> list[str]:
@@ -177,10 +196,10 @@ def _products(t: Any, ins: Instruction, dtype: Any) -> list[str]:
 
 def _convert(t: Any, ins: Instruction) -> list[str]:
     """Integers to integers; the others are in `CALLS`."""
-    target, operand = ins.operands
     into, out = (DTYPES.get(part, f16) for part in (*ins.parts[1:], "", "")[:2])
     if len(ins.parts) != 3 or {into, out} & {f16, f32, f64}:
         raise unknown(ins)
+    target, operand = ins.operands
     if WIDTHS[t.types[target]] > WIDTHS[into]:
         raise unknown(ins)
     value = t.value(operand, out)
