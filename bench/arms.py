@@ -203,6 +203,10 @@ def tuned(name: str, tuning: Mapping[str, Any]) -> Arm:
     """One of our arms with other sizes or in another form: ``bngd:form=single-launch``."""
     if unknown := set(tuning) - set(Tuning.__dataclass_fields__):
         raise ValueError(f"Tuning has no field {', '.join(sorted(unknown))}")
+    for field, value in tuning.items():
+        kind = type(getattr(Tuning(form=""), field))
+        if type(value) is not kind:
+            raise ValueError(f"Tuning.{field} is of type {kind.__name__}, got {value!r}")
     label = ",".join(f"{field}={value}" for field, value in tuning.items())
     return replace(ARMS[name], name=f"{name}:{label}", tuning=tuple(tuning.items()))
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 import os
 import sys
@@ -23,7 +24,7 @@ KEPT = (".cubin", ".json")
 # spans of several programs, and rows that are tiles of each width
 SHAPES = ((70_000,), (3, 9000), (6, 20), (4, 100), (3, 500), (2, 2000), (2051,), (16,))
 OPTIONS: tuple[dict[str, Any], ...] = (
-    {},
+    {"granularity": "tensor"},
     {"granularity": "row"},
     {"granularity": "row", "accumulation_steps": 4},
     {"master_weights": "stochastic"},
@@ -81,13 +82,16 @@ def steps(target: str, only: str | None) -> Iterator[str]:
     from support.kernel_cases import LANES
 
     usual = devices.TABLE[target].tuning
+    # the last is an arm of the session
+    unhinted = dataclasses.replace(usual, hints=False)
+    bases = (usual, OPTIONS), (LANES, OPTIONS), (unhinted, OPTIONS[:1])
     rates_launch(torch.zeros(1, 2, dtype=torch.int64), torch.zeros(1, 16).double())(None)
     for storage in [STORAGES[only]] if only else STORAGES.values():
         for form in FORMS:
-            for base in (usual, LANES)[: 1 if storage.param is not torch.float32 else 2]:
+            for base, chosen in bases[: 1 if storage.param is not torch.float32 else None]:
                 tuning = dataclasses.replace(base, form=form)
                 fused_step.tuning_for = lambda _, tuning=tuning: tuning  # type: ignore[misc]
-                for options, shapes in ((o, s) for o in OPTIONS for s in (SHAPES, SHAPES[:2])):
+                for options, shapes in itertools.product(chosen, (SHAPES, SHAPES[:2])):
                     more = {**storage.options, **options}
                     params = [torch.nn.Parameter(torch.zeros(s).to(storage.param)) for s in shapes]
                     for param in params:

@@ -11,6 +11,7 @@ import ast
 import functools
 import gc
 import os
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -111,10 +112,8 @@ def _parser() -> argparse.ArgumentParser:
 def _tuning(text: str) -> dict[str, Any]:
     pairs = [part.partition("=") for part in text.split(",")]
     # a form is a bare word
-    return {
-        name: ast.literal_eval(value) if value[:1].isdigit() or value == "True" else value
-        for name, _, value in pairs
-    }
+    plain = r"\d+|True|False"
+    return {n: ast.literal_eval(v) if re.fullmatch(plain, v) else v for n, _, v in pairs}
 
 
 def _selection(

@@ -28,11 +28,13 @@ step() { # name, seconds, command
 }
 
 bench=("$python" -m bench.run --device "$device" --out "$out")
-step tests 150 "$python" -m pytest -q -x tests/kernels/test_gpu.py
-step fp32 120 "${bench[@]}" --only host-300,resnet50,vit-b16,gpt2-124m,dry-run,fp32,bngd,torch-sgd-fused,torch-sgd-foreach,optimi-sgd,flashoptim-sgd
-step rows 60 "${bench[@]}" --only resnet50,vit-b16,gpt2-124m,dry-run,fp32,bngd-row
-step bf16 60 "${bench[@]}" --only gpt2-124m,dry-run,bf16,bf16-split,bngd,bngd-row,torch-sgd-fused
-step forms 90 "${bench[@]}" --only resnet50,gpt2-124m,dry-run,fp32,bngd --tuning form=two-launch \
+step tests 140 "$python" -m pytest -q -x tests/kernels/test_gpu.py
+step fp32 105 "${bench[@]}" --only host-300,resnet50,vit-b16,gpt2-124m,dry-run,fp32,bngd,torch-sgd-fused,torch-sgd-foreach,optimi-sgd,flashoptim-sgd
+step rows 55 "${bench[@]}" --only resnet50,vit-b16,gpt2-124m,dry-run,fp32,bngd-row
+step bf16 55 "${bench[@]}" --only gpt2-124m,dry-run,bf16,bf16-split,bngd,bngd-row,torch-sgd-fused
+step forms 80 "${bench[@]}" --only resnet50,gpt2-124m,dry-run,fp32,bngd --tuning form=two-launch \
   --tuning form=single-launch,wave=2097152 --tuning form=single-launch,wave=4194304 \
   --tuning form=single-launch,wave=8388608
-step memcheck 60 compute-sanitizer --tool memcheck "$python" -m pytest -q -x tests/kernels/test_gpu.py -k bits
+step hints 50 "${bench[@]}" --only resnet50,gpt2-124m,dry-run,fp32,bngd --tuning hints=False \
+  --tuning form=single-launch --tuning form=single-launch,hints=False
+step memcheck 55 compute-sanitizer --tool memcheck "$python" -m pytest -q -x tests/kernels/test_gpu.py -k bits

@@ -41,6 +41,7 @@ class Tuning:
             Programs wait where two waves have fewer spans than there are programs: 8 MiB are 256
             spans of 8192 float32, and an H200 runs 528 programs.
         programs_per_sm: of the single launch; 6 or 7 fit the registers of an SM.
+        hints: tell the caches what is read again and what is not.
     """
 
     wide: bool = True
@@ -60,6 +61,7 @@ class Tuning:
     single_to: int = 0
     wave: int = 8 << 20
     programs_per_sm: int = 4
+    hints: bool = True
 
     def tile_shape(self, length: int, aligned: bool) -> int | None:
         """The shape of tiles of rows of this length: the most of them that `tile` holds."""

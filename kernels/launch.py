@@ -262,6 +262,7 @@ def _of_spans(plan: Plan, batch: Batch) -> dict[str, Any]:
         "factors_ptr": plan.factors,
         "GRAD": _triton(batch.kind.grad),
         "ALIGNED": batch.kind.aligned,
+        "HINTS": tuning.hints,
         "WIDE": tuning.wide,
         "WINDOWS": bool(plan.windows),
         "BLOCK": tuning.block,
@@ -282,6 +283,7 @@ def _tensors(plan: Plan, batch: Batch) -> dict[str, Any]:
         "BUFFER": _triton(batch.kind.momentum),
         "KIND": batch.kind.master,
         "ALIGNED": batch.kind.aligned,
+        "HINTS": plan.tuning.hints,
         "WINDOWS": bool(plan.windows),
         "SOFT": interpreting(),
     }

@@ -64,14 +64,11 @@ def store_(param: Tensor, master: Tensor | None, new: Tensor, hashed: Tensor | N
     if master is not None:
         wide = new.float()
         if master.dtype is torch.int16:
-            bits = wide.contiguous().view(torch.int32)
+            bits = _bits(wide)
             kept = (bits + 0x8000) >> 16
-            rest = bits - (kept << 16)
-            # the carry would turn a NaN into a number
-            nan = wide.isnan()
-            kept = torch.where(nan, (bits >> 16) | 0x40, kept)
             param.copy_(kept.to(torch.int16).view(torch.bfloat16))
-            master.copy_(torch.where(nan, 0, rest))
+            # what is left of bits without kept << 16, whose lower half is 0
+            master.copy_(bits.to(torch.int16))
             return
         master.copy_(wide)
         param.copy_(wide)
@@ -82,13 +79,17 @@ def store_(param: Tensor, master: Tensor | None, new: Tensor, hashed: Tensor | N
         param.copy_(new)
 
 
+def _bits(wide: Tensor) -> Tensor:
+    """Of float32; of a NaN those of one that no carry into the upper half makes a number."""
+    return torch.where(wide.isnan(), 0x7FC00000, wide.contiguous().view(torch.int32))
+
+
 def _stochastic_bfloat16(wide: Tensor, hashed: Tensor) -> Tensor:
-    """Add 16 random bits below the last one that is kept; infinities and NaN pass as they are."""
-    bits = wide.contiguous().view(torch.int32)
+    """Add 16 random bits below the last one that is kept; infinities pass as they are."""
+    bits = _bits(wide)
     kept = (bits + (hashed >> 16).int()) >> 16
-    # never from a finite value to infinity, nor from a NaN's bits to something else
+    # never from a finite value to infinity
     kept = torch.where(kept & 0x7F80 == 0x7F80, bits >> 16, kept)
-    kept = torch.where(wide.isnan(), (bits >> 16) | 0x40, kept)
     return kept.to(torch.int16).view(torch.bfloat16)
 
 

@@ -81,8 +81,8 @@ def _store_moments(row, stride, n, mean, m2, least, greatest, EXTREMES: tl.const
 def measure_span(
     row, slices_ptr, partials_ptr, n_partials, arrived_ptr, factors_ptr, options_ptr, scale_ptr,
     found_ptr, moments_ptr, grad_ptrs, GRAD: tl.constexpr, ALIGNED: tl.constexpr,
-    WIDE: tl.constexpr, WINDOWS: tl.constexpr, TABLES: tl.constexpr, BLOCK: tl.constexpr,
-    UNROLL: tl.constexpr, MERGE: tl.constexpr,
+    HINTS: tl.constexpr, WIDE: tl.constexpr, WINDOWS: tl.constexpr, TABLES: tl.constexpr,
+    BLOCK: tl.constexpr, UNROLL: tl.constexpr, MERGE: tl.constexpr,
 ):  # fmt: skip
     """Statistics of one span; the last one of a slice publishes it. Returns whether this did.
 
@@ -95,11 +95,11 @@ def measure_span(
     i_slice = tl.load(row + SPAN_SLICE)
     grad = tl.load(grad_ptrs + tensor).to(tl.pointer_type(GRAD)) + start
     if WIDE:
-        n, mean, m2 = lane_moments(grad, length, ALIGNED, BLOCK, UNROLL)
+        n, mean, m2 = lane_moments(grad, length, ALIGNED, HINTS, BLOCK, UNROLL)
         least = mean
         greatest = mean
     else:
-        n, mean, m2, least, greatest = block_moments(grad, length, ALIGNED, BLOCK * UNROLL)
+        n, mean, m2, least, greatest = block_moments(grad, length, ALIGNED, HINTS, BLOCK * UNROLL)
         least = least.to(tl.float64)
         greatest = greatest.to(tl.float64)
     first = tl.load(slices_ptr + i_slice * SLICE_COLUMNS + SLICE_FIRST)
@@ -149,6 +149,7 @@ def _statistics_kernel(
     grad_ptrs,  # int64 [tensors]
     GRAD: tl.constexpr,
     ALIGNED: tl.constexpr,
+    HINTS: tl.constexpr,
     WIDE: tl.constexpr,
     WINDOWS: tl.constexpr,
     TABLES: tl.constexpr,
@@ -159,5 +160,5 @@ def _statistics_kernel(
     measure_span(
         spans_ptr + tl.program_id(0).to(tl.int64) * SPAN_COLUMNS, slices_ptr, partials_ptr,
         n_partials, arrived_ptr, factors_ptr, options_ptr, scale_ptr, found_ptr, moments_ptr,
-        grad_ptrs, GRAD, ALIGNED, WIDE, WINDOWS, TABLES, BLOCK, UNROLL, MERGE,
+        grad_ptrs, GRAD, ALIGNED, HINTS, WIDE, WINDOWS, TABLES, BLOCK, UNROLL, MERGE,
     )  # fmt: skip

@@ -50,9 +50,10 @@ def shifted(first, n, total, squares):
 
 @triton.jit
 def lane_moments(
-    grad, n, ALIGNED: tl.constexpr, BLOCK: tl.constexpr, UNROLL: tl.constexpr
+    grad, n, ALIGNED: tl.constexpr, HINTS: tl.constexpr, BLOCK: tl.constexpr, UNROLL: tl.constexpr
 ):  # fmt: skip
     """Count, mean and M2 of ``n`` (int32) values at ``grad``; float64 sums in BLOCK lanes."""
+    AGAIN: tl.constexpr = "evict_last" if HINTS else ""
     offsets = tl.arange(0, BLOCK)
     # in the place of what is masked, too: it deviates by nothing
     like = tl.load(grad)
@@ -70,7 +71,7 @@ def lane_moments(
         # all loads first: many bytes in flight
         rows = ()
         for u in tl.static_range(UNROLL):
-            rows = rows + (tl.load(values + u * BLOCK + offsets, eviction_policy="evict_last"),)  # noqa: RUF005
+            rows = rows + (tl.load(values + u * BLOCK + offsets, eviction_policy=AGAIN),)  # noqa: RUF005
         for u in tl.static_range(UNROLL):
             away = rows[u].to(tl.float64) - first
             total += away
@@ -82,7 +83,7 @@ def lane_moments(
             values = tl.multiple_of(values, 16)
         # a bound that is a multiple of 16 keeps the masked load as wide as the unmasked one
         live = offsets < tl.multiple_of(whole - i, 16)
-        x = tl.load(values + offsets, mask=live, other=like, eviction_policy="evict_last")
+        x = tl.load(values + offsets, mask=live, other=like, eviction_policy=AGAIN)
         away = x.to(tl.float64) - first
         total += away
         squares = tl.fma(away, away, squares)
@@ -98,13 +99,14 @@ def lane_moments(
 
 @triton.jit
 def row_moments(
-    grad, length, longest, ALIGNED: tl.constexpr, GRANULE: tl.constexpr, COLUMNS: tl.constexpr,
-    UNROLL: tl.constexpr,
+    grad, length, longest, ALIGNED: tl.constexpr, HINTS: tl.constexpr, GRANULE: tl.constexpr,
+    COLUMNS: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     """Count, mean and M2 of ``length`` (int32 [rows]) values at each of ``grad``, in float64.
 
     ``longest`` is the greatest length. A row without values counts one, of mean 0.
     """
+    AGAIN: tl.constexpr = "evict_last" if HINTS else ""
     c = tl.arange(0, COLUMNS)[None, :]
     like = tl.load(grad, mask=length > 0, other=0.0)[:, None]
     first = like.to(tl.float64)
@@ -121,7 +123,7 @@ def row_moments(
             if ALIGNED:
                 values = tl.multiple_of(values, (16, 16))
             live = u * COLUMNS + c < left
-            x = tl.load(values, mask=live, other=like, eviction_policy="evict_last")
+            x = tl.load(values, mask=live, other=like, eviction_policy=AGAIN)
             rows = rows + (x,)  # noqa: RUF005
         for u in tl.static_range(UNROLL):
             away = rows[u].to(tl.float64) - first
@@ -180,8 +182,11 @@ def _merge_block(count, mean, m2, least, greatest, x, live, size):
 
 
 @triton.jit
-def block_moments(grad, n, ALIGNED: tl.constexpr, WIDTH: tl.constexpr):
+def block_moments(
+    grad, n, ALIGNED: tl.constexpr, HINTS: tl.constexpr, WIDTH: tl.constexpr
+):  # fmt: skip
     """Count, mean, M2, least and greatest of ``n`` (int32) values at ``grad``, block by block."""
+    AGAIN: tl.constexpr = "evict_last" if HINTS else ""
     offsets = tl.arange(0, WIDTH)
     whole = n // 16 * 16
     i = n * 0
@@ -195,7 +200,7 @@ def block_moments(grad, n, ALIGNED: tl.constexpr, WIDTH: tl.constexpr):
         if ALIGNED:
             values = tl.multiple_of(values, 16)
         live = offsets < tl.multiple_of(whole - i, 16)
-        x = tl.load(values + offsets, mask=live, other=0.0, eviction_policy="evict_last")
+        x = tl.load(values + offsets, mask=live, other=0.0, eviction_policy=AGAIN)
         size = tl.minimum(whole - i, WIDTH)
         count, mean, m2, least, greatest = _merge_block(
             count, mean, m2, least, greatest, x, live, size

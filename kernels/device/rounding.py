@@ -52,13 +52,11 @@ def widen(param, master, KIND: tl.constexpr, SOFT: tl.constexpr):
 def narrow(x, like: tl.constexpr, hashed, KIND: tl.constexpr, SOFT: tl.constexpr):
     """What to store of float32: the parameter, and its master."""
     if KIND == REMAINDER:
-        bits = x.to(tl.int32, bitcast=True)
+        bits = _bits(x)
         # a tie rounds away from zero: the +0x8000 of a tie to even does not fit an int16
         kept = (bits + 0x8000) >> 16
-        rest = bits - (kept << 16)
-        kept = tl.where(x != x, (bits >> 16) | 0x40, kept)
-        rest = tl.where(x != x, 0, rest)
-        return kept.to(tl.int16).to(tl.bfloat16, bitcast=True), rest.to(tl.int16)
+        # what is left of bits without kept << 16, whose lower half is 0
+        return kept.to(tl.int16).to(tl.bfloat16, bitcast=True), bits.to(tl.int16)
     elif KIND == STOCHASTIC:
         if like == tl.bfloat16:
             return _stochastic_bfloat16(x, hashed), x
@@ -69,11 +67,16 @@ def narrow(x, like: tl.constexpr, hashed, KIND: tl.constexpr, SOFT: tl.constexpr
 
 
 @triton.jit
+def _bits(x):
+    """Of float32; of a NaN those of one that no carry into the upper half makes a number."""
+    return tl.where(x != x, 0x7FC00000, x.to(tl.int32, bitcast=True))
+
+
+@triton.jit
 def _stochastic_bfloat16(x, hashed):
-    bits = x.to(tl.int32, bitcast=True)
+    bits = _bits(x)
     kept = (bits + (hashed >> 16).to(tl.int32)) >> 16
     kept = tl.where((kept & 0x7F80) == 0x7F80, bits >> 16, kept)
-    kept = tl.where(x != x, (bits >> 16) | 0x40, kept)
     return kept.to(tl.int16).to(tl.bfloat16, bitcast=True)
 
 

@@ -74,6 +74,7 @@ def _single_kernel(
     BUFFER: tl.constexpr,
     KIND: tl.constexpr,
     ALIGNED: tl.constexpr,
+    HINTS: tl.constexpr,
     WIDE: tl.constexpr,
     WINDOWS: tl.constexpr,
     SOFT: tl.constexpr,
@@ -92,7 +93,7 @@ def _single_kernel(
             published = measure_span(
                 row, slices_ptr, partials_ptr, n_partials, arrived_ptr, factors_ptr,
                 options_ptr, scale_ptr, found_ptr, partials_ptr, grad_ptrs,
-                GRAD, ALIGNED, WIDE, WINDOWS, False, BLOCK, UNROLL, MERGE,
+                GRAD, ALIGNED, HINTS, WIDE, WINDOWS, False, BLOCK, UNROLL, MERGE,
             )  # fmt: skip
             if published:
                 # every thread's stores of the factors before the one thread's release
@@ -102,8 +103,8 @@ def _single_kernel(
             _await(flags + tl.load(row + CHUNK_SLICE))
             update_chunk(
                 row, slices_ptr, factors_ptr, options_ptr, clocks_ptr, grad_ptrs, param_ptrs,
-                momentum_ptrs, master_ptrs, GRAD, PARAM, BUFFER, KIND, ALIGNED, WINDOWS, SOFT,
-                UPDATE_BLOCK,
+                momentum_ptrs, master_ptrs, GRAD, PARAM, BUFFER, KIND, ALIGNED, HINTS, WINDOWS,
+                SOFT, UPDATE_BLOCK,
             )  # fmt: skip
         ticket = tl.atomic_add(counters_ptr, 1, sem="relaxed")
     if ticket == n_items + tl.num_programs(0) - 1:

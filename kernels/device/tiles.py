@@ -27,14 +27,15 @@ from .update import bounded, normalize, update_, update_options
 def _tile(
     row, rows_ptr, options_ptr, clocks_ptr, scale_ptr, found_ptr, grad_ptrs, param_ptrs,
     momentum_ptrs, master_ptrs, GRAD: tl.constexpr, PARAM: tl.constexpr, BUFFER: tl.constexpr,
-    KIND: tl.constexpr, ALIGNED: tl.constexpr, WINDOWS: tl.constexpr, SOFT: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    KIND: tl.constexpr, ALIGNED: tl.constexpr, HINTS: tl.constexpr, WINDOWS: tl.constexpr,
+    SOFT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Slices from one gradient read to the stores, COLUMNS entries of each at a time."""
     # `Entry.granule`: a bound of so many elements does not cut a 16-byte access
     GRANULE: tl.constexpr = (
         4 if tl.float32 == GRAD and tl.float32 == PARAM and tl.float32 == BUFFER else 8
     )
+    ONCE: tl.constexpr = "evict_first" if HINTS else ""
     # what is of a row has one dimension: of two, a thread would hold it once for each column
     r = tl.arange(0, ROWS)
     present = r < tl.load(row + TILE_ROWS).to(tl.int32)
@@ -49,7 +50,7 @@ def _tile(
     start = index * length
     grad = tl.load(grad_ptrs + tensor, mask=present, other=0).to(tl.pointer_type(GRAD)) + start
 
-    n, mean, m2 = row_moments(grad, length, longest, ALIGNED, GRANULE, COLUMNS, 2)
+    n, mean, m2 = row_moments(grad, length, longest, ALIGNED, HINTS, GRANULE, COLUMNS, 2)
     uniform = tl.sqrt(m2 / n) <= tl.abs(mean) * UNIFORM
     option = options_ptr + (coded >> 1) * OPTION_COLUMNS
     address = tl.load(rows + ROW_RECORD, mask=present, other=0)
@@ -115,12 +116,12 @@ def _tile(
         m_momentum = c < momentum_left
         m_param = c < param_left
         # load
-        b_grad = tl.load(g, mask=m_grad, other=0.0, eviction_policy="evict_first")
-        b_param = tl.load(p, mask=m_param, other=0.0, eviction_policy="evict_first")
-        b_momentum = tl.load(m, mask=m_momentum, other=0.0, eviction_policy="evict_first")
+        b_grad = tl.load(g, mask=m_grad, other=0.0, eviction_policy=ONCE)
+        b_param = tl.load(p, mask=m_param, other=0.0, eviction_policy=ONCE)
+        b_momentum = tl.load(m, mask=m_momentum, other=0.0, eviction_policy=ONCE)
         rest = b_param
         if KIND == REMAINDER or KIND == MASTER_COPY:  # noqa: SIM109
-            rest = tl.load(a, mask=m_param, other=0, eviction_policy="evict_first")
+            rest = tl.load(a, mask=m_param, other=0, eviction_policy=ONCE)
         # normalise
         ghat = normalize(b_grad.to(tl.float32), factors)
         if some_bounded:
@@ -132,7 +133,7 @@ def _tile(
             hashed = hash_positions((start + i)[:, None] + c, tensor_seed, step_seed)
         update_(
             p, m, a, b_param, b_momentum.to(tl.float32), rest, ghat, hashed, m_param, m_momentum,
-            options, beta[:, None], fresh[:, None], KIND, SOFT,
+            options, beta[:, None], fresh[:, None], KIND, HINTS, SOFT,
         )  # fmt: skip
         i += COLUMNS
 
@@ -159,6 +160,7 @@ def _tiles_kernel(
     BUFFER: tl.constexpr,
     KIND: tl.constexpr,
     ALIGNED: tl.constexpr,
+    HINTS: tl.constexpr,
     WINDOWS: tl.constexpr,
     SOFT: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -170,5 +172,5 @@ def _tiles_kernel(
             _tile(
                 row, rows_ptr, options_ptr, clocks_ptr, scale_ptr, found_ptr, grad_ptrs,
                 param_ptrs, momentum_ptrs, master_ptrs, GRAD, PARAM, BUFFER, KIND, ALIGNED,
-                WINDOWS, SOFT, SHAPES_OF_TILES[i], BLOCK // SHAPES_OF_TILES[i],
+                HINTS, WINDOWS, SOFT, SHAPES_OF_TILES[i], BLOCK // SHAPES_OF_TILES[i],
             )  # fmt: skip

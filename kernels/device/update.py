@@ -50,12 +50,13 @@ def update_options(option):
 @triton.jit
 def update_(
     param, momentum, master, p, m, rest, ghat, hashed, m_param, m_momentum, options, beta, fresh,
-    KIND: tl.constexpr, SOFT: tl.constexpr,
+    KIND: tl.constexpr, HINTS: tl.constexpr, SOFT: tl.constexpr,
 ):  # fmt: skip
     """Store what becomes of the values ``p``, ``m`` (float32) and ``rest`` of three tensors.
 
-    With ``beta`` 0 and ``m`` 0 the new momentum is ghat. Nothing is read again: evict_first.
+    With ``beta`` 0 and ``m`` 0 the new momentum is ghat. Nothing is read again.
     """
+    ONCE: tl.constexpr = "evict_first" if HINTS else ""
     lr, decay, nesterov = options
     # momentum; beta is the group's momentum where nesterov is, which has no windows
     new = ghat * fresh
@@ -65,26 +66,28 @@ def update_(
     theta = widen(p, rest, KIND, SOFT) * decay - u * lr
     # store
     p, rest = narrow(theta, param.dtype.element_ty, hashed, KIND, SOFT)
-    tl.store(param, p, mask=m_param, eviction_policy="evict_first")
+    tl.store(param, p, mask=m_param, eviction_policy=ONCE)
     if KIND == REMAINDER or KIND == MASTER_COPY:  # noqa: SIM109
-        tl.store(master, rest, mask=m_param, eviction_policy="evict_first")
+        tl.store(master, rest, mask=m_param, eviction_policy=ONCE)
     m = store_as(m, momentum.dtype.element_ty, SOFT)
-    tl.store(momentum, m, mask=m_momentum, eviction_policy="evict_first")
+    tl.store(momentum, m, mask=m_momentum, eviction_policy=ONCE)
 
 
 @triton.jit
 def _update_block(
     grad, param, momentum, master, offsets, m_grad, m_momentum, m_param, start, factors, mode,
-    options, beta, fresh, tensor_seed, step_seed, KIND: tl.constexpr, SOFT: tl.constexpr,
+    options, beta, fresh, tensor_seed, step_seed, KIND: tl.constexpr, HINTS: tl.constexpr,
+    SOFT: tl.constexpr,
 ):  # fmt: skip
     """One block, from the loads to the stores; three masks say how far each tensor is touched."""
-    # load; nothing is read again: evict_first
-    g = tl.load(grad + offsets, mask=m_grad, other=0.0, eviction_policy="evict_first")
-    p = tl.load(param + offsets, mask=m_param, other=0.0, eviction_policy="evict_first")
-    m = tl.load(momentum + offsets, mask=m_momentum, other=0.0, eviction_policy="evict_first")
+    ONCE: tl.constexpr = "evict_first" if HINTS else ""
+    # load
+    g = tl.load(grad + offsets, mask=m_grad, other=0.0, eviction_policy=ONCE)
+    p = tl.load(param + offsets, mask=m_param, other=0.0, eviction_policy=ONCE)
+    m = tl.load(momentum + offsets, mask=m_momentum, other=0.0, eviction_policy=ONCE)
     rest = p
     if KIND == REMAINDER or KIND == MASTER_COPY:  # noqa: SIM109
-        rest = tl.load(master + offsets, mask=m_param, other=0, eviction_policy="evict_first")
+        rest = tl.load(master + offsets, mask=m_param, other=0, eviction_policy=ONCE)
     # normalise
     ghat = normalize(g.to(tl.float32), factors)
     if mode == THROUGH_CDF:
@@ -94,7 +97,7 @@ def _update_block(
         hashed = hash_positions(start + offsets, tensor_seed, step_seed)
     update_(
         param + offsets, momentum + offsets, master + offsets, p, m.to(tl.float32), rest, ghat,
-        hashed, m_param, m_momentum, options, beta, fresh, KIND, SOFT,
+        hashed, m_param, m_momentum, options, beta, fresh, KIND, HINTS, SOFT,
     )  # fmt: skip
 
 
@@ -102,8 +105,8 @@ def _update_block(
 def update_chunk(
     row, slices_ptr, factors_ptr, options_ptr, clocks_ptr, grad_ptrs, param_ptrs, momentum_ptrs,
     master_ptrs, GRAD: tl.constexpr, PARAM: tl.constexpr, BUFFER: tl.constexpr,
-    KIND: tl.constexpr, ALIGNED: tl.constexpr, WINDOWS: tl.constexpr, SOFT: tl.constexpr,
-    BLOCK: tl.constexpr,
+    KIND: tl.constexpr, ALIGNED: tl.constexpr, HINTS: tl.constexpr, WINDOWS: tl.constexpr,
+    SOFT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Update one chunk by its slice's factors, which must have been published."""
     tensor = tl.load(row + CHUNK_TENSOR)
@@ -172,7 +175,7 @@ def update_chunk(
             m_param = offsets < tl.multiple_of(param_end - i, 16)
             _update_block(
                 g, p, m, a, offsets, m_grad, m_momentum, m_param, start + i, factors, mode,
-                options, beta, fresh, tensor_seed, step_seed, KIND, SOFT,
+                options, beta, fresh, tensor_seed, step_seed, KIND, HINTS, SOFT,
             )  # fmt: skip
             i += BLOCK
         if whole < n:
@@ -187,7 +190,7 @@ def update_chunk(
             _update_block(
                 grad + whole, param + whole, momentum + whole, master + whole, rest, m_grad,
                 m_momentum, m_param, start + whole, factors, mode, options, beta, fresh,
-                tensor_seed, step_seed, KIND, SOFT,
+                tensor_seed, step_seed, KIND, HINTS, SOFT,
             )  # fmt: skip
 
 
@@ -212,6 +215,7 @@ def _update_kernel(
     BUFFER: tl.constexpr,
     KIND: tl.constexpr,
     ALIGNED: tl.constexpr,
+    HINTS: tl.constexpr,
     WINDOWS: tl.constexpr,
     SOFT: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -221,5 +225,6 @@ def _update_kernel(
     row = chunks_ptr + i_chunk * CHUNK_COLUMNS
     update_chunk(
         row, slices_ptr, factors_ptr, options_ptr, clocks_ptr, grad_ptrs, param_ptrs,
-        momentum_ptrs, master_ptrs, GRAD, PARAM, BUFFER, KIND, ALIGNED, WINDOWS, SOFT, BLOCK,
+        momentum_ptrs, master_ptrs, GRAD, PARAM, BUFFER, KIND, ALIGNED, HINTS, WINDOWS, SOFT,
+        BLOCK,
     )  # fmt: skip

@@ -191,13 +191,37 @@ def test_a_session_goes_on_where_a_step_fails_and_says_what_was_not_run(tmp_path
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
         lines = done.stdout.splitlines()
         if limit == "5":
-            assert [line.split()[:2] for line in lines] == [["not", "run:"]] * 6
+            assert [line.split()[:2] for line in lines] == [["not", "run:"]] * 7
             continue
         assert [line.split(":")[0] for line in lines] == [
-            "tests", "fp32", "rows", "bf16", "forms", "memcheck",
+            "tests", "fp32", "rows", "bf16", "forms", "hints", "memcheck",
         ]  # fmt: skip
     asked = (tmp_path / "asked").read_text().splitlines()
-    assert [line.split()[1] for line in asked] == ["pytest", *["bench.run"] * 4]
+    assert [line.split()[1] for line in asked] == ["pytest", *["bench.run"] * 5]
     names = {name for line in asked[1:] for name in line.split("--only ")[1].split()[0].split(",")}
     known = {*arms.ARMS, *arms.STORAGES, *run.WORKLOADS, *run.DRY_RUN}
     assert names <= known
+    tunings = [text for line in asked for text in line.split("--tuning ")[1:]]
+    made = [dict(arms.tuned("bngd", run._tuning(text.strip())).tuning) for text in tunings]
+    waves = [tuning["wave"] >> 20 for tuning in made if "wave" in tuning]
+    assert waves == [2, 4, 8]
+    assert [tuning["hints"] for tuning in made if "hints" in tuning] == [False, False]
+
+
+def test_the_steps_of_a_session_take_nine_minutes_at_most():
+    text = (ROOT / "bench" / "session.sh").read_text()
+    assert sum(map(int, re.findall(r"^step \w+ (\d+)", text, re.M))) <= 540
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("hints=maybe", "Tuning.hints is of type bool, got 'maybe'"),
+        ("hints=1", "bool, got 1"),
+        ("span=True", "int, got True"),
+        ("form=3", "str, got 3"),
+    ],
+)
+def test_a_tuning_of_another_type_is_refused(text, message, capsys):
+    assert run.main(["--device", "cpu", "--tuning", text]) == 2
+    assert message in capsys.readouterr().err

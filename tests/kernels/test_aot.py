@@ -48,12 +48,10 @@ class Swapped(ast.NodeTransformer):
     def __init__(self) -> None:
         self.swapped = 0
 
-    def visit_keyword(self, node: ast.keyword) -> ast.keyword:
-        self.generic_visit(node)
-        if node.arg == "eviction_policy":
-            self.swapped += 1
-            node.value = ast.Constant(OTHER_POLICY[ast.literal_eval(node.value)])
-        return node
+    def visit_Constant(self, node: ast.Constant) -> ast.Constant:
+        other = OTHER_POLICY.get(node.value) if isinstance(node.value, str) else None
+        self.swapped += other is not None
+        return ast.Constant(other) if other else node
 
 
 class Unguarded(ast.NodeTransformer):

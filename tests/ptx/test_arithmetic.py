@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from support.ptx import arithmetic
-from support.ptx.arithmetic import PtxError, f32, f64, s32, u16, u32, u64
+from support.ptx.arithmetic import PtxError, f16, f32, f64, s32, u16, u32, u64
 from support.ptx.handmade import elementwise, program
 
 N = 20_000
@@ -102,6 +102,15 @@ def flushed(x: Any) -> Any:
     return np.where(np.abs(x) < f32(2.0**-126), np.copysign(f32(0), x), x)
 
 
+# of a pair, all but one bit of sign or nothing: zeros of either sign are equal
+HALVES = np.resize(np.array([0x80003C00, 0x3C00, 0x7E007E00, 0x3C003C00, 0x8000], u32), 32)
+
+
+def same_halves(a: Any, b: Any) -> Any:
+    equal = (a.copy().view(f16) == b.copy().view(f16)).reshape(-1, 2)
+    return (equal * np.array([1, 2])).sum(1).astype(u32)
+
+
 FLOATS = [
     ("add.rn.f32 %OUT, %f0, %f1;", (A, B), "f32", A + B),
     ("sub.rn.f32 %OUT, %f0, %f1;", (A, B), "f32", A - B),
@@ -123,6 +132,7 @@ FLOATS = [
     ("cvt.rn.f64.u32 %OUT, %r0;", (X,), "f64", X.astype(f64)),
     ("cvt.rmi.f32.f32 %OUT, %f0;", (np.linspace(-2, 2, 32, dtype=f32),), "f32",
      np.floor(np.linspace(-2, 2, 32, dtype=f32))),
+    ("cvt.rmi.ftz.f32.f32 %OUT, %f0;", (SMALL,), "f32", np.floor(flushed(SMALL))),
 ]  # fmt: skip
 
 
@@ -170,6 +180,12 @@ INTEGERS = [
     ("setp.ltu.f32 %p1, %f0, %f1;\nsetp.lt.f32 %p2, %f0, %f1;\nxor.pred %p3, %p1, %p2;\n"
      "selp.b32 %OUT, 1, 0, %p3;", (np.array([1, NAN] * 16, f32), np.array([2, 2] * 16, f32)),
      "b32", np.array([0, 1] * 16, u32)),
+    # the lower halves, and the upper ones
+    ("setp.eq.f16x2 %p1|%p2, %r0, %r1;\nselp.b32 %r3, 1, 0, %p1;\nselp.b32 %r4, 2, 0, %p2;\n"
+     "or.b32 %OUT, %r3, %r4;", (HALVES, HALVES[::-1].copy()), "b32",
+     same_halves(HALVES, HALVES[::-1])),
+    ("cvt.rn.f16x2.f32 %OUT, %f0, %f1;", (FINITE, SMALL), "b32",
+     FINITE.astype(f16).view(u16).astype(u32) << u32(16) | SMALL.astype(f16).view(u16)),
     # a guard keeps what the others had
     ("mov.u32 %OUT, 7;\nsetp.gt.u32 %p1, %r0, %r1;\n@!%p1 add.s32 %OUT, %r0, 1;", (X, Y), "b32",
      np.where(Y < X, u32(7), X + u32(1))),

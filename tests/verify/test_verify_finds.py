@@ -60,7 +60,7 @@ def _put(
 @triton.jit
 def _nesterov_from_the_old_momentum(
     param, momentum, master, p, m, rest, ghat, hashed, m_param, m_momentum, options, beta, fresh,
-    KIND: tl.constexpr, SOFT: tl.constexpr,
+    KIND: tl.constexpr, HINTS: tl.constexpr, SOFT: tl.constexpr,
 ):  # fmt: skip
     lr, decay, nesterov = options
     new = ghat * fresh
@@ -74,7 +74,7 @@ def _nesterov_from_the_old_momentum(
 @triton.jit
 def _momentum_of_lr_steps(
     param, momentum, master, p, m, rest, ghat, hashed, m_param, m_momentum, options, beta, fresh,
-    KIND: tl.constexpr, SOFT: tl.constexpr,
+    KIND: tl.constexpr, HINTS: tl.constexpr, SOFT: tl.constexpr,
 ):  # fmt: skip
     lr, decay, _ = options
     m = m * beta + ghat
@@ -85,7 +85,7 @@ def _momentum_of_lr_steps(
 @triton.jit
 def _other_order(
     param, momentum, master, p, m, rest, ghat, hashed, m_param, m_momentum, options, beta, fresh,
-    KIND: tl.constexpr, SOFT: tl.constexpr,
+    KIND: tl.constexpr, HINTS: tl.constexpr, SOFT: tl.constexpr,
 ):  # fmt: skip
     lr, decay, _ = options
     m = m * beta + ghat * fresh

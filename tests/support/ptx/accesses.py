@@ -18,7 +18,10 @@ class Access:
     unless the mask leaves one.
     """
 
-    def __init__(self, state: Any, addresses: Any, mask: Any) -> None:
+    def __init__(self, state: Any, site: Site, addresses: Any, mask: Any) -> None:
+        if state.profile is not None:
+            state.profile.note(site, addresses, mask, state.n)
+        self.state, self.site, self.space = state, site, state.spaces[site.space]
         self.uniform = addresses.ndim == 0
         if mask is not None and mask.all():
             mask = None
@@ -33,76 +36,82 @@ class Access:
         else:
             self.addresses = addresses if mask is None else addresses[mask]
             self.threads = state.lanes if mask is None else state.lanes[mask]
+        self.space.check(self.addresses, site)
 
-    def threads_by_place(self, places: Any) -> tuple[Any, Any]:
-        """Locations in one dimension, and the threads of each."""
+    def places(self) -> tuple[Any, Any]:
+        """Locations of the shadow in one dimension, and the threads of each."""
+        places = self.space.places(self.addresses, self.site)
         if self.uniform or places.shape[1] == 1:
             return places.ravel(), self.threads
         return places.ravel(), np.repeat(self.threads, places.shape[1])
 
-    def values(self, site: Site, value: Any) -> Any:
+    def first(self, dtype: Any) -> Any:
+        """Where each thread's first value is in the space."""
+        return ((self.addresses - u64(self.space.low)) // u64(WIDTHS[dtype])).astype(s64)
+
+    def report(self, found: Any) -> None:
+        """Raise for a race; in shared memory whatever another thread loads counts."""
+        shadow = self.space.shadow
+        if found is None and shadow is not None and self.site.space == "shared":
+            found = next((race for _, (race, _) in shadow.unguarded.values()), None)
+        self.state.report(found, self.site)
+
+    def spread(self, values: Any, dtype: Any) -> Any:
+        """Loaded values as a register: a scalar, or one for each thread."""
+        if self.uniform:
+            return values[0]
+        if self.mask is None:
+            return values
+        spread = np.zeros(self.state.n, dtype)
+        spread[self.mask] = values
+        return spread
+
+    def values(self, value: Any) -> Any:
         """What is stored at each address."""
         if not value.ndim:
             return value
         value = value if self.mask is None else value[self.mask]
         if not self.uniform:
             return value
-        if (value != value[0]).any():
-            refuse_different(site)
+        self.refuse_different(value != value[0])
         return value[:1]
 
-
-def refuse_different(site: Site) -> None:
-    raise PtxError(f"threads store different values to one address: {site.text} [{site.line}]")
-
-
-def _spread(access: Access, values: Any, dtype: Any, n: int) -> Any:
-    """Loaded values as a register: a scalar, or one for each thread."""
-    if access.uniform:
-        return values[0]
-    if access.mask is None:
-        return values
-    spread = np.zeros(n, dtype)
-    spread[access.mask] = values
-    return spread
+    def refuse_different(self, different: Any) -> None:
+        if different.any():
+            site = self.site
+            raise PtxError(
+                f"threads store different values to one address: {site.text} [{site.line}]"
+            )
 
 
-def load_global(state: Any, site: Site, addresses: Any, dtype: Any, count: int, mask: Any) -> Any:
+def load(state: Any, site: Site, addresses: Any, dtype: Any, count: int, mask: Any) -> Any:
     """`count` values for each thread that the mask leaves; zeros for the others."""
-    memory = state.memory
-    if state.profile is not None:
-        state.profile.note(site, addresses, mask, state.n)
-    access = Access(state, addresses, mask)
+    access = Access(state, site, addresses, mask)
     if access.nobody:
         return (np.zeros(() if access.uniform else state.n, dtype)[()],) * count
-    memory.check(access.addresses, site)
-    if memory.shadow is not None:
-        where, threads = access.threads_by_place(memory.places(access.addresses, site))
-        state.report(memory.shadow.load(state.clock, where, threads, site.number), site)
-    view = memory.views[dtype]
-    first = ((access.addresses - u64(memory.low)) // u64(WIDTHS[dtype])).astype(s64)
+    space = access.space
+    if space.shadow is not None:
+        access.report(space.shadow.load(state.clock, *access.places(), site.number))
+    view, first = space.view(dtype), access.first(dtype)
     loaded = [view[first + i] for i in range(count)]
-    if memory.poisoned:
-        access, loaded = _poison(state, site, access, loaded)
-    return tuple(_spread(access, values, dtype, state.n) for values in loaded)
+    if space.poisoned:
+        access, loaded = _poison(access, loaded)
+    return tuple(access.spread(values, dtype) for values in loaded)
 
 
-def _poison(state: Any, site: Site, access: Access, loaded: list[Any]) -> tuple[Access, list[Any]]:
+def _poison(access: Access, loaded: list[Any]) -> tuple[Access, list[Any]]:
     """Other values for threads that load what another stores: 0 for all but 0, and the reverse."""
-    memory, program = state.memory, state.clock.program
-    places = memory.places(access.addresses, site)
-    owners = [memory.poisoned.get((program, int(at))) for at in places[:, 0]]
+    state, site, space = access.state, access.site, access.space
+    places = space.places(access.addresses, site)
+    owners = [space.poisoned.get((state.clock.program, int(at))) for at in places[:, 0]]
     if not any(owners):
         return access, loaded
     if access.uniform:
         # now each thread has a value of its own
-        addresses = np.broadcast_to(access.addresses, (state.n,))
-        owners, loaded = owners * state.n, [np.repeat(values, state.n) for values in loaded]
         mask = None if access.mask is None else np.broadcast_to(access.mask, (state.n,))
-        access = Access(state, addresses, mask)
-        if access.mask is not None:
-            loaded = [values[access.mask] for values in loaded]
-            owners = [owner for owner, here in zip(owners, access.mask) if here]
+        access = Access(state, site, np.broadcast_to(access.addresses, (state.n,)), mask)
+        owners *= len(access.threads)
+        loaded = [np.repeat(values, len(access.threads)) for values in loaded]
     others = [
         owner is not None and owner[0] != thread
         for owner, thread in zip(owners, access.threads.tolist())
@@ -113,100 +122,40 @@ def _poison(state: Any, site: Site, access: Access, loaded: list[Any]) -> tuple[
     return access, loaded
 
 
-def store_global(
-    state: Any, site: Site, addresses: Any, dtype: Any, values: Any, mask: Any
-) -> None:
-    memory = state.memory
-    if state.profile is not None:
-        state.profile.note(site, addresses, mask, state.n)
-    access = Access(state, addresses, mask)
+def store(state: Any, site: Site, addresses: Any, dtype: Any, values: Any, mask: Any) -> None:
+    access = Access(state, site, addresses, mask)
     if access.nobody:
         return
-    memory.check(access.addresses, site)
-    first = ((access.addresses - u64(memory.low)) // u64(WIDTHS[dtype])).astype(s64)
-    where = None
-    if memory.shadow is not None:
-        where = access.threads_by_place(memory.places(access.addresses, site))
-    found = _store(state, memory.shadow, site, memory.views[dtype], first, access, values, where)
-    state.report(found, site)
-
-
-def _store(
-    state: Any, shadow: Any, site: Site, view: Any, first: Any, access: Access, values: Any,
-    where: Any,
-) -> Any:  # fmt: skip
-    """Store, and note it in the shadow: what it races with."""
-    values = [access.values(site, value) for value in values]
-    found = None
-    if shadow is not None:
-        places, threads = where
+    space, found = access.space, None
+    view, first = space.view(dtype), access.first(dtype)
+    values = [access.values(value) for value in values]
+    if space.shadow is not None:
+        places, threads = access.places()
         changed = np.any([view[first + i] != value for i, value in enumerate(values)], axis=0)
         changed = np.repeat(changed, len(places) // len(first))
-        found = shadow.store(state.clock, places, threads, site.number, changed)
+        found = space.shadow.store(state.clock, places, threads, site.number, changed)
     for i, value in enumerate(values):
         view[first + i] = value
     for i, value in enumerate(values):
-        if (view[first + i] != value).any():
-            refuse_different(site)
-    return found
+        access.refuse_different(view[first + i] != value)
+    access.report(found)
 
 
-def _shared(state: Any, site: Site, access: Access, width: int) -> tuple[Any, Any]:
-    """Indices of values in shared memory, and locations in its shadow with their threads."""
-    at = access.addresses.astype(s64)
-    if (at % site.size).any() or (at < 0).any() or (at + site.size > state.shared.size).any():
-        raise PtxError(
-            f"shared memory of {state.shared.size} bytes, {site.size} at {at.min()} to {at.max()}: "
-            f"{site.text} [{site.line}]"
-        )
-    granule = state.shared_granule
-    places = at[:, None] // granule + np.arange(max(1, site.size // granule))
-    return at // width, access.threads_by_place(places)
-
-
-def load_shared(state: Any, site: Site, addresses: Any, dtype: Any, count: int, mask: Any) -> Any:
-    if state.profile is not None:
-        state.profile.note(site, addresses, mask, state.n)
-    access = Access(state, addresses, mask)
-    if access.nobody:
-        return (np.zeros(() if access.uniform else state.n, dtype)[()],) * count
-    first, (places, threads) = _shared(state, site, access, WIDTHS[dtype])
-    if state.shared_shadow is not None:
-        found = state.shared_shadow.load(state.clock, places, threads, site.number)
-        state.report(found or unguarded(state), site)
-    view = state.shared.view(dtype)
-    return tuple(_spread(access, view[first + i], dtype, state.n) for i in range(count))
-
-
-def store_shared(
-    state: Any, site: Site, addresses: Any, dtype: Any, values: Any, mask: Any
-) -> None:
-    if state.profile is not None:
-        state.profile.note(site, addresses, mask, state.n)
-    access = Access(state, addresses, mask)
-    if access.nobody:
+def _whole_warps(state: Any, mask: Any, text: str) -> None:
+    """Refuse a warp of which some threads are missing."""
+    if mask is None:
         return
-    first, where = _shared(state, site, access, WIDTHS[dtype])
-    view = state.shared.view(dtype)
-    found = _store(state, state.shared_shadow, site, view, first, access, values, where)
-    state.report(found or unguarded(state), site)
+    warps = np.broadcast_to(mask, (state.n,)).reshape(-1, WARP)
+    if (warps.any(1) != warps.all(1)).any():
+        raise PtxError(f"threads of a warp missing: {text}")
 
 
-def unguarded(state: Any) -> Any:
-    """A race in shared memory, where whatever is loaded counts."""
-    shadow = state.shared_shadow
-    return next((race for _, (race, _) in shadow.unguarded.values()), None) if shadow else None
-
-
-def matrix_addresses(state: Any, addresses: Any, count: int, mask: Any, text: str) -> list[Any]:
+def _matrix_addresses(state: Any, addresses: Any, count: int, mask: Any, text: str) -> list[Any]:
     """Where each thread's word of each 8 x 8 matrix of 16 bits is; rows are 16 bytes.
 
     The first 8 threads of a warp have the rows of the first matrix, and so on.
     """
-    warps = np.ones(state.n, bool) if mask is None else np.broadcast_to(mask, (state.n,))
-    warps = warps.reshape(-1, WARP)
-    if (warps.any(1) != warps.all(1)).any():
-        raise PtxError(f"threads of a warp missing: {text}")
+    _whole_warps(state, mask, text)
     rows = np.broadcast_to(addresses, (state.n,)).reshape(-1, WARP)[:, : 8 * count]
     if (rows % u32(16)).any():
         raise PtxError(f"rows of a matrix are not aligned: {text}")
@@ -216,14 +165,14 @@ def matrix_addresses(state: Any, addresses: Any, count: int, mask: Any, text: st
 
 
 def load_matrix(state: Any, site: Site, addresses: Any, count: int, mask: Any) -> Any:
-    each = matrix_addresses(state, addresses, count, mask, site.text)
-    return tuple(load_shared(state, site, at, u32, 1, mask)[0] for at in each)
+    each = _matrix_addresses(state, addresses, count, mask, site.text)
+    return tuple(load(state, site, at, u32, 1, mask)[0] for at in each)
 
 
 def store_matrix(state: Any, site: Site, addresses: Any, values: Any, mask: Any) -> None:
-    each = matrix_addresses(state, addresses, len(values), mask, site.text)
+    each = _matrix_addresses(state, addresses, len(values), mask, site.text)
     for at, value in zip(each, values):
-        store_shared(state, site, at, u32, (value,), mask)
+        store(state, site, at, u32, (value,), mask)
 
 
 def atomic(
@@ -242,23 +191,20 @@ def atomic(
         mask: which of them take part.
         order: whether it acquires, and whether it releases.
     """
-    memory = state.memory
-    if state.profile is not None:
-        state.profile.note(site, addresses, mask, state.n)
-    addresses = np.broadcast_to(addresses, (state.n,))
-    values = np.broadcast_to(value, (state.n,))
-    taking = state.lanes if mask is None else state.lanes[np.broadcast_to(mask, (state.n,))]
     found = np.zeros(state.n, dtype)
-    if not len(taking):
+    access = Access(state, site, np.broadcast_to(addresses, (state.n,)), mask)
+    if access.nobody:
         return found
-    memory.check(addresses[taking], site)
-    view = memory.views[dtype]
-    for thread in taking.tolist():
+    memory, values = access.space, np.broadcast_to(value, (state.n,))
+    view = memory.view(dtype)
+    places = memory.places(access.addresses, site)[:, 0]
+    for thread, at, place in zip(
+        access.threads.tolist(), access.first(dtype).tolist(), places.tolist()
+    ):
         if memory.shadow is not None:
-            place = int(memory.places(addresses[[thread]], site)[0, 0])
-            racing = memory.shadow.atomic(state.clock, place, thread, operation != "load", *order)
-            state.report(racing, site)
-        at = (int(addresses[thread]) - memory.low) // WIDTHS[dtype]
+            access.report(
+                memory.shadow.atomic(state.clock, place, thread, operation != "load", *order)
+            )
         found[thread] = view[at]
         if operation == "add":
             view[at] += values[thread]
@@ -271,10 +217,7 @@ def atomic(
 
 def shuffle(state: Any, value: Any, lane_mask: int, mask: Any, text: str) -> Any:
     """`shfl.sync.bfly` of whole warps."""
-    if mask is not None and mask.ndim:
-        warps = mask.reshape(-1, WARP)
-        if (warps.any(1) != warps.all(1)).any():
-            raise PtxError(f"threads of a warp missing: {text}")
+    _whole_warps(state, mask, text)
     if value.ndim == 0:
         return value
     return value.reshape(-1, WARP)[:, np.arange(WARP) ^ lane_mask].reshape(-1)

@@ -31,6 +31,8 @@ CASES = {
     "fp32 scaled": StepCase(scale=2.0**10, found_inf=2.0, steps=3, options=(ROW,)),
     "fp32 blocks": StepCase(wide=False, options=(DECAY,)),
     "fp32 blocks, rows": StepCase(wide=False, options=(ROW,), poison=POISON),
+    "fp32 no hints": StepCase(hints=False, options=(ROW,)),
+    "fp32 blocks, no hints": StepCase(hints=False, wide=False),
     "fp32 unaligned": StepCase(offset=1, options=(DECAY,)),
     "fp32 windows": StepCase(steps=4, poison=POISON, options=(K, ROW)),
     "bf16 split": StepCase(**SPLIT, options=(DECAY,)),
@@ -45,6 +47,7 @@ CASES = {
     "fp16 master": StepCase(param=F16, grad=F16, master="copy", options=(DECAY,)),
     "bf16, fp32 gradients": StepCase(param=BF16, grad=F32),
     "long fp32": StepCase(LONG, poison=LONG_POISON, options=(ROW,)),
+    "long fp32 no hints": StepCase(LONG, hints=False, options=(DECAY,)),
     "long fp32 global": StepCase(LONG, options=(("granularity", "global"),)),
     "long fp32 blocks": StepCase(LONG, wide=False, options=(ROW,)),
     "long fp32 unaligned": StepCase(LONG, offset=1, options=(ROW, DECAY)),
@@ -61,6 +64,7 @@ CASES = {
 _NAMES = (
     "fp32", "fp32 rows", "fp32 global", "fp32 no momentum", "fp32 random", "fp32 cdf rows",
     "fp32 skips", "fp32 propagates", "fp32 scaled", "fp32 windows", "bf16 split", "long fp32",
+    "long fp32 no hints",
 )  # fmt: skip
 CORE = {
     *((name, form, "random") for name in _NAMES for form in ("two-launch", "single-launch")),

@@ -26,6 +26,8 @@ from support.ptx.execute import Counts, Schedule, launch
 from support.ptx.memory import Memory
 from support.ptx.translate import Program
 
+TENSORS = {torch.Tensor, torch.nn.Parameter}
+
 
 @dataclass
 class Launched:
@@ -126,8 +128,8 @@ def parameter(value: Any, kind: str) -> np.uint64:
 def memory_of_tensors() -> Memory:
     """The storages of all CPU tensors there are."""
     memory = Memory()
-    for item in gc.get_objects():
-        if issubclass(type(item), torch.Tensor) and item.device.type == "cpu":
+    for item in [item for item in gc.get_objects() if type(item) in TENSORS]:
+        if item.device.type == "cpu":
             storage = item.untyped_storage()
             name = f"{tuple(item.shape)} {item.dtype}"
             memory.add(storage.data_ptr(), storage.nbytes(), name, item.element_size())

@@ -14,16 +14,14 @@ from typing import Any
 
 import numpy as np
 
-from support.ptx.arithmetic import PtxError, s64, u8, u32
-from support.ptx.memory import WARP, Memory, Site
+from support.ptx.arithmetic import PtxError, s64, u32
+from support.ptx.memory import WARP, Memory, Shared, Site
 from support.ptx.parse import Block
-from support.ptx.races import Clock, Shadow, describe
+from support.ptx.races import Clock, describe
 from support.ptx.translate import Program
 
 # where a thread is that returned
 END = 1 << 30
-# what a program finds in shared memory is anything
-LEFT = 0xA5
 
 
 @dataclass(frozen=True)
@@ -52,19 +50,16 @@ class State:
 
     def __init__(self, program: Program, grid: Any, number: int, params: Any, memory: Memory):
         x, y, _ = grid
-        self.program, self.params, self.memory = program, params, memory
+        self.program, self.params = program, params
         self.n = program.threads
         self.lanes = np.arange(self.n)
         self.grid = tuple(map(u32, grid))
         self.index = (u32(number % x), u32(number // x % y), u32(number // (x * y)))
-        self.shared: Any = np.full((program.shared + 15) // 16 * 16 or 16, LEFT, u8)
         self.profile: Any = None
         programs = int(np.prod(grid))
         self.clock = Clock(number, programs)
-        self.shared_granule = 1
-        self.shared_shadow = None
-        if memory.shadow is not None:
-            self.shared_shadow = Shadow(len(self.shared), programs)
+        shared = Shared(program.shared, programs, memory.shadow is not None)
+        self.spaces = {"global": memory, "shared": shared}
 
     def report(self, found: Any, site: Site) -> None:
         """Raise for a race."""
@@ -119,24 +114,20 @@ class Running:
             return self._by_warps(stops, rng)
         first = True
         while True:
-            if isinstance(self.at, np.ndarray):
-                block, mask = self._choose()
-                if block is None:
-                    return True
-            else:
-                block, mask = self.blocks[self.at], None
+            block, mask = self._choose()
+            if block is None:
+                return True
             if stops and block.sync and not first:
                 return False
             first = False
             if block.sync == "barrier":
                 self.state.clock.barrier()
-            if mask is not None:
-                self._masked(block, mask)
-            elif self._whole(block):
-                return True
+            self._go(block, mask)
 
     def _choose(self) -> tuple[Block | None, Any]:
-        """The block that goes on, and which threads run it; None where all returned."""
+        """The block that goes on, and which threads run it: all, if None; no block at the end."""
+        if not isinstance(self.at, np.ndarray):
+            return None if self.at == END else self.blocks[self.at], None
         waiting = self._waiting()
         able = (self.at < END) & ~waiting
         if not able.any():
@@ -147,10 +138,7 @@ class Running:
             self.counts.notes["diverged at a barrier"] += int(apart)
         lowest = self._lowest(able)
         mask = able & (self.at == lowest)
-        if mask.all():
-            self.at = lowest
-            return self.blocks[lowest], None
-        return self.blocks[lowest], mask
+        return self.blocks[lowest], None if mask.all() else mask
 
     def _waiting(self) -> Any:
         return self._barriers[np.minimum(self.at, len(self.blocks))]
@@ -159,49 +147,29 @@ class Running:
         some = np.unique(self.at[able])
         return int(some[self.program.kernel.rank[some].argmin()])
 
-    def _count(self, block: Block, warps: int, threads: int) -> None:
+    def _go(self, block: Block, mask: Any) -> None:
+        """Run a block by the threads of a mask, or by all."""
+        value = self.program.function(block, mask is not None)(self.registers, self.state, mask)
+        threads = self.state.n if mask is None else int(mask.sum())
+        warps = self.state.n // WARP if mask is None else int(mask.reshape(-1, WARP).any(1).sum())
         self.counts.note(block, warps, threads)
         if self.trace is not None:
             self.trace.append(block.index)
-
-    def _whole(self, block: Block) -> bool:
-        """Run a block by all threads; whether they returned."""
-        n = self.state.n
-        value = self.program.function(block, False)(self.registers, self.state, None)
-        self._count(block, n // WARP, n)
-        following = block.following
-        if block.kind == "return":
-            return True
-        if block.kind == "fall":
-            self.at = following[0]
-            return False
-        if value.ndim and (value != value[0]).any():
-            self.at = self._targets(block, value)
+        if mask is None:
+            self.at = self._after(block, value)
         else:
-            chosen = value.flat[0]
-            if block.kind == "table":
-                self.at = following[int(chosen)]
-            else:
-                self.at = following[bool(chosen) == block.negated]
-        return False
+            self.at = self.at.copy()
+            self.at[mask] = self._after(block, value[mask] if np.ndim(value) else value)
 
-    def _targets(self, block: Block, value: Any) -> Any:
-        if block.kind == "table":
-            return np.array(block.following)[value.astype(s64)]
-        return np.where(value != block.negated, *block.following)
-
-    def _masked(self, block: Block, mask: Any) -> None:
-        value = self.program.function(block, True)(self.registers, self.state, mask)
-        warps = mask.reshape(-1, WARP).any(1)
-        self._count(block, int(warps.sum()), int(mask.sum()))
-        self.at = self.at.copy()
-        if block.kind == "return":
-            self.at[mask] = END
-        elif block.kind == "fall":
-            self.at[mask] = block.following[0]
-        else:
-            value = np.broadcast_to(value, mask.shape)
-            self.at[mask] = self._targets(block, value[mask])
+    @staticmethod
+    def _after(block: Block, value: Any) -> Any:
+        """Where a block's threads go by its last value: one place for all, or one for each."""
+        if block.kind in ("return", "fall"):
+            return END if block.kind == "return" else block.following[0]
+        which = value if block.kind == "table" else value == block.negated
+        if which.ndim and (which != which[0]).any():
+            return np.array(block.following)[which.astype(s64)]
+        return block.following[int(which.flat[0])]
 
     def _by_warps(self, stops: bool, rng: Any) -> bool:
         """One block of one warp at a time."""
@@ -215,7 +183,7 @@ class Running:
             if able.any():
                 mine = able & (warp == rng.choice(np.unique(warp[able])))
                 lowest = self._lowest(mine)
-                self._masked(self.blocks[lowest], mine & (self.at == lowest))
+                self._go(self.blocks[lowest], mine & (self.at == lowest))
                 if stops and self.blocks[lowest].sync:
                     return False
                 continue
@@ -228,7 +196,7 @@ class Running:
                     lowest = self._lowest(mine)
                     mine &= self.at == lowest
                     waiting = waiting & ~mine
-                    self._masked(self.blocks[lowest], mine)
+                    self._go(self.blocks[lowest], mine)
             if stops:
                 return False
 

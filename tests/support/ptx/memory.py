@@ -1,4 +1,4 @@
-"""Global memory, which is that of CPU tensors, and the instructions that touch memory."""
+"""Global memory, which is that of CPU tensors, shared memory, and what touches either."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from support.ptx import races
 from support.ptx.arithmetic import DTYPES, PtxError, s64, u8, u64
 
 WARP = 32
+# what a program finds in shared memory is anything
+LEFT = 0xA5
 
 
 @dataclass
@@ -81,6 +83,10 @@ class Memory:
         self.views = {dtype: raw.view(dtype) for dtype in set(DTYPES.values())}
         self.shadow = races.Shadow(int(self.first[-1]), programs) if watched else None
 
+    def view(self, dtype: Any) -> Any:
+        """All from `low` on, as values of some dtype."""
+        return self.views[dtype]
+
     def copy(self) -> list[Any]:
         """The bytes of each allocation."""
         raw, low = self.views[u8], u64(self.low)
@@ -123,5 +129,33 @@ class Memory:
             region = self.starts.searchsorted(addresses, "right") - 1
         granule = self.granules[region]
         place = (addresses - self.starts[region]).astype(s64) // granule + self.first[region]
-        each = np.atleast_1d(np.maximum(site.size // granule, 1))[:, None]
-        return place[:, None] + np.minimum(np.arange(each.max()), each - 1)
+        each = np.maximum(site.size // granule, 1)
+        if not each.ndim:
+            return place[:, None] + np.arange(each)
+        return place[:, None] + np.minimum(np.arange(each.max()), each[:, None] - 1)
+
+
+class Shared:
+    """Shared memory of one program, used as `Memory` is."""
+
+    low = 0
+    # what threads load without a barrier is a race at once
+    poisoned: Any = None
+
+    def __init__(self, size: int, programs: int, watched: bool) -> None:
+        self._bytes = np.full((size + 15) // 16 * 16 or 16, LEFT, u8)
+        self.shadow = races.Shadow(len(self._bytes), programs) if watched else None
+
+    def view(self, dtype: Any) -> Any:
+        return self._bytes.view(dtype)
+
+    def check(self, addresses: Any, site: Site) -> None:
+        size = self._bytes.size
+        if (addresses % site.size).any() or (addresses > size - site.size).any():
+            raise PtxError(
+                f"shared memory of {size} bytes, {site.size} at {addresses.min()} to "
+                f"{addresses.max()}: {site.text} [{site.line}]"
+            )
+
+    def places(self, addresses: Any, site: Site) -> Any:
+        return addresses.astype(s64)[:, None] + np.arange(site.size)

@@ -52,7 +52,7 @@ def optimizer(machine: Machine, form: str, schedule: str) -> list[str]:
             groups = [
                 {"params": params[:5], "granularity": "row"},
                 {"params": params[5:10], "granularity": "global", "weight_decay": 0.1},
-                {"params": params[10:], "nesterov": True},
+                {"params": params[10:], "granularity": "tensor", "nesterov": True},
             ]
             made = BNGD(groups, LR, fused=fused)
             for k in range(3):

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from support.ptx.arithmetic import DTYPES, UNSIGNED, WIDTHS, PtxError, f32, f64
+from support.ptx.arithmetic import UNSIGNED, PtxError
 
 # bytes of a register, by the letters of its name; 0 for a predicate
 REGISTER_WIDTHS = {"rd": 8, "r": 4, "rs": 2, "p": 0, "f": 4, "fd": 8, "h": 2}
 # what writes no register
-STORES = {"st", "stmatrix", "red", "bar", "barrier", "bra", "brx", "ret", "exit"}
-# opcodes that say nothing about whether a register holds floats
-UNTYPED = {"mov", "st", "ld", "selp", "shfl"}
+STORES = {"st", "stmatrix", "bar", "barrier", "bra", "brx", "ret", "exit"}
 
 
 @dataclass
@@ -95,7 +92,7 @@ class Kernel:
         threads: of a program, if the text says so.
         blocks: in the order of the text.
         rank: of each block in reverse post-order: where paths meet comes after those paths.
-        types: the NumPy dtype of each register.
+        types: the NumPy dtype of each register: bits, or a predicate.
     """
 
     def __init__(self, ptx: str) -> None:
@@ -116,13 +113,9 @@ class Kernel:
         self._liveness()
 
     def _blocks(self, body: str) -> list[Block]:
-        tables: dict[str, list[str]] = {}
-
-        def note_table(found: re.Match[str]) -> str:
-            tables[found[1]] = re.findall(r"\$?\w+", found[2])
-            return ""
-
-        body = re.sub(r"(\$\w+):\s*\.branchtargets\s+(.*?);", note_table, body, flags=re.S)
+        table = re.compile(r"(\$\w+):\s*\.branchtargets\s+(.*?);", re.S)
+        tables = {name: re.findall(r"\$?\w+", labels) for name, labels in table.findall(body)}
+        body = table.sub("", body)
         blocks, labels, line = [Block(0)], {}, ""
 
         def begin() -> None:
@@ -157,7 +150,7 @@ class Kernel:
     @staticmethod
     def _append(blocks: list[Block], begin: Any, instruction: Instruction) -> None:
         root = instruction.root
-        if root in ("bar", "barrier", "atom", "red") or "acquire" in instruction.parts:
+        if root in ("bar", "barrier", "atom") or "acquire" in instruction.parts:
             begin()
             blocks[-1].sync = "barrier" if root in ("bar", "barrier") else "atomic"
         block = blocks[-1]
@@ -192,35 +185,15 @@ class Kernel:
         return rank
 
     def _types(self) -> dict[str, Any]:
-        """That of the float instruction which writes a register, else of most that read it."""
-        floats = {"f32": f32, "f64": f64}
-        written: dict[str, Any] = {}
-        wanted: dict[str, Counter[bool]] = {}
-        for instruction in (i for block in self.blocks for i in block.body):
-            named = [part for part in instruction.parts if part in DTYPES]
-            writes, reads = instruction.registers()
-            for register in writes:
-                wanted.setdefault(register, Counter())
-                result = named[0] if instruction.root == "cvt" and named else (named or [""])[-1]
-                fits = result in floats and register_width(register) == WIDTHS[DTYPES[result]]
-                if fits and instruction.root != "setp":
-                    written[register] = floats[result]
-            for register in reads:
-                count = wanted.setdefault(register, Counter())
-                if instruction.root not in UNTYPED and named and named[-1][0] != "b":
-                    count[named[-1] in floats] += 1
-        types: dict[str, Any] = {}
-        for register, count in wanted.items():
-            width = register_width(register)
-            if width == 0:
-                types[register] = np.bool_
-            elif register in written:
-                types[register] = written[register]
-            elif count and count.most_common(1)[0][0] and width in (4, 8):
-                types[register] = f32 if width == 4 else f64
-            else:
-                types[register] = UNSIGNED[width or 0]
-        return types
+        """Floats are bits, too, and viewed as floats where they are used."""
+        named = {
+            register: register_width(register)
+            for block in self.blocks
+            for instruction in block.body
+            for registers in instruction.registers()
+            for register in registers
+        }
+        return {name: UNSIGNED[width] if width else np.bool_ for name, width in named.items()}
 
     def _liveness(self) -> None:
         for block in self.blocks:

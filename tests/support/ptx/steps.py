@@ -54,7 +54,8 @@ class StepCase:
         found_inf: what it found, in the second step.
         steps: how many.
         wide: whether statistics are float64 lanes, else blocks of float32.
-        options: by name.
+        hints: whether the caches are told what is read again.
+        options: by name; by tensor, where they do not say otherwise.
     """
 
     shapes: tuple[tuple[int, ...], ...] = SHAPES
@@ -69,6 +70,7 @@ class StepCase:
     found_inf: float = 0.0
     steps: int = 2
     wide: bool = True
+    hints: bool = True
     options: tuple[tuple[str, Any], ...] = ()
 
 
@@ -127,16 +129,16 @@ def differing(
     return found
 
 
-def prepare(machine: Machine, schedule: str, form: str, wide: bool = True) -> Any:
-    """The tuning of a form, with the machine's schedule set."""
+def prepare(machine: Machine, schedule: str, form: str, **more: bool) -> Any:
+    """The tuning of a form, with more of its fields, and the machine's schedule set."""
     machine.schedule, machine.processors = SCHEDULES[schedule]
     machine.launched.clear()
-    return dataclasses.replace(machine.tuning, form=form, wide=wide)
+    return dataclasses.replace(machine.tuning, form=form, **more)
 
 
 def step(machine: Machine, case: StepCase, form: str, schedule: str) -> list[str]:
     """`fused_step_` and `reference.step_` on the same tensors."""
-    tuning = prepare(machine, schedule, form, case.wide)
+    tuning = prepare(machine, schedule, form, wide=case.wide, hints=case.hints)
     torch.manual_seed(0)
     inside = Guarded(case.offset)
     options = {"granularity": "tensor", **dict(case.options)}
@@ -154,7 +156,7 @@ def step(machine: Machine, case: StepCase, form: str, schedule: str) -> list[str
         for param, master in zip(params, masters):
             param.copy_(master)
     if accumulated > 1:
-        by_row = options.get("granularity") == "row"
+        by_row = options["granularity"] == "row"
         rows = [shape[0] if by_row and len(shape) > 1 else 1 for shape in case.shapes]
         windows = [inside(torch.zeros(n, dtype=torch.uint8)) for n in rows]
     ours = params, momenta, masters, windows
@@ -194,6 +196,9 @@ def step(machine: Machine, case: StepCase, form: str, schedule: str) -> list[str
     if case.exact:
         for name, mine, other in zip(("param", "momentum", "master", "window"), ours, theirs):
             complaints += differing(name, mine, other)
+    for launched in machine.launched:
+        if ("evict" in launched.compiled.asm["ptx"]) != case.hints:
+            complaints.append(f"{launched.name} does not tell the caches what it is asked to")
     return complaints + inside.complaints()
 
 

@@ -144,11 +144,9 @@ class Program:
             return name
         if np.bool_ in (own, dtype):
             raise PtxError(f"predicate {operand} as {dtype}")
-        if WIDTHS[own] == WIDTHS[dtype]:
-            return f"{name}.view({NAMES[dtype]})"
-        narrow, wide = UNSIGNED[WIDTHS[dtype]], UNSIGNED[WIDTHS[own]]
-        text = f"{name if own is wide else f'{name}.view({NAMES[wide]})'}.astype({NAMES[narrow]})"
-        return text if dtype is narrow else f"{text}.view({NAMES[dtype]})"
+        bits = UNSIGNED[WIDTHS[dtype]]
+        text = name if own is bits else f"{name}.astype({NAMES[bits]})"
+        return text if dtype is bits else f"{text}.view({NAMES[dtype]})"
 
     @staticmethod
     def _special(name: str) -> str | None:
@@ -168,7 +166,7 @@ class Program:
             raise PtxError(f"{operand} = {expression}")
         if WIDTHS[own] == WIDTHS[dtype]:
             return [f"{name} = ({expression}).view({NAMES[own]})"]
-        if WIDTHS[own] < WIDTHS[dtype] or dtype is f16 or own in (f32, f64):
+        if WIDTHS[own] < WIDTHS[dtype] or dtype in (f16, f32, f64):
             raise PtxError(f"{operand} of {own} = {expression} of {dtype}")
         return [f"{name} = ({expression}).astype({NAMES[own]})"]
 
