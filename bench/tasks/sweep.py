@@ -63,11 +63,6 @@ def mean(scores: Sequence[float]) -> float:
     return sum(scores) / len(scores)
 
 
-def better(task: Task, a: float, b: float) -> bool:
-    """Whether score `a` is strictly better."""
-    return a > b if task.higher else a < b
-
-
 def near(task: Task, score: float, best: float) -> bool:
     """Whether a score is within 5 % of the best."""
     return score >= (1 - NEAR) * best if task.higher else score <= (1 + NEAR) * best
