@@ -101,10 +101,12 @@ def _scale_table(runs: Sequence[Run], names: list[str], settings: Settings) -> T
         box=SIMPLE_HEAD,
         title_justify="left",
         show_edge=False,
+        collapse_padding=True,
+        pad_edge=False,
     )
-    table.add_column("c", justify="right", overflow="fold")
-    for name in names:
-        table.add_column(name, justify="right", overflow="fold")
+    # a figure in two lines would be read as two: names fold, `1e-12` and `100.0` do not
+    for name in ("c", *names):
+        table.add_column(name, justify="right", overflow="fold", min_width=5)
     cells = {(run.loss_scale, run.optimizer): _accuracy(run) for run in runs}
     for scale in settings.scales:
         table.add_row(f"{scale:g}", *(cells.get((scale, name), "-") for name in names))
