@@ -141,7 +141,8 @@ def verify_step(model: nn.Module, optimizer: BNGD, loss_fn: LossFunction) -> Ste
     _check(optimizer)
     names = _names(model, optimizer)
     cuda = list({p.device for p in model.parameters() if p.device.type == "cuda"})
-    with torch.random.fork_rng(cuda), torch.inference_mode(False), torch.enable_grad():
+    # which turns gradients on, too
+    with torch.random.fork_rng(cuda), torch.inference_mode(False):
         model, optimizer = _copied(model, optimizer)
         optimizer.zero_grad()
         loss = loss_fn(model)

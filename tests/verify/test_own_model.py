@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -177,7 +180,8 @@ def test_masters_that_the_next_step_makes_begin_as_the_parameter(
 def test_float64_gradients_may_have_squares_that_do_not_fit(scale: float) -> None:
     model = network(torch.float64)
     optimizer = BNGD(model.parameters(), lr=0.1, eps=0.0)
-    assert verify_step(model, optimizer, lambda m: loss_of(m).double() * scale).ok
+    x = torch.randn(8, 20, dtype=torch.float64)
+    assert verify_step(model, optimizer, lambda m: m(x).square().mean() * scale).ok
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
@@ -238,3 +242,17 @@ def test_the_command_steps_a_factorys_model(
                            ("factory_of_a_test", "must be MODULE:FACTORY")):  # fmt: skip
         assert cli.main(["verify", "--model", wrong]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_the_json_is_written_and_no_verdict_given_where_nobody_reads(tmp_path: Path) -> None:
+    (tmp_path / "factory_of_a_test.py").write_text(FACTORY)
+    command = [sys.executable, "-m", "bngd_triton", "verify", "--model", "factory_of_a_test:make"]
+    read, write = os.pipe()
+    os.close(read)
+    ran = subprocess.run(
+        [*command, "--json", "report.json"], cwd=tmp_path, stdout=write, stderr=subprocess.PIPE,
+        text=True, check=False,
+    )  # fmt: skip
+    os.close(write)
+    assert (ran.returncode, ran.stderr) == (141, "")
+    assert json.loads((tmp_path / "report.json").read_text())["passed"]
