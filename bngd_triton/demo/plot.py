@@ -104,9 +104,8 @@ def _scale_table(runs: Sequence[Run], names: list[str], settings: Settings) -> T
         collapse_padding=True,
         pad_edge=False,
     )
-    # a figure in two lines would be read as two: names fold, `1e-12` and `100.0` do not
     for name in ("c", *names):
-        table.add_column(name, justify="right", overflow="fold", min_width=5)
+        table.add_column(name, justify="right", overflow="fold")
     cells = {(run.loss_scale, run.optimizer): _accuracy(run) for run in runs}
     for scale in settings.scales:
         table.add_row(f"{scale:g}", *(cells.get((scale, name), "-") for name in names))

@@ -244,14 +244,17 @@ def test_the_command_steps_a_factorys_model(
         assert message in capsys.readouterr().err
 
 
-def test_the_json_is_written_and_no_verdict_given_where_nobody_reads(tmp_path: Path) -> None:
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_the_json_is_written_and_no_verdict_given_where_nobody_reads(
+    unbuffered: str, tmp_path: Path
+) -> None:
     (tmp_path / "factory_of_a_test.py").write_text(FACTORY)
     command = [sys.executable, "-m", "bngd_triton", "verify", "--model", "factory_of_a_test:make"]
     read, write = os.pipe()
     os.close(read)
     ran = subprocess.run(
         [*command, "--json", "report.json"], cwd=tmp_path, stdout=write, stderr=subprocess.PIPE,
-        text=True, check=False,
+        text=True, check=False, env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
     )  # fmt: skip
     os.close(write)
     assert (ran.returncode, ran.stderr) == (141, "")
