@@ -22,6 +22,8 @@ from . import __version__
 
 _DEMO_PACKAGES = ("sklearn", "matplotlib", "rich")
 _INTERRUPTED = 130
+# 128 + SIGPIPE, as shells have it: 0 and 1 would be verdicts
+_UNREAD = 141
 # where bench/ is when the package runs from a checkout
 _ROOT = Path(__file__).resolve().parent.parent
 
@@ -33,7 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: arguments without the program's name; those of the process if None.
 
     Returns:
-        The exit code: 0; 1 where something is missing; 2 for bad arguments; 130 after Ctrl-C.
+        The exit code: 0; 1 where something is missing; 2 for bad arguments; 130 after Ctrl-C, 141
+        where the reader of a pipe went away.
     """
     parser = _parser()
     try:
@@ -46,15 +49,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if args.command == "bench":
             return _bench(args)
-        if args.command == "info":
-            return _info(args)
-        if args.command == "verify":
-            return _verify(args)
+        if args.command in ("info", "verify"):
+            code = _info(args) if args.command == "info" else _verify(args)
+            print(end="", flush=True)
+            return code
         _check(args)
     except ValueError as error:
         return _fail(str(error), 2)
     except KeyboardInterrupt:
         return _INTERRUPTED
+    except BrokenPipeError:
+        # Python would complain once more when it closes the pipe
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _UNREAD
     try:
         return _demo(args)
     except KeyboardInterrupt:
@@ -172,11 +179,7 @@ def _info(args: argparse.Namespace) -> int:
     from .info import collect, lines
 
     found = collect()
-    try:
-        print(json.dumps(found, indent=1) if args.json else "\n".join(lines(found)), flush=True)
-    # whoever reads has seen enough; Python would complain once more when it closes the pipe
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    print(json.dumps(found, indent=1) if args.json else "\n".join(lines(found)))
     return 0
 
 
@@ -228,9 +231,9 @@ def _verify_model(args: argparse.Namespace) -> int:
     except (ModuleNotFoundError, AttributeError) as error:
         raise ValueError(f"--model {args.model}: {error}") from error
     report = verify_step(*factory())
-    print(report)
     if args.json is not None:
         args.json.write_text(json.dumps(report.as_dict(), indent=1) + "\n", encoding="utf-8")
+    print(report)
     return 0 if report.ok else 1
 
 

@@ -21,7 +21,7 @@ FOREIGN = {
     "ns_steps": "leave it out: nothing is orthogonalised",
 }
 OWN = tuple(field.name for field in fields(Options))
-# a name with one letter too few in eight is above it, `max_momentum` (0.8) of a schedule below
+# a name with one letter too few in eight is above it
 ALIKE = 0.85
 
 
@@ -30,7 +30,10 @@ def meant(name: str) -> str | None:
     plain = name.lower()
     if plain in OWN:
         return plain if plain != name else None
-    return next(iter(difflib.get_close_matches(plain, OWN, 1, ALIKE)), None)
+    option = next(iter(difflib.get_close_matches(plain, OWN, 1, ALIKE)), None)
+    # a word more makes another name, such as `max_weight_decay` of a schedule; a letter does not
+    before, found, after = f"_{plain}_".partition(f"_{option}_")
+    return None if found and (before + after).strip("_") else option
 
 
 def check_own(group: Mapping[str, Any], index: int, whole: Mapping[str, Any]) -> None:

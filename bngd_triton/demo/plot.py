@@ -101,9 +101,10 @@ def _scale_table(runs: Sequence[Run], names: list[str], settings: Settings) -> T
         box=SIMPLE_HEAD,
         title_justify="left",
         show_edge=False,
+        collapse_padding=True,
+        pad_edge=False,
     )
-    table.add_column("c", justify="right", overflow="fold")
-    for name in names:
+    for name in ("c", *names):
         table.add_column(name, justify="right", overflow="fold")
     cells = {(run.loss_scale, run.optimizer): _accuracy(run) for run in runs}
     for scale in settings.scales:

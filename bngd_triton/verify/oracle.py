@@ -32,8 +32,6 @@ def oracle_step(
 ) -> tuple[list[Tensor], list[Tensor | None]]:
     """One step of one parameter group, out of place.
 
-    Gradients other than zeros should have entries of 1e-140 to 1e140, whose squares float64 holds.
-
     Args:
         params: tensors of any float dtype, device and layout.
         grads: of the same shapes; None where a parameter has none.
@@ -111,6 +109,9 @@ def normalized(g: Tensor, eps: float, normalizer: str, centering: float) -> Tens
     n = g.numel()
     if not g.any():
         return torch.zeros_like(g)
+    # by a power of two, so that float64 holds sum and squares of any entries
+    up = 2.0 ** -max(-1000, int(torch.frexp(g.abs().max()).exponent))
+    g, eps = g * up, eps * up
     if (g == g[0]).all():
         return g / (_rms(g) + eps)
     mu = math.fsum(g.tolist()) / n

@@ -184,13 +184,18 @@ def test_options_by_position_are_refused() -> None:
         BNGD(params, 1e-3, 0.9, 0.01)
 
 
-@pytest.mark.parametrize("name", ["weightdecay", "weight_decays", "granularty", "LR", "centring"])
+@pytest.mark.parametrize("name", [
+    "weightdecay", "weight_decays", "weight_decay_", "granularty", "LR", "centring",
+])  # fmt: skip
 def test_a_key_that_is_nearly_an_options_name_is_refused(name: str) -> None:
     params = make_params(torch.device("cpu"))
     with pytest.raises(ValueError, match=f"the key '{name}', which BNGD would not follow"):
         BNGD([{"params": params, name: 0.5}])
     # what schedules and libraries put into groups is left alone
-    theirs = ("initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum", "lr_scale", "name")
+    theirs = (
+        "initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum", "lr_scale", "name",
+        "no_weight_decay", "max_weight_decay", "weight_decay_end",
+    )  # fmt: skip
     BNGD([{"params": params, **dict.fromkeys(theirs, 0.5)}])
 
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +116,82 @@ def test_a_wrong_step_names_its_parameter(what: str, monkeypatch: pytest.MonkeyP
     assert "5 of 6 parameters within their bounds" in str(report)
 
 
+@pytest.mark.parametrize(
+    ("key", "options"),
+    [
+        ("momentum_buffer", {}),
+        ("master_remainder", {"dtype": torch.bfloat16}),
+        ("master", {"dtype": torch.float16}),
+    ],
+    ids=str,
+)
+def test_state_that_a_step_does_not_leave_is_found(
+    key: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = network(**options)
+    optimizer = BNGD(model.named_parameters(), lr=0.1)
+    right = BNGD._step
+
+    def step(self: BNGD) -> None:
+        right(self)
+        del self.state[self.param_groups[0]["params"][4]][key]
+
+    monkeypatch.setattr(BNGD, "_step", step)
+    (wrong,) = [one for one in verify_step(model, optimizer, loss_of).parameters if not one.ok]
+    assert (wrong.name, wrong.where) == ("3.weight", f"the step left no {key}")
+
+
+def test_a_parameter_that_moves_without_a_gradient_is_found(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = network()
+    model[0].bias.requires_grad_(False)
+    right = BNGD._step
+
+    def step(self: BNGD) -> None:
+        right(self)
+        with torch.no_grad():
+            self.param_groups[0]["params"][1][2] += 1e-6
+
+    monkeypatch.setattr(BNGD, "_step", step)
+    report = verify_step(model, BNGD(model.parameters()), loss_of)
+    (wrong,) = [one for one in report.parameters if not one.ok]
+    assert (wrong.name, report.without_gradient) == ("0.bias", ())
+    assert "0.bias: has no gradient, and the step moved it" in str(report)
+
+
+@pytest.mark.parametrize("change", ["option", "dtype"])
+def test_masters_that_the_next_step_makes_begin_as_the_parameter(
+    change: str, path: StepPath
+) -> None:
+    model = network(torch.bfloat16, str(path.device))
+    if change == "dtype":
+        model.float()
+    optimizer = BNGD(model.parameters(), lr=1e-2, fused=path.fused, master_weights=None)
+    loss_of(model).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    model.bfloat16()
+    optimizer.param_groups[0]["master_weights"] = "split"
+    assert verify_step(model, optimizer, loss_of).ok
+
+
+@pytest.mark.parametrize("scale", [1e-300, 1e-200, 1e200, 1e300])
+def test_float64_gradients_may_have_squares_that_do_not_fit(scale: float) -> None:
+    model = network(torch.float64)
+    optimizer = BNGD(model.parameters(), lr=0.1, eps=0.0)
+    x = torch.randn(8, 20, dtype=torch.float64)
+    assert verify_step(model, optimizer, lambda m: m(x).square().mean() * scale).ok
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_gradients_are_had_wherever_it_is_called(mode: Any) -> None:
+    model = network()
+    optimizer = BNGD(model.parameters())
+    with mode():
+        assert verify_step(model, optimizer, loss_of).ok
+
+
 def test_parameters_without_a_gradient_are_listed() -> None:
     model = network()
     model[0].bias.requires_grad_(False)
@@ -130,8 +209,14 @@ def test_what_it_cannot_hold_is_refused() -> None:
     optimizer = BNGD(model.parameters())
     with pytest.raises(ValueError, match="scalar tensor that depends on"):
         verify_step(model, optimizer, lambda model: torch.tensor(1.0))
+    with pytest.raises(ValueError, match="scalar tensor that depends on"):
+        verify_step(model, optimizer, lambda model: model(torch.ones(8, 20)))
     with pytest.raises(ValueError, match="with the model that it is given"):
         verify_step(model, optimizer, lambda _: loss_of(model))
+    keeps = network()
+    keeps.kept = keeps(torch.ones(8, 20))
+    with pytest.raises(ValueError, match=r"copy\.deepcopy fails on .*must not keep tensors"):
+        verify_step(keeps, BNGD(keeps.parameters()), loss_of)
     model.zero_grad()
     release_gradients(model, optimizer)
     with pytest.raises(NotImplementedError, match="gradient release"):
@@ -157,3 +242,20 @@ def test_the_command_steps_a_factorys_model(
                            ("factory_of_a_test", "must be MODULE:FACTORY")):  # fmt: skip
         assert cli.main(["verify", "--model", wrong]) == 2
         assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_the_json_is_written_and_no_verdict_given_where_nobody_reads(
+    unbuffered: str, tmp_path: Path
+) -> None:
+    (tmp_path / "factory_of_a_test.py").write_text(FACTORY)
+    command = [sys.executable, "-m", "bngd_triton", "verify", "--model", "factory_of_a_test:make"]
+    read, write = os.pipe()
+    os.close(read)
+    ran = subprocess.run(
+        [*command, "--json", "report.json"], cwd=tmp_path, stdout=write, stderr=subprocess.PIPE,
+        text=True, check=False, env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
+    )  # fmt: skip
+    os.close(write)
+    assert (ran.returncode, ran.stderr) == (141, "")
+    assert json.loads((tmp_path / "report.json").read_text())["passed"]
