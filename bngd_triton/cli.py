@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import traceback
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -230,7 +231,12 @@ def _verify_model(args: argparse.Namespace) -> int:
         factory = getattr(importlib.import_module(module), name)
     except (ModuleNotFoundError, AttributeError) as error:
         raise ValueError(f"--model {args.model}: {error}") from error
-    report = verify_step(*factory())
+    try:
+        report = verify_step(*factory())
+    # whatever the user's code raises
+    except Exception:
+        traceback.print_exc()
+        return _fail(f"--model {args.model}: no step could be made, see above", 2)
     if args.json is not None:
         args.json.write_text(json.dumps(report.as_dict(), indent=1) + "\n", encoding="utf-8")
     print(report)
@@ -239,11 +245,8 @@ def _verify_model(args: argparse.Namespace) -> int:
 
 def _bench(args: argparse.Namespace) -> int:
     if not (_ROOT / "bench" / "run.py").is_file():
-        return _fail(
-            "bench/ does not ship in the wheel: clone the repository and run "
-            "`pip install -e .` there",
-            1,
-        )
+        way_out = "clone the repository and run `pip install -e .` there"
+        return _fail(f"bench/ does not ship in the wheel: {way_out}", 1)
     # a process of its own: `bench` and Triton's settings stay out of this one
     command = [sys.executable, "-m"]
     if args.plot:

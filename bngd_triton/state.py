@@ -93,8 +93,11 @@ def make_state(state: dict[Tensor, Any], params: Sequence[Tensor], options: Opti
         if options.accumulation_steps > 1:
             window = entry.get(WINDOW)
             if window is None or local(window).numel() != slices:
-                zeros = torch.zeros(slices, dtype=torch.uint8, device=param.device)
-                state[param][WINDOW] = as_window(param, zeros, options)
+                seen = torch.zeros(slices, dtype=torch.uint8, device=param.device)
+                if window is not None and window.numel() and not is_sharded(param):
+                    # the granularity was changed within the window
+                    seen += window.amax()
+                state[param][WINDOW] = as_window(param, seen, options)
         else:
             entry.pop(WINDOW, None)
     parts = [local(param) for _, param, _ in wanted]

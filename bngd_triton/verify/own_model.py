@@ -67,11 +67,13 @@ class StepReport:
         loss: before the step.
         parameters: those that have a gradient, and any that moved without one.
         without_gradient: names of the others.
+        skipped: slices that an inf or a NaN left as they were.
     """
 
     loss: float
     parameters: tuple[CheckedParameter, ...]
     without_gradient: tuple[str, ...]
+    skipped: int
 
     @property
     def ok(self) -> bool:
@@ -94,6 +96,7 @@ class StepReport:
             "loss": self.loss if math.isfinite(self.loss) else None,
             "parameters": rows,
             "without_gradient": list(self.without_gradient),
+            "skipped": self.skipped,
         }
 
     def __str__(self) -> str:
@@ -110,6 +113,8 @@ class StepReport:
         lines.append(
             f"loss {self.loss:.6g}; {count - len(wrong)} of {count} parameters within their bounds"
         )
+        if self.skipped:
+            lines.append(f"slices with an inf or a NaN, left as they were: {self.skipped}")
         if self.without_gradient:
             lines.append(f"without a gradient: {', '.join(self.without_gradient)}")
         return "\n".join(lines)
@@ -160,13 +165,14 @@ def verify_step(model: nn.Module, optimizer: BNGD, loss_fn: LossFunction) -> Ste
             "no parameter of the optimizer has a gradient: loss_fn must compute the loss with the "
             "model that it is given, whose parameters must be the optimizer's"
         )
+    skipped = optimizer.skipped
     optimizer.step()
     for group in before:
         checked.extend(group.compare(optimizer))
     served = {one.name for one in checked}
-    return StepReport(
-        float(loss.detach()), tuple(checked), tuple(n for n in names.values() if n not in served)
-    )
+    without = tuple(name for name in names.values() if name not in served)
+    skipped = optimizer.skipped - skipped
+    return StepReport(float(loss.detach()), tuple(checked), without, skipped)
 
 
 def _check(optimizer: Any) -> None:

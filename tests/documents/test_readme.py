@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 from dataclasses import fields
@@ -97,7 +98,7 @@ def test_every_option_is_in_the_table_and_in_the_docstrings() -> None:
     readme = (ROOT / "README.md").read_text()
     table = [row.split("|")[1] for row in readme.splitlines() if row.startswith("| `")]
     assert names <= set(re.findall(r"`(\w+)`", " ".join(table)))
-    assert names <= set(re.findall(r"^ {8}(\w+): ", BNGD.__doc__ or "", re.M))
+    assert names <= set(re.findall(r"^ {4}(\w+): ", inspect.getdoc(BNGD) or "", re.M))
     for function in (step_, fused_step_):
         _, _, listed = (function.__doc__ or "").partition("**step_options: ")
         assert set(get_type_hints(StepOptions)) <= set(re.findall(r"\w+", listed))

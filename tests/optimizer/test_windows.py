@@ -215,3 +215,23 @@ def test_another_number_of_micro_batches(path: StepPath) -> None:
             oracle.step(grads, 0.1, False)
     for param, want in zip(params, oracle.params):
         torch.testing.assert_close(param.detach().cpu().double(), want, rtol=0, atol=4e-6)
+
+
+@pytest.mark.parametrize(("before", "after"), [("tensor", "row"), ("row", "tensor")])
+def test_momentum_decays_once_though_the_granularity_changes_within_a_window(
+    before: str, after: str, path: StepPath
+) -> None:
+    param = Parameter(torch.zeros(2, 3, device=path.device))
+    optimizer = BNGD([param], 0.1, accumulation_steps=2, granularity=before, fused=path.fused)
+    grads = torch.randn(4, 2, 3).double()
+    want = torch.zeros(2, 3, dtype=torch.float64)
+    for step, grad in enumerate(grads):
+        how = before if step < 3 else after
+        optimizer.param_groups[0]["granularity"] = how
+        param.grad = grad.float().to(path.device)
+        optimizer.step()
+        rows = grad.view(2 if how == "row" else 1, -1)
+        ghat = torch.stack([normalized(row, 1e-8, "zscore", 1.0) for row in rows]).view(2, 3)
+        want = (0.9 if step % 2 == 0 else 1.0) * want + 0.05 * ghat
+    momentum = optimizer.state[param]["momentum_buffer"].cpu().double()
+    torch.testing.assert_close(momentum, want, rtol=0, atol=1e-6)

@@ -259,3 +259,25 @@ def test_the_json_is_written_and_no_verdict_given_where_nobody_reads(
     os.close(write)
     assert (ran.returncode, ran.stderr) == (141, "")
     assert json.loads((tmp_path / "report.json").read_text())["passed"]
+
+
+def test_skipped_slices_are_counted_beside_the_verdict() -> None:
+    """Nothing is wrong where nothing moved, but nothing was shown either."""
+    model = network()
+    report = verify_step(model, BNGD(model.parameters()), lambda m: loss_of(m) * torch.inf)
+    assert report.ok
+    assert report.skipped == report.as_dict()["skipped"] == 6 + 1 + 1 + 1 + 3 + 1
+    assert f"left as they were: {report.skipped}" in str(report)
+    assert not verify_step(model, BNGD(model.parameters()), loss_of).skipped
+
+
+def test_what_a_factory_raises_is_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "raising_factory.py").write_text("def make():\n    raise ValueError('of mine')\n")
+    monkeypatch.setattr("sys.path", [str(tmp_path)])
+    assert cli.main(["verify", "--model", "raising_factory:make"]) == 2
+    shown = capsys.readouterr().err
+    assert "in make\n" in shown
+    assert "ValueError: of mine" in shown
+    assert "--model raising_factory:make: no step could be made" in shown
