@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 
-def oracle_step(
+def oracle_step(  # noqa: D417
     params: Sequence[Tensor],
     grads: Sequence[Tensor | None],
     buffers: Sequence[Tensor | None],
@@ -38,16 +38,6 @@ def oracle_step(
         buffers: momentum of the same shapes, None where there is none yet; without effect when
             `momentum` is 0.
         lr: as in `reference.step_`, like all that follow.
-        momentum: see there.
-        nesterov: see there.
-        weight_decay: see there.
-        eps: see there.
-        granularity: see there.
-        normalizer: see there.
-        centering: see there.
-        center_1d: see there.
-        nonfinite: see there.
-        maximize: see there.
 
     Returns:
         New parameters and buffers: contiguous float64 tensors on the CPU. A buffer that this step
@@ -68,15 +58,15 @@ def oracle_step(
         g = torch.cat([value.reshape(-1) for value in values])
         if not g.numel():
             continue
-        if not g.isfinite().all():
-            if nonfinite == "raise":
-                raise FloatingPointError("a gradient has an inf or a NaN")
-            if nonfinite == "skip":
-                continue
-            ghat = torch.full_like(g, math.nan)
-        else:
-            g = -g if maximize else g
-            whole = params[members[0][0]].dim() >= 2 or center_1d or granularity == "global"
+        finite = bool(g.isfinite().all())
+        if not finite and nonfinite == "raise":
+            raise FloatingPointError("a gradient has an inf or a NaN")
+        if not finite and nonfinite == "skip":
+            continue
+        whole = params[members[0][0]].dim() >= 2 or center_1d or granularity == "global"
+        g = -g if maximize else g
+        ghat = torch.full_like(g, math.nan)
+        if finite:
             ghat = normalized(g, eps, normalizer, centering if whole else 0.0)
         for (i, row), flat in zip(members, ghat.split([value.numel() for value in values])):
             theta = _part(new_params[i], row)
