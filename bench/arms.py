@@ -203,8 +203,9 @@ def tuned(name: str, tuning: Mapping[str, Any]) -> Arm:
     """One of our arms with other sizes or in another form: ``bngd:form=single-launch``."""
     if unknown := set(tuning) - set(Tuning.__dataclass_fields__):
         raise ValueError(f"Tuning has no field {', '.join(sorted(unknown))}")
+    sample = Tuning(form="")
     for field, value in tuning.items():
-        kind = type(getattr(Tuning(form=""), field))
+        kind = type(getattr(sample, field))
         if type(value) is not kind:
             raise ValueError(f"Tuning.{field} is of type {kind.__name__}, got {value!r}")
     label = ",".join(f"{field}={value}" for field, value in tuning.items())

@@ -15,7 +15,7 @@ from types import FrameType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
@@ -37,6 +37,17 @@ def parameter_names(group: dict[str, Any], index: int) -> list[str]:
     if named is not None:
         return list(named)
     return [f"param_groups[{index}]['params'][{i}]" for i in range(len(group["params"]))]
+
+
+def names_in(model: nn.Module, optimizer: Optimizer) -> dict[str, str]:
+    """The model's name of each parameter that it has, by the optimizer's."""
+    names = {id(param): name for name, param in model.named_parameters()}
+    return {
+        own: names[id(param)]
+        for index, group in enumerate(optimizer.param_groups)
+        for own, param in zip(parameter_names(group, index), group["params"])
+        if id(param) in names
+    }
 
 
 def _check_state_dict(optimizer: Optimizer, incoming: dict[str, Any]) -> None:

@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .. import __version__
+from ..strict_json import nulls
 from .results import Results, Run, Settings
 
 
@@ -204,14 +205,5 @@ def write_json(
         **shared,
         **asdict(settings),
     }
-    figures = {"settings": about, "interrupted": interrupted, **_nulls(asdict(results))}
+    figures = {"settings": about, "interrupted": interrupted, **nulls(asdict(results))}
     path.write_text(json.dumps(figures, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-
-
-def _nulls(value: Any) -> Any:
-    """`value` with None for every float that JSON cannot hold."""
-    if isinstance(value, dict):
-        return {key: _nulls(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_nulls(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..checkpoint_files import replace_file
 from ..state import GradStats, kappa_of
-from ..state_dicts import parameter_names
+from ..state_dicts import names_in
 
 COLUMNS = GradStats._fields
 _MEAN, _STD, _SKIPPED = (COLUMNS.index(name) for name in ("mean", "std", "skipped"))
@@ -185,7 +185,7 @@ class GradStatsLogger:
                 raise TypeError(f"writer must have {method}, got {type(writer).__name__}")
         self.log = GradStatsLog()
         self._stats: Callable[[], dict[str, GradStats]] = optimizer.grad_stats
-        self._renamed = {} if model is None else _names_of(optimizer, model)
+        self._renamed = {} if model is None else names_in(model, optimizer)
         self._every = every
         self._next = first_step
         self._own = _summary_writer(path, first_step) if path is not None else None
@@ -250,17 +250,6 @@ class GradStatsLogger:
         """The last step's names if they are the same, so that they are kept once."""
         last = self.log.steps[-1].names if self.log.steps else ()
         return last if last == names else names
-
-
-def _names_of(optimizer: Any, model: nn.Module) -> dict[str, str]:
-    """The model's name of each parameter, by the optimizer's."""
-    names = {id(param): name for name, param in model.named_parameters()}
-    return {
-        own: names[id(param)]
-        for index, group in enumerate(optimizer.param_groups)
-        for own, param in zip(parameter_names(group, index), group["params"])
-        if id(param) in names
-    }
 
 
 def _to_host(stats: dict[str, GradStats]) -> dict[str, Tensor]:

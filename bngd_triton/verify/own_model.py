@@ -10,27 +10,22 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
-from ..checks import FLOAT_DTYPES
+from ..checks import is_served
 from ..eager.rounding import master_dtype
 from ..engine.collect import gather
 from ..engine.step import inputs_of
 from ..optimizer import BNGD
 from ..options import Options
 from ..state import MOMENTUM, master_key
-from ..state_dicts import parameter_names
+from ..state_dicts import names_in, parameter_names
+from ..strict_json import nulls
 from ..tensors import is_sharded
 from .arms import Snapshot, snapshot
 from .judge import step_errors
 from .oracle import oracle_step
 
 LossFunction = Callable[[nn.Module], Tensor]
-# options of a group that the definition takes
-_RULE = (
-    "lr", "momentum", "nesterov", "weight_decay", "eps", "granularity", "normalizer", "centering",
-    "center_1d", "nonfinite", "maximize",
-)  # fmt: skip
 
 
 class CheckedParameter(NamedTuple):
@@ -86,18 +81,20 @@ class StepReport:
             {
                 **checked._asdict(),
                 "dtype": str(checked.dtype).removeprefix("torch."),
-                "share": checked.share if math.isfinite(checked.share) else None,
                 "ok": checked.ok,
             }
             for checked in self.parameters
         ]
-        return {
-            "passed": self.ok,
-            "loss": self.loss if math.isfinite(self.loss) else None,
-            "parameters": rows,
-            "without_gradient": list(self.without_gradient),
-            "skipped": self.skipped,
-        }
+        found: dict[str, Any] = nulls(
+            {
+                "passed": self.ok,
+                "loss": self.loss,
+                "parameters": rows,
+                "without_gradient": list(self.without_gradient),
+                "skipped": self.skipped,
+            }
+        )
+        return found
 
     def __str__(self) -> str:
         lines = ["of bound  path     dtype     shape           name"]
@@ -157,9 +154,7 @@ def verify_step(model: nn.Module, optimizer: BNGD, loss_fn: LossFunction) -> Ste
                 f"{loss!r}"
             )
         loss.backward()
-    checked: list[CheckedParameter] = []
-    groups = optimizer.param_groups
-    before = [_Before(optimizer, index, names) for index in range(len(groups))]
+    before = [_Before(optimizer, index, names) for index in range(len(optimizer.param_groups))]
     if not any(group.params for group in before):
         raise ValueError(
             "no parameter of the optimizer has a gradient: loss_fn must compute the loss with the "
@@ -167,12 +162,11 @@ def verify_step(model: nn.Module, optimizer: BNGD, loss_fn: LossFunction) -> Ste
         )
     skipped = optimizer.skipped
     optimizer.step()
-    for group in before:
-        checked.extend(group.compare(optimizer))
+    checked = tuple(one for group in before for one in group.compare(optimizer))
     served = {one.name for one in checked}
     without = tuple(name for name in names.values() if name not in served)
     skipped = optimizer.skipped - skipped
-    return StepReport(float(loss.detach()), tuple(checked), without, skipped)
+    return StepReport(float(loss.detach()), checked, without, skipped)
 
 
 def _check(optimizer: Any) -> None:
@@ -206,11 +200,11 @@ def _copied(model: nn.Module, optimizer: BNGD) -> tuple[nn.Module, BNGD]:
 
 def _names(model: nn.Module, optimizer: BNGD) -> dict[tuple[int, int], str]:
     """The name of each parameter, by the places of its group and of itself."""
-    of_model = {id(param): name for name, param in model.named_parameters()}
+    of_model = names_in(model, optimizer)
     return {
-        (i, j): name if "param_names" in group else of_model.get(id(param), name)
+        (i, j): own if "param_names" in group else of_model.get(own, own)
         for i, group in enumerate(optimizer.param_groups)
-        for j, (name, param) in enumerate(zip(parameter_names(group, i), group["params"]))
+        for j, own in enumerate(parameter_names(group, i))
     }
 
 
@@ -227,7 +221,7 @@ class _Before:
         self.others = [
             (names[index, j], param, param.detach().cpu().clone())
             for j, param in enumerate(group["params"])
-            if param.grad is None and _comparable(param)
+            if param.grad is None and is_served(param) and not param.is_meta
         ]
         self.fused = gather(optimizer, index, self.options, inputs_of(optimizer), ()).fused
         self.snapshots = self._snapshots(optimizer)
@@ -235,7 +229,7 @@ class _Before:
             [one.wide for one in self.snapshots],
             [param.grad for param in self.params],
             [one.momentum for one in self.snapshots],
-            **{name: getattr(self.options, name) for name in _RULE},
+            **{name: getattr(self.options, name) for name in oracle_step.__kwdefaults__ or ()},
         )
 
     def _wanted(self, param: Tensor) -> list[str]:
@@ -278,9 +272,3 @@ class _Before:
                 where = "has no gradient, and the step moved it"
                 shape = tuple(param.shape)
                 yield CheckedParameter(name, shape, param.dtype, "none", math.inf, where)
-
-
-def _comparable(param: Tensor) -> bool:
-    """Whether the values of a parameter without a gradient can be read."""
-    plain = param.layout is torch.strided and param.device.type != "meta" and not is_lazy(param)
-    return plain and param.dtype in FLOAT_DTYPES

@@ -19,6 +19,7 @@ import torch
 from .. import __version__
 from ..info import collect
 from ..kernels.support import interpreting
+from ..strict_json import nulls
 from .cases import FACTORS, STEPS, Case
 from .judge import Result, judge
 
@@ -164,12 +165,5 @@ def _write(
 
 def _errors(result: Result) -> dict[str, Any]:
     """The errors as dictionaries, with None for what JSON cannot hold."""
-    return {
-        name: None
-        if error is None
-        else {
-            key: value if isinstance(value, str) or math.isfinite(value) else None
-            for key, value in error._asdict().items()
-        }
-        for name, error in (("kernels", result.kernels), ("eager", result.eager))
-    }
+    errors = {"kernels": result.kernels, "eager": result.eager}
+    return {name: error and nulls(error._asdict()) for name, error in errors.items()}

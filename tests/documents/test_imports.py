@@ -17,10 +17,10 @@ from support.checkout import BENCH
 # each imports only what stands before it
 ORDER = (
     "options", "foreign", "summed_gradients", "tensors", "records", "checks", "flat_buffers",
-    "checkpoint_files", "eager", "kernels", "reference", "state", "clocks", "state_dicts",
-    "standstill", "sharding", "engine", "optimizer", "fp32_weights", "gradient_release", "inputs",
-    "telemetry", "integrations", "bngd_triton", "info", "cli", "demo", "verify", "__main__",
-    "bench",
+    "checkpoint_files", "strict_json", "eager", "kernels", "reference", "state", "clocks",
+    "state_dicts", "standstill", "sharding", "engine", "optimizer", "fp32_weights",
+    "gradient_release", "inputs", "telemetry", "integrations", "bngd_triton", "info", "cli", "demo",
+    "verify", "__main__", "bench",
 )  # fmt: skip
 FOLDERS = {
     "bngd_triton": Path(bngd_triton.__file__).parent,

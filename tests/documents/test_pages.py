@@ -18,7 +18,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from support.checkout import DOCS, EXAMPLES, ROOT
+from support.checkout import DOCS, EXAMPLES, ROOT, blocks
 
 PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
 TELEMETRY = DOCS / "telemetry.md"
@@ -30,11 +30,7 @@ NUMBER = r"(?<![\w.])\d+(?:\.\d+)?(?![\w]|\.\w)"
 ALWAYS = {*sys.stdlib_module_names, "torch", "bngd_triton"}
 
 
-def blocks(page: Path, language: str = "python") -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", page.read_text(), re.S)
-
-
-WITH_CODE = [page for page in PAGES if page.exists() and blocks(page)]
+WITH_CODE = [page for page in PAGES if page.exists() and blocks(page.read_text())]
 
 
 def needs(block: str) -> set[str]:
@@ -89,7 +85,7 @@ def test_the_code_of_a_page_runs(
     monkeypatch.delenv("RANK", raising=False)
     scope: dict[str, Any] = {"__name__": page.stem}
     try:
-        for block in blocks(page):
+        for block in blocks(page.read_text()):
             if all(map(importlib.util.find_spec, needs(block))):
                 exec(compile(block, str(page), "exec"), scope)
         check_what_is_left(page.stem, scope)
@@ -101,7 +97,7 @@ def test_the_code_of_a_page_runs(
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the page itself runs it")
 def test_the_graph_of_the_training_page_is_rehearsed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a GPU a replay is an iteration, which must leave gradients where they were."""
-    setup, *_ = found = blocks(DOCS / "training.md")
+    setup, *_ = found = blocks((DOCS / "training.md").read_text())
     (code,) = [block for block in found if "graph.replay" in block]
     scope: dict[str, Any] = {}
     exec(setup, scope)
@@ -147,7 +143,7 @@ def check_what_is_left(page: str, scope: dict[str, Any]) -> None:
 def test_a_page_defines_what_it_uses_and_says_what_it_needs(page: Path) -> None:
     """For every block, those that cannot run here, too."""
     known = set(dir(builtins))
-    for block in blocks(page):
+    for block in blocks(page.read_text()):
         known.update(bound(block))
         used = {
             node.id
@@ -170,7 +166,7 @@ def test_figures_of_the_telemetry_page_are_the_example_s(
     log = example.train(split, model, steps=len(rows))
     example.show(log, 0)
     _, printed = capsys.readouterr().out.split("\n", 1)
-    (shown,) = blocks(TELEMETRY, "text")
+    (shown,) = blocks(TELEMETRY.read_text(), "text")
     assert re.sub(NUMBER, "#", shown) == re.sub(NUMBER, "#", printed)
     got, want = ([float(x) for x in re.findall(NUMBER, text)] for text in (shown, printed))
     assert len(got) == 11

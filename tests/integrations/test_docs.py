@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import nn
 
 from bngd_triton import BNGD
-from support.checkout import DOCS
+from support.checkout import DOCS, blocks
 from support.processes import run
 
 PAGE = DOCS / "integrations.md"
@@ -27,7 +27,7 @@ def snippets() -> dict[str, str]:
     found = {}
     for section in sections:
         heading = section.splitlines()[0]
-        for code in re.findall(r"```python\n(.*?)```", section, re.S):
+        for code in blocks(section):
             assert heading not in found
             found[heading] = code
     return found
@@ -37,7 +37,7 @@ def preamble() -> dict[str, Any]:
     """The page's first block: a model, batches and a loss function."""
     torch.manual_seed(0)
     names: dict[str, Any] = {}
-    first, *_ = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.S)
+    first, *_ = blocks(PAGE.read_text())
     exec(first, names)
     return names
 

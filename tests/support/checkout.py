@@ -1,8 +1,14 @@
 """The folder around the tests: a checkout, or where they were copied to without the package."""
 
+import re
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "examples"
 DOCS = ROOT / "docs"
 BENCH = ROOT / "bench"
+
+
+def blocks(page: str, language: str = "python") -> list[str]:
+    """The code of a page, or of a part of it."""
+    return re.findall(rf"```{language}\n(.*?)```", page, re.S)
