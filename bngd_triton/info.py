@@ -31,7 +31,6 @@ EXTRAS = (
 # what the host's fast paths use of torch beside its public functions; without them steps are the
 # same, but take longer on the host, or parameters stay where they are
 PRIVATE = (
-    "torch._disable_dynamo",
     "torch._C._dynamo.guards.TensorGuards",
     "torch._C._storage_Use_Count",
 )

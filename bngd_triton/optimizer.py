@@ -211,7 +211,7 @@ class BNGD(Optimizer):
             if closure is not None:
                 with torch.enable_grad():
                     loss = closure()
-            self._step()
+            self._outside_graphs(self)
         except BaseException:
             # a GradScaler takes back what it left here only after a step that returns
             if self.__dict__.pop("found_inf", None) is not None:
@@ -219,9 +219,6 @@ class BNGD(Optimizer):
             raise
         return loss
 
-    # a compiled training step breaks its graph here, and nothing in it depends on an option's
-    # value; private, but torch.optim stands on it, and the public function takes a second to import
-    @torch._disable_dynamo  # type: ignore[attr-defined]
     @lasting_when_inferring
     def _step(self) -> None:
         if not self.state and asks_for_state(self):
@@ -297,6 +294,9 @@ class BNGD(Optimizer):
         self._standstill = Standstill()
         self._summed = SummedGradients()
         self._clocks = Clocks()
+        # a compiled training step breaks its graph here, and nothing in it depends on an option's
+        # value; made here, since it imports a second's worth that any optimizer of torch imports
+        self._outside_graphs = torch.compiler.disable(BNGD._step)
 
     def __getstate__(self) -> dict[str, Any]:
         self._clocks.note(self.param_groups)
