@@ -78,38 +78,22 @@ class StepReport:
     def as_dict(self) -> dict[str, Any]:
         """Everything, as JSON can hold it: a share that is no finite number is None."""
         rows = [
-            {
-                **checked._asdict(),
-                "dtype": str(checked.dtype).removeprefix("torch."),
-                "ok": checked.ok,
-            }
+            {**checked._asdict(), "dtype": _name(checked.dtype), "ok": checked.ok}
             for checked in self.parameters
         ]
-        found: dict[str, Any] = nulls(
-            {
-                "passed": self.ok,
-                "loss": self.loss,
-                "parameters": rows,
-                "without_gradient": list(self.without_gradient),
-                "skipped": self.skipped,
-            }
-        )
+        found: dict[str, Any] = nulls({"passed": self.ok, **vars(self), "parameters": rows})
         return found
 
     def __str__(self) -> str:
         lines = ["of bound  path     dtype     shape           name"]
         for checked in self.parameters:
-            dtype = str(checked.dtype).removeprefix("torch.")
             shape = " x ".join(map(str, checked.shape)) or "scalar"
-            lines.append(
-                f"{checked.share:8.2f}  {checked.path:7}  {dtype:8}  {shape:14}  {checked.name}"
-            )
+            where = f"{checked.path:7}  {_name(checked.dtype):8}  {shape:14}  {checked.name}"
+            lines.append(f"{checked.share:8.2f}  {where}")
         wrong = [checked for checked in self.parameters if not checked.ok]
         lines += [f"{checked.name}: {checked.where}" for checked in wrong]
-        count = len(self.parameters)
-        lines.append(
-            f"loss {self.loss:.6g}; {count - len(wrong)} of {count} parameters within their bounds"
-        )
+        right = f"{len(self.parameters) - len(wrong)} of {len(self.parameters)}"
+        lines.append(f"loss {self.loss:.6g}; {right} parameters within their bounds")
         if self.skipped:
             lines.append(f"slices with an inf or a NaN, left as they were: {self.skipped}")
         if self.without_gradient:
@@ -184,6 +168,10 @@ def _check(optimizer: Any) -> None:
                 f"verify_step does not serve {what}; verify an optimizer of the same options "
                 "without"
             )
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _copied(model: nn.Module, optimizer: BNGD) -> tuple[nn.Module, BNGD]:
