@@ -30,13 +30,14 @@ CLOSE_ONLY = tl.constexpr(3.0)
 
 @triton.jit
 def factors_of(
-    n, mean, m2, uniform, option, centred, scale_ptr, found_ptr, record, present, window,
-    has_window, WINDOWS: tl.constexpr,
+    n, mean, m2, uniform, option, centred, scaler, record, present, window, has_window,
+    WINDOWS: tl.constexpr,
 ):  # fmt: skip
     """The factors of slices, their mode and the weight of momentum's past.
 
     Records statistics and windows on the way, where they are ``present`` and ``has_window``.
     """
+    scale_ptr, found_ptr = scaler
     centering = tl.where(centred, tl.load(option + CENTERING), 0.0)
     scale = tl.load(scale_ptr).to(tl.float64)
     # the gradient is as many times too large: the quotient is that of the unscaled one
@@ -121,10 +122,11 @@ def record_moments(record, mean, std, accepted, scale, present):
 
 @triton.jit
 def publish(
-    n, mean, m2, least, greatest, i_slice, slices_ptr, factors_ptr, options_ptr, scale_ptr,
-    found_ptr, WIDE: tl.constexpr, WINDOWS: tl.constexpr,
+    moments, i_slice, slices_ptr, factors_ptr, options_ptr, scaler, WIDE: tl.constexpr,
+    WINDOWS: tl.constexpr,
 ):  # fmt: skip
     """Store a slice's factors and record."""
+    n, mean, m2, least, greatest = moments
     if WIDE:
         uniform = tl.sqrt(m2 / n) <= tl.abs(mean) * UNIFORM
     else:
@@ -138,7 +140,7 @@ def publish(
     record = tl.load(row + SLICE_RECORD).to(tl.pointer_type(tl.float64))
     window = tl.load(row + SLICE_WINDOW)
     factors, mode, beta = factors_of(
-        n, mean, m2, uniform, option, (coded & 1) != 0, scale_ptr, found_ptr, record, n > 0,
+        n, mean, m2, uniform, option, (coded & 1) != 0, scaler, record, n > 0,
         window.to(tl.pointer_type(tl.uint8)), window != 0, WINDOWS,
     )  # fmt: skip
     up, more, high, low, inverse = factors
@@ -179,8 +181,9 @@ def _publish_kernel(
     i_slice = tl.program_id(0).to(tl.int64)
     if i_slice < n_slices:
         row = moments_ptr + i_slice * MOMENTS_COLUMNS
-        publish(
+        moments = (
             tl.load(row + MOMENT_N), tl.load(row + MOMENT_MEAN), tl.load(row + MOMENT_M2),
-            tl.load(row + MOMENT_LEAST), tl.load(row + MOMENT_GREATEST), i_slice, slices_ptr,
-            factors_ptr, options_ptr, scale_ptr, found_ptr, WIDE, WINDOWS,
+            tl.load(row + MOMENT_LEAST), tl.load(row + MOMENT_GREATEST),
         )  # fmt: skip
+        scaler = (scale_ptr, found_ptr)
+        publish(moments, i_slice, slices_ptr, factors_ptr, options_ptr, scaler, WIDE, WINDOWS)

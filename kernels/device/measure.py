@@ -67,8 +67,9 @@ def _merge_partials(partials, n_partials, count, WIDE: tl.constexpr, MERGE: tl.c
 
 
 @triton.jit
-def _store_moments(row, stride, n, mean, m2, least, greatest, EXTREMES: tl.constexpr):
+def _store_moments(row, stride, moments, EXTREMES: tl.constexpr):
     """One result, its columns ``stride`` apart."""
+    n, mean, m2, least, greatest = moments
     tl.store(row + MOMENT_N * stride, n)
     tl.store(row + MOMENT_MEAN * stride, mean)
     tl.store(row + MOMENT_M2 * stride, m2)
@@ -79,10 +80,10 @@ def _store_moments(row, stride, n, mean, m2, least, greatest, EXTREMES: tl.const
 
 @triton.jit
 def measure_span(
-    row, slices_ptr, partials_ptr, n_partials, arrived_ptr, factors_ptr, options_ptr, scale_ptr,
-    found_ptr, moments_ptr, grad_ptrs, GRAD: tl.constexpr, ALIGNED: tl.constexpr,
-    HINTS: tl.constexpr, WIDE: tl.constexpr, WINDOWS: tl.constexpr, TABLES: tl.constexpr,
-    BLOCK: tl.constexpr, UNROLL: tl.constexpr, MERGE: tl.constexpr,
+    row, slices_ptr, partials_ptr, n_partials, arrived_ptr, factors_ptr, options_ptr, scaler,
+    moments_ptr, grad_ptrs, GRAD: tl.constexpr, ALIGNED: tl.constexpr, HINTS: tl.constexpr,
+    WIDE: tl.constexpr, WINDOWS: tl.constexpr, TABLES: tl.constexpr, BLOCK: tl.constexpr,
+    UNROLL: tl.constexpr, MERGE: tl.constexpr,
 ):  # fmt: skip
     """Statistics of one span; the last one of a slice publishes it. Returns whether this did.
 
@@ -96,19 +97,15 @@ def measure_span(
     grad = tl.load(grad_ptrs + tensor).to(tl.pointer_type(GRAD)) + start
     if WIDE:
         n, mean, m2 = lane_moments(grad, length, ALIGNED, HINTS, BLOCK, UNROLL)
-        least = mean
-        greatest = mean
+        moments = (n, mean, m2, mean, mean)
     else:
         n, mean, m2, least, greatest = block_moments(grad, length, ALIGNED, HINTS, BLOCK * UNROLL)
-        least = least.to(tl.float64)
-        greatest = greatest.to(tl.float64)
+        moments = (n, mean, m2, least.to(tl.float64), greatest.to(tl.float64))
     first = tl.load(slices_ptr + i_slice * SLICE_COLUMNS + SLICE_FIRST)
     count = tl.load(slices_ptr + i_slice * SLICE_COLUMNS + SLICE_SPANS)
     arrivals = count - 1
     if count > 1:
-        _store_moments(
-            partials_ptr + partial, n_partials, n, mean, m2, least, greatest, not WIDE
-        )  # fmt: skip
+        _store_moments(partials_ptr + partial, n_partials, moments, not WIDE)
         # every lane's stores before the counter's release
         tl.debug_barrier()
         arrivals = tl.atomic_add(arrived_ptr + i_slice, 1, sem="acq_rel").to(tl.int64)
@@ -116,18 +113,12 @@ def measure_span(
     if last:
         if count > 1:
             tl.debug_barrier()
-            n, mean, m2, least, greatest = _merge_partials(
-                partials_ptr + first, n_partials, count, WIDE, MERGE
-            )
+            moments = _merge_partials(partials_ptr + first, n_partials, count, WIDE, MERGE)
             tl.store(arrived_ptr + i_slice, 0)
         if TABLES:
-            table = moments_ptr + i_slice * MOMENTS_COLUMNS
-            _store_moments(table, 1, n, mean, m2, least, greatest, True)
+            _store_moments(moments_ptr + i_slice * MOMENTS_COLUMNS, 1, moments, True)
         else:
-            publish(
-                n, mean, m2, least, greatest, i_slice, slices_ptr, factors_ptr, options_ptr,
-                scale_ptr, found_ptr, WIDE, WINDOWS,
-            )  # fmt: skip
+            publish(moments, i_slice, slices_ptr, factors_ptr, options_ptr, scaler, WIDE, WINDOWS)
     return last
 
 
@@ -159,6 +150,6 @@ def _statistics_kernel(
 ):  # fmt: skip
     measure_span(
         spans_ptr + tl.program_id(0).to(tl.int64) * SPAN_COLUMNS, slices_ptr, partials_ptr,
-        n_partials, arrived_ptr, factors_ptr, options_ptr, scale_ptr, found_ptr, moments_ptr,
+        n_partials, arrived_ptr, factors_ptr, options_ptr, (scale_ptr, found_ptr), moments_ptr,
         grad_ptrs, GRAD, ALIGNED, HINTS, WIDE, WINDOWS, TABLES, BLOCK, UNROLL, MERGE,
     )  # fmt: skip

@@ -92,7 +92,7 @@ def _single_kernel(
         if tl.load(item + ITEM_KIND) == SPAN_ITEM:
             published = measure_span(
                 row, slices_ptr, partials_ptr, n_partials, arrived_ptr, factors_ptr,
-                options_ptr, scale_ptr, found_ptr, partials_ptr, grad_ptrs,
+                options_ptr, (scale_ptr, found_ptr), partials_ptr, grad_ptrs,
                 GRAD, ALIGNED, HINTS, WIDE, WINDOWS, False, BLOCK, UNROLL, MERGE,
             )  # fmt: skip
             if published:
@@ -102,9 +102,9 @@ def _single_kernel(
         else:
             _await(flags + tl.load(row + CHUNK_SLICE))
             update_chunk(
-                row, slices_ptr, factors_ptr, options_ptr, clocks_ptr, grad_ptrs, param_ptrs,
-                momentum_ptrs, master_ptrs, GRAD, PARAM, BUFFER, KIND, ALIGNED, HINTS, WINDOWS,
-                SOFT, UPDATE_BLOCK,
+                row, slices_ptr, factors_ptr, options_ptr, clocks_ptr,
+                (grad_ptrs, param_ptrs, momentum_ptrs, master_ptrs), GRAD, PARAM, BUFFER, KIND,
+                ALIGNED, HINTS, WINDOWS, SOFT, UPDATE_BLOCK,
             )  # fmt: skip
         ticket = tl.atomic_add(counters_ptr, 1, sem="relaxed")
     if ticket == n_items + tl.num_programs(0) - 1:

@@ -25,12 +25,13 @@ from .update import bounded, normalize, update_, update_options
 
 @triton.jit
 def _tile(
-    row, rows_ptr, options_ptr, clocks_ptr, scale_ptr, found_ptr, grad_ptrs, param_ptrs,
-    momentum_ptrs, master_ptrs, GRAD: tl.constexpr, PARAM: tl.constexpr, BUFFER: tl.constexpr,
-    KIND: tl.constexpr, ALIGNED: tl.constexpr, HINTS: tl.constexpr, WINDOWS: tl.constexpr,
-    SOFT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    row, rows_ptr, options_ptr, clocks_ptr, scaler, tensors, GRAD: tl.constexpr,
+    PARAM: tl.constexpr, BUFFER: tl.constexpr, KIND: tl.constexpr, ALIGNED: tl.constexpr,
+    HINTS: tl.constexpr, WINDOWS: tl.constexpr, SOFT: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Slices from one gradient read to the stores, COLUMNS entries of each at a time."""
+    grad_ptrs, param_ptrs, momentum_ptrs, master_ptrs = tensors
     # `Entry.granule`: a bound of so many elements does not cut a 16-byte access
     GRANULE: tl.constexpr = (
         4 if tl.float32 == GRAD and tl.float32 == PARAM and tl.float32 == BUFFER else 8
@@ -58,8 +59,8 @@ def _tile(
     address = tl.load(rows + ROW_WINDOW, mask=present, other=0)
     window = address.to(tl.pointer_type(tl.uint8)) + index
     factors, mode, beta = factors_of(
-        n, mean, m2, uniform, option, (coded & 1) != 0, scale_ptr, found_ptr, record, present,
-        window, present & (address != 0), WINDOWS,
+        n, mean, m2, uniform, option, (coded & 1) != 0, scaler, record, present, window,
+        present & (address != 0), WINDOWS,
     )  # fmt: skip
     up, more, high, low, inverse = factors
     factors = (up[:, None], more[:, None], high[:, None], low[:, None], inverse[:, None])
@@ -170,7 +171,7 @@ def _tiles_kernel(
     for i in tl.static_range(0 if ALIGNED else UNALIGNED_SHAPE, 5):
         if shape == i:
             _tile(
-                row, rows_ptr, options_ptr, clocks_ptr, scale_ptr, found_ptr, grad_ptrs,
-                param_ptrs, momentum_ptrs, master_ptrs, GRAD, PARAM, BUFFER, KIND, ALIGNED,
-                HINTS, WINDOWS, SOFT, SHAPES_OF_TILES[i], BLOCK // SHAPES_OF_TILES[i],
+                row, rows_ptr, options_ptr, clocks_ptr, (scale_ptr, found_ptr),
+                (grad_ptrs, param_ptrs, momentum_ptrs, master_ptrs), GRAD, PARAM, BUFFER, KIND,
+                ALIGNED, HINTS, WINDOWS, SOFT, SHAPES_OF_TILES[i], BLOCK // SHAPES_OF_TILES[i],
             )  # fmt: skip

@@ -75,11 +75,13 @@ def update_(
 
 @triton.jit
 def _update_block(
-    grad, param, momentum, master, offsets, m_grad, m_momentum, m_param, start, factors, mode,
-    options, beta, fresh, tensor_seed, step_seed, KIND: tl.constexpr, HINTS: tl.constexpr,
-    SOFT: tl.constexpr,
+    places, offsets, masks, start, factors, mode, rule, seeds, KIND: tl.constexpr,
+    HINTS: tl.constexpr, SOFT: tl.constexpr,
 ):  # fmt: skip
     """One block, from the loads to the stores; three masks say how far each tensor is touched."""
+    grad, param, momentum, master = places
+    m_grad, m_momentum, m_param = masks
+    options, beta, fresh = rule
     ONCE: tl.constexpr = "evict_first" if HINTS else ""
     # load
     g = tl.load(grad + offsets, mask=m_grad, other=0.0, eviction_policy=ONCE)
@@ -94,6 +96,7 @@ def _update_block(
         ghat = bounded(ghat)
     hashed = offsets
     if KIND == STOCHASTIC:
+        tensor_seed, step_seed = seeds
         hashed = hash_positions(start + offsets, tensor_seed, step_seed)
     update_(
         param + offsets, momentum + offsets, master + offsets, p, m.to(tl.float32), rest, ghat,
@@ -103,12 +106,12 @@ def _update_block(
 
 @triton.jit
 def update_chunk(
-    row, slices_ptr, factors_ptr, options_ptr, clocks_ptr, grad_ptrs, param_ptrs, momentum_ptrs,
-    master_ptrs, GRAD: tl.constexpr, PARAM: tl.constexpr, BUFFER: tl.constexpr,
-    KIND: tl.constexpr, ALIGNED: tl.constexpr, HINTS: tl.constexpr, WINDOWS: tl.constexpr,
-    SOFT: tl.constexpr, BLOCK: tl.constexpr,
+    row, slices_ptr, factors_ptr, options_ptr, clocks_ptr, tensors, GRAD: tl.constexpr,
+    PARAM: tl.constexpr, BUFFER: tl.constexpr, KIND: tl.constexpr, ALIGNED: tl.constexpr,
+    HINTS: tl.constexpr, WINDOWS: tl.constexpr, SOFT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Update one chunk by its slice's factors, which must have been published."""
+    grad_ptrs, param_ptrs, momentum_ptrs, master_ptrs = tensors
     tensor = tl.load(row + CHUNK_TENSOR)
     start = tl.load(row + CHUNK_START)
     n = tl.load(row + CHUNK_LENGTH).to(tl.int32)
@@ -126,19 +129,18 @@ def update_chunk(
         fresh = tl.load(published + FACTOR_FRESH)
         group = tl.load(slices_ptr + i_slice * SLICE_COLUMNS + SLICE_CODED) >> 1
         option = options_ptr + group * OPTION_COLUMNS
-        options = update_options(option)
+        rule = (update_options(option), beta, fresh)
         buffered = tl.load(option + BUFFERED)
         closing = tl.load(option + CLOSING)
         grad = tl.load(grad_ptrs + tensor).to(tl.pointer_type(GRAD)) + start
         param = tl.load(param_ptrs + tensor).to(tl.pointer_type(PARAM)) + start
         momentum = tl.load(momentum_ptrs + tensor).to(tl.pointer_type(BUFFER)) + start
-        tensor_seed = tensor
-        step_seed = tensor
+        seeds = (tensor, tensor)
         master = param
         if KIND == STOCHASTIC:
             # in the place of a master's address: the tensor's key
             key = tl.load(master_ptrs + tensor)
-            tensor_seed, step_seed = rounding_seeds(tl.load(clocks_ptr + group), key)
+            seeds = rounding_seeds(tl.load(clocks_ptr + group), key)
         elif KIND == REMAINDER:
             master = tl.load(master_ptrs + tensor).to(tl.pointer_type(tl.int16)) + start
         elif KIND == MASTER_COPY:
@@ -173,9 +175,10 @@ def update_chunk(
             m_grad = offsets < tl.multiple_of(grad_end - i, 16)
             m_momentum = offsets < tl.multiple_of(momentum_end - i, 16)
             m_param = offsets < tl.multiple_of(param_end - i, 16)
+            masks = (m_grad, m_momentum, m_param)
             _update_block(
-                g, p, m, a, offsets, m_grad, m_momentum, m_param, start + i, factors, mode,
-                options, beta, fresh, tensor_seed, step_seed, KIND, HINTS, SOFT,
+                (g, p, m, a), offsets, masks, start + i, factors, mode, rule, seeds, KIND, HINTS,
+                SOFT,
             )  # fmt: skip
             i += BLOCK
         if whole < n:
@@ -187,11 +190,11 @@ def update_chunk(
                 m_grad = rest < tl.where(mode != CLOSE_ONLY, left, 0)
                 m_param = rest < tl.where(closing != 0, left, 0)
             m_momentum = rest < tl.where(buffered != 0, left, 0)
+            places = (grad + whole, param + whole, momentum + whole, master + whole)
+            masks = (m_grad, m_momentum, m_param)
             _update_block(
-                grad + whole, param + whole, momentum + whole, master + whole, rest, m_grad,
-                m_momentum, m_param, start + whole, factors, mode, options, beta, fresh,
-                tensor_seed, step_seed, KIND, HINTS, SOFT,
-            )  # fmt: skip
+                places, rest, masks, start + whole, factors, mode, rule, seeds, KIND, HINTS, SOFT
+            )
 
 
 @triton.jit(
@@ -224,7 +227,7 @@ def _update_kernel(
     i_chunk = (tl.num_programs(0) - 1 - tl.program_id(0)).to(tl.int64)
     row = chunks_ptr + i_chunk * CHUNK_COLUMNS
     update_chunk(
-        row, slices_ptr, factors_ptr, options_ptr, clocks_ptr, grad_ptrs, param_ptrs,
-        momentum_ptrs, master_ptrs, GRAD, PARAM, BUFFER, KIND, ALIGNED, HINTS, WINDOWS, SOFT,
-        BLOCK,
+        row, slices_ptr, factors_ptr, options_ptr, clocks_ptr,
+        (grad_ptrs, param_ptrs, momentum_ptrs, master_ptrs), GRAD, PARAM, BUFFER, KIND, ALIGNED,
+        HINTS, WINDOWS, SOFT, BLOCK,
     )  # fmt: skip
