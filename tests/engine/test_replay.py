@@ -151,28 +151,23 @@ def test_an_option_changed_alone_or_with_the_rate(
 
 @pytest.mark.parametrize(
     ("name", "value", "error"),
-    [("lr", True, TypeError), ("lr", -1.0, ValueError), ("lr", float("nan"), ValueError),
-     ("eps", True, TypeError), ("centering", 2, ValueError), ("maximize", 1.5, TypeError)],
-)  # fmt: skip
+    [("lr", True, TypeError), ("eps", True, TypeError), ("lr", -1.0, ValueError)],
+)
 def test_a_bad_option_between_steps_is_refused(
     name: str, value: Any, error: type[Exception], device: torch.device
 ) -> None:
     """Also one that equals the good one before it, as True equals 1."""
     param = Parameter(torch.randn(16, device=device))
     optimizer = BNGD([param], lr=1.0, eps=1.0, fused=True)
-    give_gradients([param], 0)
-    for _ in range(3):
+    for seed in range(3):
+        give_gradients([param], seed)
         optimizer.step()
-    group, before = optimizer.param_groups[0], param.detach().clone()
-    good, group[name] = group[name], value
-    with pytest.raises(error, match=name):
-        optimizer.step()
-    with pytest.raises(error, match=name):
-        optimizer.sync_hyperparameters()
+    before = param.detach().clone()
+    optimizer.param_groups[0][name] = value
+    for call in (optimizer.step, optimizer.sync_hyperparameters):
+        with pytest.raises(error, match=name):
+            call()
     assert torch.equal(param, before)
-    group[name] = good
-    optimizer.step()
-    assert not torch.equal(param, before)
 
 
 @pytest.mark.parametrize("shift", [1, 2, 3])
