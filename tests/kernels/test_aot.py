@@ -46,9 +46,9 @@ def unguarded(node: ast.AST) -> ast.AST:
     """Without the barrier between the read of a window and its write."""
     if not (isinstance(node, ast.FunctionDef) and node.name == "admit"):
         return node
-    left = [line for line in node.body if ast.unparse(line) != "tl.debug_barrier()"]
-    assert len(left) == len(node.body) - 1
-    return ast.FunctionDef(**{**dict(ast.iter_fields(node)), "body": left})
+    text = ast.unparse(node)
+    assert text.count("tl.debug_barrier()") == 1
+    return ast.parse(text.replace("tl.debug_barrier()", "pass")).body[0]
 
 
 def waiting(node: ast.AST) -> ast.AST:
