@@ -109,6 +109,12 @@ def one_more_parameter(params: list[Parameter], optimizer: BNGD) -> None:
     optimizer.param_groups[1]["params"].append(new)
 
 
+def next_group(params: list[Parameter], optimizer: BNGD) -> None:
+    """In the lists themselves: the parameters' order and addresses are as they were."""
+    first, second = (group["params"] for group in optimizer.param_groups)
+    second.insert(0, first.pop())
+
+
 def another_group(params: list[Parameter], optimizer: BNGD) -> None:
     new = Parameter(torch.ones(8, device=params[0].device))
     new.grad = torch.arange(8.0, device=params[0].device)
@@ -163,7 +169,7 @@ def param_set(params: list[Parameter], optimizer: BNGD) -> None:
 CHANGES = [
     replace_momentum, replace_entry, replace_state, copy_state, swap_equal_states, pass_state_on,
     same_memory, drop_gradient, other_strides, unaligned, no_momentum, by_row, centre_vectors,
-    fewer_parameters, another_parameter, one_more_parameter, another_group, raise_on_nonfinite,
-    move_momentum, negated, grad_transposed, grad_data_transposed, grad_data_halved, grad_set,
-    param_data_transposed, param_set,
+    fewer_parameters, another_parameter, one_more_parameter, next_group, another_group,
+    raise_on_nonfinite, move_momentum, negated, grad_transposed, grad_data_transposed,
+    grad_data_halved, grad_set, param_data_transposed, param_set,
 ]  # fmt: skip
