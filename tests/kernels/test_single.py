@@ -24,8 +24,6 @@ from support.handmade_plans import entry, inputs, member
 from support.kernel_cases import LANES, LR, OPTIONS, SMALL, TILES, assert_guards, make
 from support.twins import SINGLE, WAVE, Twins, random_tensors
 
-both_tunings = pytest.mark.parametrize("tuning", [LANES, TILES], ids=["lanes", "tiles"])
-
 
 # one form of the statistics with each: what becomes of them is the same code
 @pytest.mark.parametrize(
@@ -75,7 +73,7 @@ def test_several_steps_with_any_number_of_programs(
 
 
 @pytest.mark.parametrize("nonfinite", ["skip", "propagate"])
-@both_tunings
+@pytest.mark.parametrize("tuning", [LANES, TILES], ids=["lanes", "tiles"])
 def test_nonfinite(nonfinite: str, tuning: Tuning, device: torch.device) -> None:
     """A skipped slice raises its flag too; a tile, a long and a short slice are skipped."""
     tensors = random_tensors([(1001,), (300,), (16,), (1200,)], device)
@@ -172,37 +170,32 @@ def test_order_of_the_work(device: torch.device) -> None:
         assert starts == sorted(starts, reverse=True), "newest first"
 
 
+SINGLE_LAUNCH = dataclasses.replace(LANES, form="single-launch")
+KERNELS = {"two-launch": ["statistics"] * 2 + ["update"] * 2, "single-launch": ["single"] * 2}
+
+
 def test_which_form_runs(device: torch.device, launched: list[str]) -> None:
     grads = [torch.randn(500, device=device), torch.randn(500, device=device).bfloat16()]
     params = [grad.clone() for grad in grads]
-
-    def names(tuning: Tuning, form: str | None = None) -> list[str]:
-        plan = plan_of(params, tuning)
-        options = Options(LR, momentum=0.0)
+    two, one = launch.FORMS
+    for sizes, form, expected in (
+        ({}, None, two),
+        ({"form": one}, None, one),
+        ({}, one, one),
+        ({"form": one}, two, two),
+        # 500 float32 and 500 bfloat16 are 3000 bytes
+        ({"single_to": 3000}, None, two),
+        ({"single_to": 3001}, None, one),
+        ({"single_from": 3000, "single_to": 9999}, None, one),
+        ({"single_from": 3001, "single_to": 9999}, None, two),
+        ({"single_to": 3001}, two, two),
+        ({"single_to": 3001, "form": two}, None, two),
+    ):
+        plan = plan_of(params, dataclasses.replace(LANES, **sizes))
         plan.point_at([grad.data_ptr() for grad in grads])
         launched.clear()
-        launch.update(plan, inputs(device, options), form)
-        return launched.copy()
-
-    two = ["_statistics_kernel"] * 2 + ["_update_kernel"] * 2
-    one = ["_single_kernel"] * 2
-    single_tuning = dataclasses.replace(LANES, form="single-launch")
-    assert names(LANES) == two, "the default"
-    assert names(single_tuning) == one
-    assert names(LANES, "single-launch") == one
-    assert names(single_tuning, "two-launch") == two
-    # 500 float32 and 500 bfloat16 are 3000 bytes
-    for least, end, expected in (
-        (0, 3000, two),
-        (0, 3001, one),
-        (3000, 9999, one),
-        (3001, 9999, two),
-    ):
-        assert names(dataclasses.replace(LANES, single_from=least, single_to=end)) == expected
-    sized = dataclasses.replace(LANES, single_to=3001)
-    assert names(sized, "two-launch") == names(dataclasses.replace(sized, form="two-launch")) == two
-    with pytest.raises(ValueError, match="must be one of two-launch, single-launch, got 'three'"):
-        names(LANES, "three")
+        launch.update(plan, inputs(device, Options(LR, momentum=0.0)), form)
+        assert launched == [f"_{word}_kernel" for word in KERNELS[expected]], (sizes, form)
 
 
 def test_no_flag_is_trusted_that_is_raised_too_early(
@@ -212,17 +205,19 @@ def test_no_flag_is_trusted_that_is_raised_too_early(
     monkeypatch.setattr(launch, "releases_wait", lambda device: False)
     param = torch.randn(500, device=device)
     before, grad = param.clone(), torch.randn_like(param)
-    asked = dataclasses.replace(LANES, form="single-launch")
+    asked = {"lr": LR, "momentum": 0.0, "tuning": SINGLE_LAUNCH}
     with pytest.raises(RuntimeError, match=r"'single-launch' needs Triton 3\.9 .*; got Triton 3"):
-        fused_step_([param], [grad], None, lr=LR, momentum=0.0, tuning=asked)
+        fused_step_([param], [grad], None, **asked)
     assert torch.equal(param, before)
     with pytest.raises(RuntimeError, match="'single-launch' needs"):
         launch.form_for(plan_of([param], LANES), "single-launch")
+    with pytest.raises(ValueError, match="must be one of two-launch, single-launch, got 'three'"):
+        launch.form_for(plan_of([param], LANES), "three")
     chosen = dataclasses.replace(LANES, single_to=1 << 30)
     assert launch.form_for(plan_of([param], chosen)) == "two-launch"
-    assert launch.form_for(plan_of([param], asked), "two-launch") == "two-launch"
+    assert launch.form_for(plan_of([param], SINGLE_LAUNCH), "two-launch") == "two-launch"
     # sharded steps never take one launch
-    FusedStep([member(param, grad, None)], [Options(LR)], asked, sharded=True)
+    FusedStep([member(param, grad, None)], [Options(LR)], SINGLE_LAUNCH, sharded=True)
 
 
 @pytest.mark.parametrize("form", launch.FORMS)
@@ -231,16 +226,14 @@ def test_a_global_group_across_dtypes_takes_two_launches(
 ) -> None:
     params = [torch.randn(700, device=device), torch.randn(900, device=device).bfloat16()]
     grads = [torch.randn_like(param) * 3 + 1 for param in params]
-    buffers = [torch.zeros(param.shape, device=device) for param in params]
     before = [param.double().cpu() for param in params]
-    want, want_buffers = oracle_step(params, grads, buffers, lr=LR, granularity="global")
-    tuning = dataclasses.replace(LANES, form=form)
-    fused_step_(params, grads, buffers, lr=LR, granularity="global", tuning=tuning)
-    assert launched == ["_statistics_kernel"] * 2 + ["_update_kernel"] * 2
-    for i, param in enumerate(params):
-        theta, momentum = step_bounds(before[i], want[i], want_buffers[i], param.dtype, LR, False)
-        assert_within("momentum", buffers[i], want_buffers[i], momentum)
-        assert_within("parameter", param, want[i], theta)
+    options: dict[str, Any] = {"lr": LR, "momentum": 0.0, "granularity": "global"}
+    want, _ = oracle_step(params, grads, [None, None], **options)
+    fused_step_(params, grads, None, tuning=dataclasses.replace(LANES, form=form), **options)
+    assert launched == [f"_{word}_kernel" for word in KERNELS["two-launch"]]
+    for got, old, end in zip(params, before, want):
+        bound, _ = step_bounds(old, end, torch.zeros_like(end), got.dtype, LR, False)
+        assert_within("parameter", got, end, bound)
 
 
 def test_nothing_outside_is_touched(device: torch.device) -> None:
