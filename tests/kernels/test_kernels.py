@@ -6,8 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from bngd_triton import reference
@@ -18,7 +16,6 @@ from bngd_triton.kernels import Tuning, fused_step_
 from bngd_triton.kernels import fused_step as prepared_module
 from bngd_triton.kernels.build_plan import build
 from bngd_triton.kernels.device import measure, update
-from bngd_triton.kernels.device.update import store_as
 from bngd_triton.kernels.fused_step import FusedStep
 from bngd_triton.options import Options
 from bngd_triton.records import StepTensor
@@ -28,16 +25,39 @@ from support.closeness import assert_within
 from support.handmade_plans import member, nothing_new
 from support.kernel_cases import (
     FEW,
-    HOW,
     LANES,
     LR,
     OPTIONS,
     SHAPES,
     TILES,
     assert_guards,
-    blocks,
     make,
 )
+
+
+def check_step(
+    options: dict[str, Any], tuning: Tuning, tensors: tuple[list[Tensor], ...]
+) -> list[int]:
+    """How many slices reference and kernels skip in a step that is right."""
+    params, grads, buffers = tensors
+    before = [param.double().cpu() for param in params]
+    eager = [param.clone() for param in params], [buffer.clone() for buffer in buffers]
+    want, want_buffers = oracle_step(params, grads, buffers, lr=LR, **options)
+    skipped = [
+        int(reference.step_(eager[0], grads, eager[1], lr=LR, **options)),
+        int(fused_step_(params, grads, buffers, lr=LR, tuning=tuning, **options)),
+    ]
+    cdf = options.get("normalizer") == "cdf"
+    for i, param in enumerate(params):
+        ends = want[i].nan_to_num(), want_buffers[i].nan_to_num()
+        theta, momentum = step_bounds(before[i], *ends, param.dtype, LR, cdf)
+        for name, got, got_buffer in (
+            ("reference", eager[0][i], eager[1][i]), ("kernels", param, buffers[i]),
+        ):  # fmt: skip
+            shape = tuple(param.shape)
+            assert_within(f"{name}, momentum {shape}", got_buffer, want_buffers[i], momentum)
+            assert_within(f"{name}, parameter {shape}", got, want[i], theta)
+    return skipped
 
 
 @pytest.mark.parametrize("options", OPTIONS)
@@ -45,7 +65,9 @@ from support.kernel_cases import (
 def test_float32_step(options: dict[str, Any], tuning: Tuning, device: torch.device) -> None:
     everywhere = options in ({}, {"momentum": 0.0}, {"granularity": "row"})
     shapes = SHAPES if everywhere else FEW
-    check_step(options, tuning, torch.float32, torch.float32, device, shapes)
+    *tensors, guarded = make(torch.float32, torch.float32, device, shapes)
+    check_step(options, tuning, tensors)
+    assert_guards(guarded)
 
 
 @pytest.mark.parametrize(
@@ -62,34 +84,9 @@ def test_float32_step(options: dict[str, Any], tuning: Tuning, device: torch.dev
 def test_other_dtypes(
     dtype: torch.dtype, grad_dtype: torch.dtype, granularity: str, device: torch.device
 ) -> None:
-    options = {"granularity": granularity, "weight_decay": 0.1}
-    check_step(options, LANES, dtype, grad_dtype, device, FEW)
-
-
-def check_step(
-    options: dict[str, Any],
-    tuning: Tuning,
-    dtype: torch.dtype,
-    grad_dtype: torch.dtype,
-    device: torch.device,
-    shapes: list[tuple[int, ...]],
-) -> None:
-    params, grads, buffers, guarded = make(dtype, grad_dtype, device, shapes)
-    before = [param.double().cpu() for param in params]
-    eager = [param.clone() for param in params], [buffer.clone() for buffer in buffers]
-    want, want_buffers = oracle_step(params, grads, buffers, lr=LR, **options)
-    reference.step_(eager[0], grads, eager[1], lr=LR, **options)
-    fused_step_(params, grads, buffers, lr=LR, tuning=tuning, **options)
+    *tensors, guarded = make(dtype, grad_dtype, device, FEW)
+    check_step({"granularity": granularity, "weight_decay": 0.1}, LANES, tensors)
     assert_guards(guarded)
-    cdf = options.get("normalizer") == "cdf"
-    for i, shape in enumerate(shapes):
-        theta, momentum = step_bounds(before[i], want[i], want_buffers[i], dtype, LR, cdf)
-        for name, got, got_buffer in (
-            ("reference", eager[0][i], eager[1][i]),
-            ("kernels", params[i], buffers[i]),
-        ):
-            assert_within(f"{name}, momentum {shape}", got_buffer, want_buffers[i], momentum)
-            assert_within(f"{name}, parameter {shape}", got, want[i], theta)
 
 
 # every two of the three together
@@ -192,8 +189,8 @@ def test_updates_start_where_the_statistics_ended(
     """Programs start in the order of their numbers: what was read last is still in L2."""
     if device.type != "cpu":
         pytest.skip("compiled programs cannot be watched")
-    params, grads = ([torch.randn(n, device=device) for n in (700, 301)] for _ in range(2))
-    members = [member(p, g, torch.zeros_like(p)) for p, g in zip(params, grads)]
+    tensors = [torch.randn(n, device=device) for n in (700, 301)]
+    members = [member(t, t.clone(), torch.zeros_like(t)) for t in tensors]
     prepared = FusedStep(members, [Options(LR)], LANES)
     (batch,) = prepared._devices[0].plan.batches
 
@@ -233,51 +230,14 @@ def test_nonfinite(
 ) -> None:
     """In a tile, in the last entries of a slice, and in one of many spans."""
     shapes = [(5, 20), (2, 300), (1001,), (40,), (3, 7)]
-    params = [torch.randn(shape, device=device) for shape in shapes]
-    grads = [torch.randn(shape, device=device) for shape in shapes]
-    buffers = [torch.randn(shape, device=device) for shape in shapes]
+    params, grads, buffers, _ = make(torch.float32, torch.float32, device, shapes)
     grads[0][1, 3] = grads[1][1, 299] = grads[2][500] = value
     options = {"granularity": granularity, "nonfinite": nonfinite, "weight_decay": 0.1}
-    before = [param.double().cpu() for param in params]
-    eager = [param.clone() for param in params], [buffer.clone() for buffer in buffers]
-    want, want_buffers = oracle_step(params, grads, buffers, lr=LR, **options)
-    counts = [
-        int(reference.step_(eager[0], grads, eager[1], lr=LR, **options)),
-        int(fused_step_(params, grads, buffers, lr=LR, tuning=tuning, **options)),
-    ]
+    row = params[0][1].clone()
     expected = {"tensor": 3, "row": 3, "global": 1}[granularity] if nonfinite == "skip" else 0
-    assert counts == [expected, expected]
-    for i in range(len(shapes)):
-        theta, momentum = step_bounds(
-            before[i], want[i].nan_to_num(), want_buffers[i].nan_to_num(), torch.float32, LR, False
-        )
-        for got, got_buffer in ((eager[0][i], eager[1][i]), (params[i], buffers[i])):
-            assert_within("momentum", got_buffer, want_buffers[i], momentum)
-            assert_within("parameter", got, want[i], theta)
+    assert check_step(options, tuning, [params, grads, buffers]) == [expected, expected]
     if nonfinite == "skip" and granularity == "row":
-        assert torch.equal(params[0][1].double().cpu(), before[0][1]), "bits, not only values"
-
-
-@triton.jit
-def _store_kernel(x_ptr, out_ptr, SOFT: tl.constexpr, BLOCK: tl.constexpr):
-    offsets = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    x = tl.load(x_ptr + offsets)
-    tl.store(out_ptr + offsets, store_as(x, out_ptr.dtype.element_ty, SOFT))
-
-
-@pytest.mark.filterwarnings("ignore:overflow encountered in cast:RuntimeWarning")
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_stores_round_to_nearest_even(dtype: torch.dtype, device: torch.device) -> None:
-    """Every upper half of a float32 with lower halves around a tie; NaNs of any payload."""
-    upper = torch.arange(2**16).view(-1, 1) << 16
-    lower = torch.tensor([0, 1, 0x0FFF, 0x1000, 0x7FFF, 0x8000, 0x8001, 0xFFFF])
-    x = (upper | lower).flatten().to(torch.int32).view(torch.float32)
-    got = torch.empty(x.shape, dtype=dtype, device=device)
-    _store_kernel[blocks(x)](x.to(device), got, **HOW)
-    got, want = got.cpu(), x.to(dtype)
-    assert torch.equal(got.isnan(), x.isnan())
-    assert torch.equal(got.nan_to_num(0.0), want.nan_to_num(0.0))
-    assert torch.equal(got.isinf(), want.isinf())
+        assert torch.equal(params[0][1], row), "bits, not only values"
 
 
 @pytest.mark.parametrize("nonfinite", ["skip", "propagate"])
