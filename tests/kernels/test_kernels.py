@@ -44,9 +44,11 @@ def check_step(
     eager = [param.clone() for param in params], [buffer.clone() for buffer in buffers]
     want, want_buffers = oracle_step(params, grads, buffers, lr=LR, **options)
     skipped = [
-        int(reference.step_(eager[0], grads, eager[1], lr=LR, **options)),
-        int(fused_step_(params, grads, buffers, lr=LR, tuning=tuning, **options)),
+        reference.step_(eager[0], grads, eager[1], lr=LR, **options),
+        fused_step_(params, grads, buffers, lr=LR, tuning=tuning, **options),
     ]
+    for count in skipped:
+        assert (count.dtype, count.shape, count.device) == (torch.int64, (), params[0].device)
     cdf = options.get("normalizer") == "cdf"
     for i, param in enumerate(params):
         ends = want[i].nan_to_num(), want_buffers[i].nan_to_num()
@@ -57,7 +59,7 @@ def check_step(
             shape = tuple(param.shape)
             assert_within(f"{name}, momentum {shape}", got_buffer, want_buffers[i], momentum)
             assert_within(f"{name}, parameter {shape}", got, want[i], theta)
-    return skipped
+    return list(map(int, skipped))
 
 
 @pytest.mark.parametrize("options", OPTIONS)
