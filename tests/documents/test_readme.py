@@ -1,13 +1,12 @@
-"""README's commands, links of every page, and the demo's figures as they were committed."""
+"""README's commands and options, and the links of every page."""
 
 from __future__ import annotations
 
 import inspect
-import json
 import re
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import get_type_hints
 
 import pytest
 
@@ -20,50 +19,6 @@ from support.checkout import ROOT
 pytestmark = pytest.mark.skipif(
     not (ROOT / "README.md").exists(), reason="the tests run without the checkout around them"
 )
-
-
-def tables() -> list[list[list[str]]]:
-    """The tables of the demo's page, as rows of cells without header and rule."""
-    found: list[list[list[str]]] = [[]]
-    for line in (ROOT / "docs" / "demo.md").read_text().splitlines():
-        if line.startswith("|"):
-            found[-1].append([cell.strip() for cell in line.strip("|").split("|")])
-        elif found[-1]:
-            found.append([])
-    return [table[2:] for table in found if table]
-
-
-def results() -> list[dict[str, Any]]:
-    folder = ROOT / "bench" / "results" / "demo-cpu"
-    return [json.loads((folder / f"seed{seed}.json").read_text()) for seed in range(3)]
-
-
-def test_accuracies_on_the_exploding_network() -> None:
-    runs = results()
-    want = []
-    for arm, run in enumerate(runs[0]["exploding"]):
-        finals = [seed["exploding"][arm]["accuracies"][-1] for seed in runs]
-        figures = " / ".join(f"{final:.1f}" for final in finals)
-        want.append([run["optimizer"], f"{run['lr']:g}", figures])
-    assert want in tables()
-
-
-def test_accuracies_by_loss_scale() -> None:
-    runs = results()
-    want = []
-    for scale in runs[0]["settings"]["scales"]:
-        row = [f"{scale:g}"]
-        for name in dict.fromkeys(run["optimizer"] for run in runs[0]["loss_scale"]):
-            finals = [
-                run["accuracies"][-1]
-                for seed in runs
-                for run in seed["loss_scale"]
-                if run["optimizer"] == name and run["loss_scale"] == scale
-            ]
-            broken = None in finals
-            row.append("NaN" if broken else f"{min(finals):.1f} to {max(finals):.1f}")
-        want.append(row)
-    assert want in tables()
 
 
 def test_both_commands_stand_on_lines_of_their_own() -> None:
