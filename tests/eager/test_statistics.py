@@ -26,13 +26,11 @@ def _pi_digits() -> list[float]:
         return [float(digit) for digit in str(+mpmath.pi) if digit != "."][:5000]
 
 
-# name: data, certified mean, certified standard deviation (denominator n - 1)
-NIST: dict[str, tuple[list[float], float, float]] = {
-    "NumAcc1": ([10000001, 10000003, 10000002], 10000002, 1),
-    "NumAcc2 x 10": ([12] + [11, 13] * 500, 12, 1),
-    "NumAcc3 x 10": ([10000002] + [10000001, 10000003] * 500, 10000002, 1),
-    # of the digits as they are; NIST's file, with 4.5348 and 2.867339, departs from them somewhere
-    "PiDigits": (_pi_digits(), 4.5358, 2.8676755521876114),
+NIST: dict[str, list[float]] = {
+    "NumAcc1": [10000001, 10000003, 10000002],
+    "NumAcc2 x 10": [12] + [11, 13] * 500,
+    "NumAcc3 x 10": [10000002] + [10000001, 10000003] * 500,
+    "PiDigits": _pi_digits(),
 }
 
 Backend = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -81,22 +79,14 @@ def check(backend: str, values: Tensor) -> None:
 
 
 @pytest.mark.parametrize("name", NIST)
-def test_the_sets_are_the_certified_ones(name: str) -> None:
-    data, mean, std = NIST[name]
-    values = torch.tensor(data, dtype=torch.float64)
-    assert lre(float(values.mean()), mean) > 12
-    assert lre(float(values.std(correction=1)), std) > 9
-
-
-@pytest.mark.parametrize("name", NIST)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_nist(backend: str, name: str, device: torch.device) -> None:
-    check(backend, torch.tensor(NIST[name][0], dtype=torch.float32, device=device))
+    check(backend, torch.tensor(NIST[name], dtype=torch.float32, device=device))
 
 
 def test_the_textbook_formula_fails() -> None:
     """``E[x^2] - E[x]^2`` in float32, the control."""
-    values = torch.tensor(NIST["NumAcc3 x 10"][0], dtype=torch.float32)
+    values = torch.tensor(NIST["NumAcc3 x 10"], dtype=torch.float32)
     std = (values.square().mean() - values.mean().square()).clamp_min(0).sqrt()
     assert lre(float(std), exact(values)[1]) < LRE
 
