@@ -12,16 +12,8 @@ from torch.nn import Parameter
 
 from bngd_triton import BNGD
 from bngd_triton.verify.oracle import oracle_step
+from support import steps
 from support.paths import StepPath
-from support.steps import (
-    assert_close,
-    assert_equal,
-    make_grads,
-    make_params,
-    momenta,
-    take_steps,
-    values,
-)
 
 
 class Run:
@@ -30,7 +22,7 @@ class Run:
     def __init__(self, params: list[Parameter], fused: bool | None, **options: Any) -> None:
         self.params, self.options = params, {"lr": 0.1, **options}
         self.optimizer = BNGD(params, fused=fused, **self.options)
-        self.expected: Sequence[Tensor] = values(params)
+        self.expected: Sequence[Tensor] = steps.values(params)
         self.buffers: Sequence[Any] = [None] * len(params)
 
     def step(self, grads: Sequence[Tensor]) -> None:
@@ -44,29 +36,29 @@ class Run:
         self.optimizer.step()
 
     def check(self, **bound: float) -> None:
-        assert_close(self.params, self.expected, **bound)
-        assert_close(momenta(self.optimizer, self.params), self.buffers)
+        steps.assert_close(self.params, self.expected, **bound)
+        steps.assert_close(steps.momenta(self.optimizer, self.params), self.buffers)
 
 
 def test_a_swapped_storage_is_noticed(path: StepPath) -> None:
-    run = Run(make_params(path.device), path.fused)
-    run.step(make_grads(run.params, 0))
+    run = Run(steps.make_params(path.device), path.fused)
+    run.step(steps.make_grads(run.params, 0))
     old = [param.data for param in run.params]
-    frozen = values(old)
+    frozen = steps.values(old)
     for param in run.params:
         param.data = param.data.clone()
-    run.step(make_grads(run.params, 1))
+    run.step(steps.make_grads(run.params, 1))
     run.check()
-    assert_equal(old, frozen)
+    steps.assert_equal(old, frozen)
 
 
 def test_new_values_assigned_to_data_are_used(path: StepPath) -> None:
-    run = Run(make_params(path.device), path.fused)
-    run.step(make_grads(run.params, 0))
+    run = Run(steps.make_params(path.device), path.fused)
+    run.step(steps.make_grads(run.params, 0))
     run.expected = [torch.randn_like(param) for param in run.params]
     for param, value in zip(run.params, run.expected):
         param.data = value.clone()
-    run.step(make_grads(run.params, 1))
+    run.step(steps.make_grads(run.params, 1))
     run.check()
 
 
@@ -80,7 +72,7 @@ def test_other_strides_at_the_same_address_are_noticed(granularity: str, path: S
             param.grad = None
             param.data = param.data.t()
             run.expected = [run.expected[0].t()]
-        run.step(make_grads([param], seed))
+        run.step(steps.make_grads([param], seed))
     run.check()
 
 
@@ -104,10 +96,10 @@ SHIFTS: list[Callable[[Tensor], Tensor]] = [
 
 
 def test_gradients_that_change_memory_in_every_step(path: StepPath) -> None:
-    run, kept = Run(make_params(path.device), path.fused), []
+    run, kept = Run(steps.make_params(path.device), path.fused), []
     for seed, shift in enumerate(SHIFTS * 2):
         # kept alive, so that no address is used twice
-        kept.append([shift(grad) for grad in make_grads(run.params, seed)])
+        kept.append([shift(grad) for grad in steps.make_grads(run.params, seed)])
         run.step(kept[-1])
     run.check()
 
@@ -115,9 +107,9 @@ def test_gradients_that_change_memory_in_every_step(path: StepPath) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
 def test_a_gradient_of_another_dtype_is_noticed(dtype: torch.dtype, path: StepPath) -> None:
     # the kernels do not read float64: those gradients need the choice left open
-    run = Run(make_params(path.device), None if dtype == torch.float64 else path.fused)
+    run = Run(steps.make_params(path.device), None if dtype == torch.float64 else path.fused)
     for seed, its_dtype in enumerate((torch.float32, dtype, torch.float32)):
-        run.step([grad.to(its_dtype) for grad in make_grads(run.params, seed)])
+        run.step([grad.to(its_dtype) for grad in steps.make_grads(run.params, seed)])
     run.check()
 
 
@@ -125,13 +117,16 @@ def test_a_gradient_of_another_dtype_is_noticed(dtype: torch.dtype, path: StepPa
 def test_a_model_cast_to_another_dtype_steps_on(dtype: torch.dtype, path: StepPath) -> None:
     model = torch.nn.Linear(5, 4).to(path.device)
     run = Run(list(model.parameters()), path.fused)
-    run.step(make_grads(run.params, 0))
+    run.step(steps.make_grads(run.params, 0))
     model.to(dtype)
-    run.expected, run.buffers = values(run.params), values(momenta(run.optimizer, run.params))
-    run.step(make_grads(run.params, 1))
+    run.expected, run.buffers = (
+        steps.values(run.params),
+        steps.values(steps.momenta(run.optimizer, run.params)),
+    )
+    run.step(steps.make_grads(run.params, 1))
     # one unit of the storage type for values below 1: a GPU rounds, the interpreter truncates
     run.check(atol=torch.finfo(dtype).eps)
-    assert all(buffer.dtype == torch.float32 for buffer in momenta(run.optimizer, run.params))
+    assert all(buffer.dtype == torch.float32 for buffer in steps.momenta(run.optimizer, run.params))
 
 
 def test_a_gradient_wider_than_the_kernels_is_refused_by_name(device: torch.device) -> None:
@@ -149,12 +144,12 @@ def test_momentum_wider_than_the_kernels_is_served(device: torch.device) -> None
     # a float64 model trained eagerly, then cast: its momentum stays float64
     model = torch.nn.Linear(5, 4).to(device, torch.float64)
     run = Run(list(model.parameters()), None)
-    run.step(make_grads(run.params, 0))
+    run.step(steps.make_grads(run.params, 0))
     model.float()
-    run.expected = values(run.params)
+    run.expected = steps.values(run.params)
     run.optimizer.fused = True
     with pytest.raises(RuntimeError, match="fused=True cannot serve"):
-        take_steps(run.optimizer, run.params, [1])
+        steps.take_steps(run.optimizer, run.params, [1])
     run.optimizer.fused = None
-    run.step(make_grads(run.params, 1))
+    run.step(steps.make_grads(run.params, 1))
     run.check()

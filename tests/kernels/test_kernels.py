@@ -23,16 +23,7 @@ from bngd_triton.verify.oracle import oracle_step
 from bngd_triton.verify.tolerances import step_bounds
 from support.closeness import assert_within
 from support.handmade_plans import member, nothing_new
-from support.kernel_cases import (
-    FEW,
-    LANES,
-    LR,
-    OPTIONS,
-    SHAPES,
-    TILES,
-    assert_guards,
-    make,
-)
+from support.kernel_cases import FEW, LANES, LR, OPTIONS, SHAPES, TILES, assert_guards, make
 
 
 def check_step(
