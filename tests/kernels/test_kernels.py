@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
@@ -9,19 +10,14 @@ import torch
 from torch import Tensor
 
 from bngd_triton import reference
-from bngd_triton.eager import eager_step
-from bngd_triton.eager.factors import Factors, factors_from
-from bngd_triton.eager.moments import Moments
 from bngd_triton.kernels import Tuning, fused_step_
-from bngd_triton.kernels import fused_step as prepared_module
-from bngd_triton.kernels.build_plan import build
 from bngd_triton.kernels.device import measure, update
 from bngd_triton.kernels.fused_step import FusedStep
 from bngd_triton.options import Options
-from bngd_triton.records import StepTensor
 from bngd_triton.verify.oracle import oracle_step
 from bngd_triton.verify.tolerances import step_bounds
 from support.closeness import assert_within
+from support.exact_runs import assert_bits, exact_gradient
 from support.handmade_plans import member, nothing_new
 from support.kernel_cases import FEW, LANES, LR, OPTIONS, SHAPES, TILES, assert_guards, make
 
@@ -82,70 +78,23 @@ def test_other_dtypes(
     assert_guards(guarded)
 
 
-# every two of the three together
-@pytest.mark.parametrize(
-    ("granularity", "tuning", "dtype"),
-    [
-        pytest.param(granularity, (LANES, TILES)[(i + j) % 2], dtype)
-        for i, granularity in enumerate(("tensor", "row", "global"))
-        for j, dtype in enumerate((torch.float32, torch.bfloat16, torch.float16))
-    ],
-    ids=str,
-)
-def test_same_statistics_give_the_same_bits(
+@pytest.mark.parametrize("granularity", ["tensor", "row", "global"])
+@pytest.mark.parametrize("tuning", [LANES, TILES], ids=["lanes", "tiles"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_exact_statistics_give_the_same_bits(
     granularity: str, tuning: Tuning, dtype: torch.dtype, device: torch.device
 ) -> None:
-    options = Options(LR, nesterov=True, weight_decay=0.1, granularity=granularity, centering=0.7)
-    shapes = [(1,), (2,), (17,), (129,), (1009,), (), (5, 7), (3, 272), (2, 3, 4, 5)]
-    params, grads, buffers, _ = make(dtype, dtype, device, shapes)
-    members = [member(p, g, m) for p, g, m in zip(params, grads, buffers)]
-    eager = [
-        one._replace(param=one.param.clone(), momentum=one.momentum.clone()) for one in members
-    ]
-    prepared = without_tiles(members, options, tuning)
-    (device_part,) = prepared._devices
-    prepared.update(members, [options], nothing_new(device))
-    done = device_part.plan
-    # slices lie in the order of the tensors; a global group has one
-    end = 0
-    for one, twin, walk in zip(members, eager, device_part.walks):
-        param = twin.param
-        first = 0 if granularity == "global" else end
-        end += walk.rows
-        rows = slice(first, first + walk.rows)
-        # a global group's is that of its first tensor
-        record = members[0].record if granularity == "global" else one.record
-        n = int(done.slices[first, 2])
-        mean, std = (record[: walk.rows, k : k + 1] for k in (0, 1))
-        m2 = std.square() * n
-        up, more, high, low, inverse, mode = done.factors[rows, :6].split(1, 1)
-        if tuning.wide:
-            # blocks of float32 find equal values by their least and greatest, not by sigma
-            centering = options.centering if options.centres(param.dim()) else 0.0
-            own = factors_from(Moments(n, mean, m2, 0), options, centering, torch.float32)
-            for field, value in zip(Factors._fields, (up, more, high, low, inverse)):
-                # of `more`: known to be 1
-                known = getattr(own, field)
-                expected = torch.ones_like(value) if known is None else known
-                # through std and back, M2 is right to a rounding of float64
-                torch.testing.assert_close(expected, value, rtol=2.0**-23, atol=1e-12, msg=field)
-        moves = mode != 0
-        beta = torch.full_like(inverse, options.momentum)
-        factors = Factors(up, more, high, low, inverse, mode != 2, moves, beta, moves)
-        (runs,) = eager_step.EagerStep([twin], options)._families.values()
-        new = nothing_new(device)
-        eager_step._update(
-            runs, [[twin]], [[twin.grad]], factors, options, new, eager_step.Scratch()
-        )
-        assert torch.equal(param, one.param)
-        assert torch.equal(twin.momentum, one.momentum)
-
-
-def without_tiles(members: list[StepTensor], options: Options, tuning: Tuning) -> FusedStep:
-    """A prepared step in which every slice has its statistics in the tables."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prepared_module, "build", lambda *args, **_: build(*args, tiles=False))
-        return FusedStep(members, [options], tuning)
+    """As the reference's; of centring in part no factor but the deviation is a power of two."""
+    options: dict[str, Any] = {"nesterov": True, "weight_decay": 0.1, "centering": 0.7}
+    shapes = [(1,), (2,), (18,), (130,), (1010,), (), (6, 8), (3, 272), (2, 3, 4, 5)]
+    params, _, buffers, _ = make(dtype, dtype, device, shapes)
+    grads = [exact_gradient(param, 3).to(dtype) for param in params]
+    runs = []
+    for step_ in (reference.step_, functools.partial(fused_step_, tuning=tuning)):
+        moved, momenta = [p.clone() for p in params], [m.clone() for m in buffers]
+        step_(moved, grads, momenta, lr=LR, granularity=granularity, **options)
+        runs.append([*moved, *momenta])
+    assert_bits(*runs)
 
 
 @pytest.mark.parametrize("granularity", ["tensor", "global"])

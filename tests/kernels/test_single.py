@@ -21,8 +21,8 @@ from bngd_triton.verify.oracle import oracle_step
 from bngd_triton.verify.tolerances import step_bounds
 from support.closeness import assert_within
 from support.handmade_plans import entry, inputs, member
-from support.kernel_cases import LANES, LR, OPTIONS, SMALL, TILES, assert_guards, make
-from support.twins import SINGLE, WAVE, Twins, random_tensors
+from support.kernel_cases import LANES, LR, OPTIONS, TILES, assert_guards, make
+from support.twins import SINGLE, Twins, random_tensors
 
 
 # one form of the statistics with each: what becomes of them is the same code
@@ -38,7 +38,7 @@ def test_same_bits_as_two_launches(
 ) -> None:
     shapes = [(1,), (17,), (500,), (), (5, 8), (2, 300)]
     twins = Twins(random_tensors(shapes, device), Options(LR, **options), tuning, programs=5)
-    assert launch.form_for(twins.plan) == "single-launch" or twins.plan.spanning
+    assert launch.form_for(twins.plan) == "single-launch"
     twins.step()
 
 
@@ -107,54 +107,37 @@ def plan_of(tensors: list[Tensor], tuning: Tuning) -> Plan:
 
 
 def test_order_of_the_work(device: torch.device) -> None:
-    """Each item once; a slice's spans before its chunks; waves overlap by one."""
-    tuning = Tuning(**{**SMALL, "wave": WAVE})
-    long = 3 * WAVE // 4
-    sizes = (100, 200, long, 272, 17, 3, 1009, 300, 64)
-    tensors = [torch.randn(size, device=device) for size in sizes]
-    entries = [entry(t, t) for t in tensors]
-    # rows are slices of their own, a global group is one of several tensors that are apart
-    rows = torch.randn(4, 280, device=device)
-    entries.insert(1, entry(rows, rows, None, 4))
-    for at in (0, 4, 8):
-        shared = torch.randn(200, device=device)
-        entries.insert(at, entry(shared, shared, shared=0))
-    plan = build(entries, tuning)
-    (batch,) = plan.batches
+    """A wave's spans, the next one's, then its chunks; within a slice the newest chunk first."""
+    tuning = dataclasses.replace(LANES, wave=800)
+    (batch,) = plan_of([torch.randn(16, device=device)], tuning).batches
+    # of tensors: slice and entries. The tensors of a global group, slice 5, are apart; slice 9 is
+    # longer than a wave of 200 float32, which leaves numbers out
+    tensors = [(5, 100), (6, 150), (5, 30), (7, 200), (8, 50), (9, 300), (10, 40), (10, 90)]
+    pieces = [
+        (tensor, start, min(100, n - start), index)
+        for tensor, (index, n) in enumerate(tensors)
+        for start in range(0, n, 100)
+    ]
+    spans = [(*piece[:3], place, piece[3]) for place, piece in enumerate(pieces)]
+    batch.spans, batch.chunks = (torch.tensor(rows, device=device) for rows in (spans, pieces))
     work = batch.work(tuning)
     assert batch.work(tuning) is work
-    items = work.items.tolist()
-
-    for kind, table in ((SPAN_ITEM, batch.spans), (CHUNK_ITEM, batch.chunks)):
-        listed = [item[1 : 1 + table.shape[1]] for item in items if item[0] == kind]
-        assert sorted(listed) == sorted(table.tolist())
-    assert len(items) == batch.n_spans + batch.n_chunks
-
-    slices = {item[5] for item in items if item[0] == SPAN_ITEM}
-    assert work.first_slice == min(slices)
-    assert len(work.counters) == 1 + max(slices) - min(slices) + 1
-    last_span = {item[5]: at for at, item in enumerate(items) if item[0] == SPAN_ITEM}
-    waited = [at - last_span[item[4]] for at, item in enumerate(items) if item[0] == CHUNK_ITEM]
-    assert min(waited) > 0
-
-    # the waves, found from the tables alone
-    size, wave_of = 0, {}
-    for index in sorted(slices):
-        wave_of[index] = size // (WAVE // 4)
-        size += sum(item[3] for item in items if item[0] == SPAN_ITEM and item[5] == index)
-    numbers = {wave: at for at, wave in enumerate(sorted(set(wave_of.values())))}
-    assert len(numbers) >= 4
-
-    def turn(item: list[int]) -> int:
-        if item[0] == SPAN_ITEM:
-            return 2 * numbers[wave_of[item[5]]]
-        return 2 * numbers[wave_of[item[4]]] + 3
-
-    turns = [turn(item) for item in items]
-    assert turns == sorted(turns)
-    for index in slices:
-        starts = [(i[1], i[2]) for i in items if i[0] == CHUNK_ITEM and i[4] == index]
-        assert starts == sorted(starts, reverse=True), "newest first"
+    spans_done = [row[1:] for row in work.items.tolist() if row[0] == SPAN_ITEM]
+    chunks_done = [row[1:5] for row in work.items.tolist() if row[0] == CHUNK_ITEM]
+    assert sorted(spans_done) == batch.spans.tolist()
+    assert sorted(chunks_done) == batch.chunks.tolist()
+    # span or chunk, tensor, start
+    assert [f"{'SU'[kind]}{at}+{start}" for kind, at, start, *_ in work.items.tolist()] == [
+        "S0+0", "S2+0", "S1+0", "S1+100",
+        "S3+0", "S3+100",
+        "U2+0", "U0+0", "U1+100", "U1+0",
+        "S4+0", "S5+0", "S5+100", "S5+200",
+        "U3+100", "U3+0",
+        "S6+0", "S7+0",
+        "U4+0", "U5+200", "U5+100", "U5+0",
+        "U7+0", "U6+0",
+    ]  # fmt: skip
+    assert (work.first_slice, len(work.counters)) == (5, 1 + 6)
 
 
 SINGLE_LAUNCH = dataclasses.replace(LANES, form="single-launch")

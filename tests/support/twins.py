@@ -16,8 +16,7 @@ from support.handmade_plans import member, nothing_new
 from support.kernel_cases import make
 
 # a few slices to a wave, and slices longer than one
-WAVE = 1024
-SINGLE = {"form": "single-launch", "wave": WAVE}
+SINGLE = {"form": "single-launch", "wave": 1024}
 
 
 class Twins:
