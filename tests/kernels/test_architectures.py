@@ -45,14 +45,10 @@ def test_what_is_compiled_ahead_of_time_has_a_row_of_its_own(name: str) -> None:
 @pytest.mark.parametrize(
     ("kind", "wave", "wide"),
     [
-        ({"capability": (8, 0)}, 32, True),
-        ({"capability": (8, 6)}, 32, False),
-        ({"capability": (8, 7)}, 32, False),
-        ({"capability": (8, 9)}, 32, False),
-        ({"capability": (9, 0)}, 32, True),
-        ({"capability": (10, 0)}, 32, True),
-        ({"capability": (10, 3)}, 32, False),
-        ({"capability": (12, 0)}, 32, False),
+        *(
+            ({"capability": divmod(version, 10)}, 32, version in (80, 90, 100))
+            for version in (80, 86, 87, 89, 90, 100, 103, 120)
+        ),
         ({"gfx": "gfx90a:sramecc+:xnack-"}, 64, True),
         ({"gfx": "gfx942:sramecc+"}, 64, True),
         ({"gfx": "gfx950"}, 64, True),
