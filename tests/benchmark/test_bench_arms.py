@@ -69,46 +69,11 @@ def test_a_tuning_is_that_of_the_first_step_and_stays(monkeypatch):
     assert noting.name == "bngd:form=single-launch,span=32768"
 
 
-def test_groups_are_spread_evenly():
-    groups = []
-
-    def build(spread, storage, lr):
-        groups.extend(len(group["params"]) for group in spread)
-        raise arms.UnavailableError("seen")
-
-    params = [Parameter(torch.zeros(1)) for _ in range(465)]
-    with pytest.raises(arms.UnavailableError, match="seen"):
-        arms.start(arms.Arm("noting", build, "sgd"), params, 465, FP32, 1.0)
-    assert groups == [1] * 465
-
-
 def test_an_arm_with_32_bit_indices_is_left_out_before_it_reads_other_memory():
     params = [Parameter(torch.zeros(3))]
     arm = arms.replace(arms.ARMS["torch-sgd-foreach"], most_entries=2)
     with pytest.raises(arms.UnavailableError, match="32-bit"):
         arms.start(arm, params, 1, FP32, 1.0)
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"median_us": float("nan")}, {"host_us": "1"}, {"launches": 2.0}, {"arm": 1},
-        {"p20_us": 3.0}, {"copy_fraction": "1"},
-    ],
-    ids=str,
-)  # fmt: skip
-def test_schema_refuses(change):
-    row = {
-        "workload": "w", "dtype": "fp32", "arm": "a", "median_us": 2.0, "p20_us": 1.0,
-        "p80_us": 3.0, "host_us": 1.0, "replay_us": None, "launches": 2, "bytes_per_element": 20,
-        "gbps": 1.0, "copy_fraction": 0.5, "peak_extra_bytes": None,
-    }  # fmt: skip
-    rest = dict.fromkeys(("environment", "commit", "kernels_sha256", "copy_gbps"))
-    report.check({"rows": [row], "unavailable": [], **rest})
-    with pytest.raises(ValueError, match=r"row|quantiles"):
-        report.check({"rows": [row | change], "unavailable": [], **rest})
-    with pytest.raises(ValueError, match="two rows"):
-        report.check({"rows": [row, row], "unavailable": [], **rest})
 
 
 def test_files_of_a_day_stand_side_by_side(tmp_path):

@@ -1,17 +1,14 @@
 """The ahead-of-time check passes on the kernels and fails on kernels with other hints."""
 
 import ast
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 import bngd_triton.kernels
-from support.checkout import ROOT
+from support.compiling import python
 
 triton = pytest.importorskip("triton")
 pytestmark = pytest.mark.slow
@@ -23,11 +20,7 @@ Rule = Callable[[ast.AST], ast.AST]
 
 
 def run_check(*arguments: str) -> tuple[int, str]:
-    """Run the check in a process in which Triton compiles, whatever this one does."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, str(ROOT / "tests" / "aot.py"), "--quick", *arguments]
-    done = subprocess.run(command, text=True, capture_output=True, env=environment)
-    return done.returncode, done.stdout + done.stderr
+    return python("tests/aot.py", "--quick", *arguments)
 
 
 def unhinted(node: ast.AST) -> ast.AST:
