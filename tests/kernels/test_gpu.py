@@ -18,12 +18,11 @@ from torch import Tensor, nn
 from bngd_triton import BNGD
 from bngd_triton.kernels import fused_step, fused_step_, launch
 from bngd_triton.kernels.devices import tuning_for
-from bngd_triton.kernels.fused_step import FusedStep
 from bngd_triton.options import Options
 from support.exact_runs import assert_bits, make_params, state_of, take_steps
-from support.handmade_plans import member, nothing_new
 from support.kernel_cases import LANES, LR
 from support.processes import through_a_queue
+from support.twins import Twins
 
 GPU = torch.cuda.is_available()
 # ordinary iterations before a capture, replays after it, batches of an iteration that learns
@@ -205,18 +204,11 @@ def test_waiting_programs_always_end(
     small: bool, programs: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The single launch beside a busy stream, against two launches."""
-    options = Options(LR)
-    base = LANES if small else tuning_for(device)
-    base = dataclasses.replace(base, wave=1 << 16 if GPU else 1 << 9, programs_per_sm=programs)
     monkeypatch.setattr(launch, "processors", lambda device: 1)
-    forms = [dataclasses.replace(base, form=form) for form in launch.FORMS]
     torch.manual_seed(4)
     sizes = (400_003, 17, 5000, 90_000, 3, 16_384) if GPU else (1003, 17, 300)
-    tensors = [torch.randn(n, device=device) for n in sizes]
-    steps = []
-    for form in forms:
-        members = [member(t.clone(), t.roll(1), torch.zeros_like(t)) for t in tensors]
-        steps.append((members, FusedStep(members, [options], form)))
+    tensors = [torch.randn(3, n, device=device).unbind() for n in sizes]
+    twins = Twins(tensors, Options(LR), LANES if small else tuning_for(device), programs)
     busy = contextlib.nullcontext()
     if GPU:
         beside = torch.cuda.Stream()
@@ -226,13 +218,7 @@ def test_waiting_programs_always_end(
     for _ in range(20 if GPU else 2):
         with busy:
             noise = (noise @ noise).tanh()
-        for members, step in steps:
-            step.update(members, [options], nothing_new(device))
-    if GPU:
-        torch.cuda.synchronize()
-    for a, b in zip(steps[0][0], steps[1][0]):
-        assert torch.equal(a.param, b.param)
-        assert torch.equal(a.momentum, b.momentum)
+        twins.step()
 
 
 @pytest.mark.parametrize("flatten", [False, True])
