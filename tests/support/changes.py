@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any
 
@@ -37,16 +36,6 @@ def replace_momentum(params: list[Parameter], optimizer: BNGD) -> None:
 
 def replace_entry(params: list[Parameter], optimizer: BNGD) -> None:
     optimizer.state[params[1]] = {"momentum_buffer": torch.ones_like(params[1])}
-
-
-def replace_state(params: list[Parameter], optimizer: BNGD) -> None:
-    optimizer.load_state_dict(optimizer.state_dict())
-
-
-def copy_state(params: list[Parameter], optimizer: BNGD) -> None:
-    """The same groups, and a state of its own."""
-    copies = {p: {k: v.clone() for k, v in entry.items()} for p, entry in optimizer.state.items()}
-    optimizer.state = defaultdict(dict, copies)
 
 
 def swap_equal_states(params: list[Parameter], optimizer: BNGD) -> None:
@@ -97,12 +86,6 @@ def fewer_parameters(params: list[Parameter], optimizer: BNGD) -> None:
     del optimizer.param_groups[0]["params"][1]
 
 
-def another_parameter(params: list[Parameter], optimizer: BNGD) -> None:
-    new = Parameter(params[0].detach().clone())
-    new.grad = params[0].grad
-    optimizer.param_groups[0]["params"][0] = new
-
-
 def one_more_parameter(params: list[Parameter], optimizer: BNGD) -> None:
     new = Parameter(params[0].detach().clone())
     new.grad = params[0].grad
@@ -113,12 +96,6 @@ def next_group(params: list[Parameter], optimizer: BNGD) -> None:
     """In the lists themselves: the parameters' order and addresses are as they were."""
     first, second = (group["params"] for group in optimizer.param_groups)
     second.insert(0, first.pop())
-
-
-def another_group(params: list[Parameter], optimizer: BNGD) -> None:
-    new = Parameter(torch.ones(8, device=params[0].device))
-    new.grad = torch.arange(8.0, device=params[0].device)
-    optimizer.add_param_group({"params": [new]})
 
 
 def raise_on_nonfinite(params: list[Parameter], optimizer: BNGD) -> None:
@@ -167,9 +144,8 @@ def param_set(params: list[Parameter], optimizer: BNGD) -> None:
 
 
 CHANGES = [
-    replace_momentum, replace_entry, replace_state, copy_state, swap_equal_states, pass_state_on,
-    same_memory, drop_gradient, other_strides, unaligned, no_momentum, by_row, centre_vectors,
-    fewer_parameters, another_parameter, one_more_parameter, next_group, another_group,
-    raise_on_nonfinite, move_momentum, negated, grad_transposed, grad_data_transposed,
-    grad_data_halved, grad_set, param_data_transposed, param_set,
+    replace_momentum, move_momentum, replace_entry, swap_equal_states, pass_state_on, same_memory,
+    drop_gradient, other_strides, unaligned, negated, no_momentum, by_row, centre_vectors,
+    raise_on_nonfinite, fewer_parameters, one_more_parameter, next_group, grad_transposed,
+    grad_data_transposed, grad_data_halved, grad_set, param_data_transposed, param_set,
 ]  # fmt: skip
