@@ -153,9 +153,3 @@ def test_figures_of_the_telemetry_page_are_the_example_s(
     prose = TELEMETRY.read_text()
     assert f"are {got[9]} decades larger" in prose
     assert f"{got[-1]} times is the most" in prose
-
-
-def test_the_picture_is_small() -> None:
-    picture = DOCS / "grad-stats.png"
-    assert picture.read_bytes().startswith(b"\x89PNG")
-    assert picture.stat().st_size < 100_000
