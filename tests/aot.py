@@ -88,14 +88,15 @@ def build(case: Case, tuning: Any, modules: dict[str, Any]) -> Any:
     module, own, warps = SIMPLE_KERNELS.get(case.kernel, usual)
     fn = getattr(modules[module], f"_{case.kernel}_kernel")
     blocks = {"update": tuning.update_block, "tiles": tuning.tile_block}
+    param, grad, buffer = (DTYPES[dtype] for dtype in case.dtypes)
     constants = {
-        "GRAD": DTYPES[case.grad], "PARAM": DTYPES[case.param], "BUFFER": DTYPES[case.buffer],
+        "PARAM": param, "GRAD": grad, "BUFFER": buffer,
         "KIND": getattr(modules["tables"], MASTERS[case.master]), "ALIGNED": case.aligned,
         "HINTS": case.hinted, "WINDOWS": case.windows, "TABLES": case.tables, "SOFT": False,
         "WIDE": case.wide, "BLOCK": blocks.get(case.kernel, tuning.block), "UNROLL": tuning.unroll,
         "MERGE": tuning.merge, "UPDATE_BLOCK": tuning.update_block, **own,
     }  # fmt: skip
-    storage = f"*{case.param}"
+    storage = f"*{case.dtypes[0]}"
     typed = {n: ARGUMENTS[n].replace("*x", storage) for n in fn.arg_names if n in ARGUMENTS}
     constants = {name: constants[name] for name in fn.arg_names if name not in typed}
     # a size of 1 would become a constant, and every multiple of 16 a compilation of its own
