@@ -12,7 +12,8 @@ from torch.nn import Parameter
 
 from bngd_triton import BNGD
 from bngd_triton.engine.replay import same_kinds
-from support.changes import CHANGES, give_gradients, pair, unaligned
+from support.changes import CHANGES, pair, unaligned
+from support.steps import set_grads
 
 
 @pytest.fixture(params=["torch's guards", "in Python"])
@@ -33,7 +34,7 @@ def compare(
     done = []
     for params, optimizer in pair(device, **options):
         for step in range(steps):
-            give_gradients(params, step)
+            set_grads(params, step)
             before(step, params, optimizer)
             layouts()
             optimizer.step()
@@ -53,10 +54,10 @@ def test_a_change_is_noticed(
 ) -> None:
     done = []
     for params, optimizer in pair(device):
-        give_gradients(params, 0)
+        set_grads(params, 0)
         for step in range(4):
             if not stay:
-                give_gradients(params, step)
+                set_grads(params, step)
             if step == 2:
                 layouts()
                 change(params, optimizer)
@@ -71,7 +72,7 @@ def test_a_change_is_noticed(
 def test_an_empty_parameter_that_grows(device: torch.device, layouts: Callable[[], int]) -> None:
     params = [Parameter(torch.randn(n, device=device)) for n in (8, 0)]
     optimizer = BNGD(params, momentum=0.0, fused=True)
-    give_gradients(params, 0)
+    set_grads(params, 0)
     for _ in range(6):
         optimizer.step()
     assert layouts() == 1
@@ -86,7 +87,7 @@ def test_state_of_the_users_own(device: torch.device, layouts: Callable[[], int]
     param = Parameter(torch.randn(8, device=device))
     optimizer = BNGD([param], fused=True)
     optimizer.state["epoch"] = 3  # type: ignore[index]
-    give_gradients([param], 0)
+    set_grads([param], 0)
     for _ in range(3):
         optimizer.step()
     assert layouts() == 1
@@ -103,7 +104,7 @@ def test_modules_are_changed_by_swapping(
     torch.__future__.set_swap_module_params_on_conversion(True)
     try:
         for _ in range(3):
-            give_gradients(list(model.parameters()), 0)
+            set_grads(list(model.parameters()), 0)
             optimizer.step()
         layouts()
         optimizer.zero_grad()
@@ -160,7 +161,7 @@ def test_a_bad_option_between_steps_is_refused(
     param = Parameter(torch.randn(16, device=device))
     optimizer = BNGD([param], lr=1.0, eps=1.0, fused=True)
     for seed in range(3):
-        give_gradients([param], seed)
+        set_grads([param], seed)
         optimizer.step()
     before = param.detach().clone()
     optimizer.param_groups[0][name] = value
@@ -190,7 +191,7 @@ def test_gradients_are_not_held(device: torch.device) -> None:
     params = [Parameter(torch.randn(16, device=device)) for _ in range(2)]
     optimizer = BNGD(params, fused=True)
     for _ in range(3):
-        give_gradients(params, 0)
+        set_grads(params, 0)
         optimizer.step()
     memory = [
         torch.multiprocessing.reductions.StorageWeakRef(param.grad.untyped_storage())

@@ -23,13 +23,6 @@ def pair(device: torch.device, **options: Any) -> Iterator[tuple[list[Parameter]
         yield params, BNGD(groups, fused=fused, **options)
 
 
-def give_gradients(params: list[Parameter], seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    for param in params:
-        values = torch.randn(param.shape, generator=generator).to(param.device)
-        param.grad = values
-
-
 def replace_momentum(params: list[Parameter], optimizer: BNGD) -> None:
     optimizer.state[params[1]]["momentum_buffer"] = torch.ones_like(params[1])
 
