@@ -20,11 +20,7 @@ def run(settings, out, watch=lambda run: None, results=None):
     text = StringIO()
     out.mkdir(exist_ok=True)
     code = demo.demo(settings, out, Console(file=text, width=100), watch, results)
-
-    def refuse(constant):
-        raise AssertionError(f"{constant} is not JSON")
-
-    document = json.loads((out / demo.JSON_NAME).read_text(), parse_constant=refuse)
+    document = json.loads((out / demo.JSON_NAME).read_text(), parse_constant=pytest.fail)
     return code, document, text.getvalue()
 
 
