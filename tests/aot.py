@@ -33,15 +33,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from support.compiled_cases import (
-    ALWAYS,
-    BUDGETS,
-    PINNED,
-    SIMPLE_KERNELS,
-    Case,
-    cases,
-    find_loose,
-)
+from support.compiled_cases import ALWAYS, BUDGETS, PINNED, SIMPLE_KERNELS, Case, cases, find_loose
 from support.machine_code import VERSION, Report, inspect
 
 KERNELS = Path(str(importlib.util.find_spec("bngd_triton.kernels").origin)).parent  # type: ignore[union-attr]
@@ -55,79 +47,21 @@ TARGETS = {
 DTYPES = {"fp32": tl.float32, "bf16": tl.bfloat16, "fp16": tl.float16}
 # how parameters keep what their storage type would lose: names in plan.py
 MASTERS = {
-    "plain": "PLAIN",
-    "remainder": "REMAINDER",
-    "master": "MASTER_COPY",
-    "stochastic": "STOCHASTIC",
-}
+    "plain": "PLAIN", "remainder": "REMAINDER", "master": "MASTER_COPY", "stochastic": "STOCHASTIC"
+}  # fmt: skip
 PROCESSES = 2
 
-# what a launch that moves parameters is told of them
-TENSORS = {
-    "options_ptr": "*fp64",
-    "clocks_ptr": "*i64",
-    "grad_ptrs": "*i64",
-    "param_ptrs": "*i64",
-    "momentum_ptrs": "*i64",
-    "master_ptrs": "*i64",
-}
-# what spans need in either form
-SPANS = {
-    "slices_ptr": "*i64",
-    "partials_ptr": "*fp64",
-    "n_partials": "i32",
-    "arrived_ptr": "*i32",
-    "factors_ptr": "*fp32",
-    "options_ptr": "*fp64",
-    "scale_ptr": "*fp32",
-    "found_ptr": "*fp32",
-    "grad_ptrs": "*i64",
-}
-SIGNATURES = {
-    "tiles": {
-        "tiles_ptr": "*i64",
-        "rows_ptr": "*i64",
-        "scale_ptr": "*fp32",
-        "found_ptr": "*fp32",
-        **TENSORS,
-    },
-    "statistics": {"spans_ptr": "*i64", "moments_ptr": "*fp64", **SPANS},
-    "single": {
-        "items_ptr": "*i64",
-        "n_items": "i32",
-        "counters_ptr": "*i32",
-        "first_slice": "i32",
-        "n_slices": "i32",
-        **SPANS,
-        **TENSORS,
-    },
-    "update": {"chunks_ptr": "*i64", "slices_ptr": "*i64", "factors_ptr": "*fp32", **TENSORS},
-    "publish": {
-        "moments_ptr": "*fp64",
-        "n_slices": "i32",
-        "slices_ptr": "*i64",
-        "factors_ptr": "*fp32",
-        "options_ptr": "*fp64",
-        "scale_ptr": "*fp32",
-        "found_ptr": "*fp32",
-    },
-    "rates": {"rates_ptr": "*i64", "options_ptr": "*fp64"},
-    # x and out have the storage type of the case
-    "column_moments": {
-        "x_ptr": "*x",
-        "partials_ptr": "*fp64",
-        "n_rows": "i32",
-        "n_columns": "i32",
-        "rows_per_split": "i32",
-    },
-    "standardize": {
-        "x_ptr": "*x",
-        "out_ptr": "*x",
-        "partials_ptr": "*fp64",
-        "splits": "i32",
-        "n_rows": "i32",
-        "n_columns": "i32",
-    },
+# what a launch hands over, by name; those of `x` have the storage type of the case
+ARGUMENTS = {
+    **dict.fromkeys(("x_ptr", "out_ptr"), "*x"),
+    **dict.fromkeys(("scale_ptr", "found_ptr", "factors_ptr"), "*fp32"),
+    **dict.fromkeys(("options_ptr", "partials_ptr", "moments_ptr"), "*fp64"),
+    **dict.fromkeys(("arrived_ptr", "counters_ptr"), "*i32"),
+    **{f"{table}_ptr": "*i64" for table in ("tiles", "rows", "spans", "slices", "chunks", "items")},
+    **dict.fromkeys(("clocks_ptr", "rates_ptr"), "*i64"),
+    **{f"{tensor}_ptrs": "*i64" for tensor in ("grad", "param", "momentum", "master")},
+    **{f"n_{what}": "i32" for what in ("partials", "items", "slices", "rows", "columns")},
+    **dict.fromkeys(("first_slice", "rows_per_split", "splits"), "i32"),
 }
 
 
@@ -150,40 +84,21 @@ def load_kernels(folder: Path) -> dict[str, Any]:
 
 def build(case: Case, tuning: Any, modules: dict[str, Any]) -> Any:
     """Compile one case as `launch` would; pointer arguments are not assumed to be aligned."""
-    simple = SIMPLE_KERNELS.get(case.kernel)
-    module = simple[0] if simple else case.kernel
+    usual = case.kernel, {}, tuning.update_warps if case.kernel == "update" else tuning.warps
+    module, own, warps = SIMPLE_KERNELS.get(case.kernel, usual)
     fn = getattr(modules[module], f"_{case.kernel}_kernel")
-    constants: dict[str, Any] = {
-        "GRAD": DTYPES[case.grad],
-        "PARAM": DTYPES[case.param],
-        "BUFFER": DTYPES[case.buffer],
-        "KIND": getattr(modules["tables"], MASTERS[case.master]),
-        "ALIGNED": case.aligned,
-        "HINTS": case.hinted,
-        "WINDOWS": case.windows,
-        "SOFT": False,
-    }
-    if simple:
-        _, constants, warps = simple
-    elif case.kernel == "update":
-        constants |= {"BLOCK": tuning.update_block}
-        warps = tuning.update_warps
-    elif case.kernel == "tiles":
-        constants |= {"BLOCK": tuning.tile_block}
-        warps = tuning.warps
-    else:
-        constants |= {"WIDE": case.wide, "BLOCK": tuning.block}
-        constants |= {"UNROLL": tuning.unroll, "MERGE": tuning.merge}
-        if case.kernel == "single":
-            constants |= {"UPDATE_BLOCK": tuning.update_block}
-        else:
-            constants["TABLES"] = case.tables
-            for name in ("PARAM", "BUFFER", "KIND", "SOFT"):
-                del constants[name]
-        warps = tuning.warps
-    storage = f"*{case.param}"
-    typed = {n: storage if t == "*x" else t for n, t in SIGNATURES[case.kernel].items()}
-    assert set(fn.arg_names) == set(typed) | set(constants), "launch arguments changed"
+    blocks = {"update": tuning.update_block, "tiles": tuning.tile_block}
+    param, grad, buffer = (DTYPES[dtype] for dtype in case.dtypes)
+    constants = {
+        "PARAM": param, "GRAD": grad, "BUFFER": buffer,
+        "KIND": getattr(modules["tables"], MASTERS[case.master]), "ALIGNED": case.aligned,
+        "HINTS": case.hinted, "WINDOWS": case.windows, "TABLES": case.tables, "SOFT": False,
+        "WIDE": case.wide, "BLOCK": blocks.get(case.kernel, tuning.block), "UNROLL": tuning.unroll,
+        "MERGE": tuning.merge, "UPDATE_BLOCK": tuning.update_block, **own,
+    }  # fmt: skip
+    storage = f"*{case.dtypes[0]}"
+    typed = {n: ARGUMENTS[n].replace("*x", storage) for n in fn.arg_names if n in ARGUMENTS}
+    constants = {name: constants[name] for name in fn.arg_names if name not in typed}
     # a size of 1 would become a constant, and every multiple of 16 a compilation of its own
     loose = [p.name for p in fn.params if typed.get(p.name) == "i32" and not p.do_not_specialize]
     assert not loose, f"specialised sizes: {loose}"

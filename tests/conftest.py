@@ -64,25 +64,16 @@ def path(request: pytest.FixtureRequest, device: torch.device) -> StepPath:
 @pytest.fixture
 def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of the kernels launched."""
+    from bngd_triton.kernels.launcher import Launch
+
     names: list[str] = []
+    launch = Launch.__call__
 
-    class Noting:
-        def __init__(self, name: str, kernel: Any) -> None:
-            self.name, self.kernel = name, kernel
+    def noting(self: Launch, *args: Any, **more: Any) -> None:
+        names.append(self._kernel.fn.__name__)
+        launch(self, *args, **more)
 
-        def __getitem__(self, grid: Any) -> Any:
-            names.append(self.name)
-            return self.kernel[grid]
-
-    from bngd_triton.kernels.device import measure, rates, single_launch, tiles, update
-
-    kernels = (
-        (rates, "rates"), (tiles, "tiles"), (measure, "statistics"), (update, "update"),
-        (single_launch, "single"),
-    )  # fmt: skip
-    for module, word in kernels:
-        name = f"_{word}_kernel"
-        monkeypatch.setattr(module, name, Noting(name, getattr(module, name)))
+    monkeypatch.setattr(Launch, "__call__", noting)
     return names
 
 
@@ -91,19 +82,18 @@ def layouts(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
     """Counts how often a step was laid out or checked in full since the last call."""
     from bngd_triton.engine.step import Stepper
 
-    count = 0
+    laid_out: list[Stepper] = []
     full = Stepper.lay_out_and_step
 
-    def counting(*args: Any) -> None:
-        nonlocal count
-        count += 1
-        full(*args)
+    def counting(self: Stepper, *args: Any) -> None:
+        laid_out.append(self)
+        full(self, *args)
 
     monkeypatch.setattr(Stepper, "lay_out_and_step", counting)
 
     def since() -> int:
-        nonlocal count
-        found, count = count, 0
-        return found
+        count = len(laid_out)
+        laid_out.clear()
+        return count
 
     return since

@@ -3,8 +3,10 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,11 +23,8 @@ def document(tmp_path_factory):
     command = ["--device", "cpu", "--out", str(out), "--tuning", "form=single-launch", "--chart"]
     assert run.main(command) == 0
     (path,) = out.glob("*.json")
-
-    def refuse(constant):
-        raise AssertionError(f"{constant} is not JSON")
-
-    return path, json.loads(path.read_text(), parse_constant=refuse)
+    # NaN is not JSON
+    return path, json.loads(path.read_text(), parse_constant=pytest.fail)
 
 
 @pytest.mark.slow
@@ -124,11 +123,23 @@ def test_spent_budget_is_said(tmp_path):
     assert len(found["not_run"]) == len(run.DRY)
 
 
-def test_only(capsys):
-    assert run.main(["--device", "cpu", "--only", "no-such"]) == 2
-    assert "no-such" in capsys.readouterr().err
-    assert run.main(["--device", "cpu", "--tuning", "no_such=1"]) == 2
-    assert "no_such" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--only", "no-such", "no-such"),
+        ("--tuning", "no_such=1", "no_such"),
+        ("--tuning", "hints=maybe", "Tuning.hints is of type bool, got 'maybe'"),
+        ("--tuning", "hints=1", "bool, got 1"),
+        ("--tuning", "span=True", "int, got True"),
+        ("--tuning", "form=3", "str, got 3"),
+    ],
+)
+def test_what_is_not_there_is_refused(option, value, message, capsys):
+    assert run.main(["--device", "cpu", option, value]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_only():
     every = list(arms.ARMS.values())
     args = run._parser().parse_args(["--only", "moe-10k,fp32,bngd", "--suite", "full"])
     assert run._selection(args, every) == ([("moe-10k", "fp32")], [arms.ARMS["bngd"]])
@@ -151,22 +162,19 @@ def test_launches_and_graphs_are_not_claimed_without_a_gpu():
 def test_command(monkeypatch, capsys, tmp_path):
     ran = []
 
-    class Done:
-        returncode = 7
+    def noting(command, cwd, **more):
+        ran.append((command[1:], cwd))
+        return SimpleNamespace(returncode=7)
 
     monkeypatch.setattr(cli, "_ROOT", ROOT)
-    monkeypatch.setattr(
-        cli.subprocess, "run", lambda command, **more: ran.append((command, more)) or Done
-    )
+    monkeypatch.setattr(cli.subprocess, "run", noting)
     assert cli.main(["bench", "--suite", "full", "--out", str(tmp_path)]) == 7
-    command, more = ran[0]
-    assert command[1:] == [
-        "-m", "bench.run", "--suite", "full", "--only", "", "--chart", "--out", str(tmp_path),
-        "--device", "cuda",
-    ]  # fmt: skip
-    assert more["cwd"] == ROOT
     assert cli.main(["bench", "--plot", str(tmp_path / "a.json")]) == 7
-    assert ran[1][0][1:] == ["-m", "bench.report", str(tmp_path / "a.json")]
+    given = f"--suite full --only  --chart --out {tmp_path} --device cuda"
+    assert ran == [
+        (["-m", "bench.run", *given.split(" ")], ROOT),
+        (["-m", "bench.report", str(tmp_path / "a.json")], ROOT),
+    ]
     monkeypatch.setattr(cli, "_ROOT", tmp_path)
     assert cli.main(["bench"]) == 1
     error = capsys.readouterr().err
@@ -174,54 +182,36 @@ def test_command(monkeypatch, capsys, tmp_path):
     assert "clone the repository" in error
 
 
-def test_a_session_goes_on_where_a_step_fails_and_says_what_was_not_run(tmp_path):
-    """With a Python that only notes what it was asked."""
-    stub = tmp_path / "python"
-    stub.write_text(
-        f'#!/bin/sh\necho "$@" >> {tmp_path}/asked\ncase "$*" in *rows*) exit 3;; esac\n'
-    )
+def session(folder, limit):
+    """What a session prints with a Python that only notes what it is asked, in folder/asked."""
+    stub = folder / "python"
+    stub.write_text(f'#!/bin/sh\necho "$@" >> {folder}/asked\ncase "$*" in *rows*) exit 3;; esac\n')
     stub.chmod(0o755)
-    checkout = tmp_path / "checkout"
-    (checkout / "bench").mkdir(parents=True)
-    (checkout / "bngd_triton").mkdir()
-    (checkout / "bench" / "session.sh").write_text((ROOT / "bench" / "session.sh").read_text())
-    command = ["bash", str(checkout / "bench" / "session.sh"), str(tmp_path / "out")]
-    for limit in ("300", "5"):
-        environment = {**os.environ, "PYTHON": str(stub), "LIMIT": limit}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-        lines = done.stdout.splitlines()
-        if limit == "5":
-            assert [line.split()[:2] for line in lines] == [["not", "run:"]] * 7
-            continue
-        assert [line.split(":")[0] for line in lines] == [
-            "tests", "fp32", "rows", "bf16", "forms", "hints", "memcheck",
-        ]  # fmt: skip
+    checkout = folder / "checkout"
+    (checkout / "bench").mkdir(parents=True, exist_ok=True)
+    (checkout / "bngd_triton").mkdir(exist_ok=True)
+    script = shutil.copy(ROOT / "bench" / "session.sh", checkout / "bench")
+    environment = {**os.environ, "PYTHON": str(stub), "LIMIT": limit}
+    command = ["bash", script, str(folder / "out")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    return done.stdout.splitlines()
+
+
+def test_a_session_goes_on_where_a_step_fails_and_says_what_was_not_run(tmp_path):
+    lines = session(tmp_path, limit="300")
+    steps = ["tests", "fp32", "rows", "bf16", "forms", "hints", "memcheck"]
+    assert [line.split(":")[0] for line in lines] == steps
     asked = (tmp_path / "asked").read_text().splitlines()
     assert [line.split()[1] for line in asked] == ["pytest", *["bench.run"] * 5]
     names = {name for line in asked[1:] for name in line.split("--only ")[1].split()[0].split(",")}
-    known = {*arms.ARMS, *arms.STORAGES, *run.WORKLOADS, *run.DRY_RUN}
-    assert names <= known
+    assert names <= {*arms.ARMS, *arms.STORAGES, *run.WORKLOADS, *run.DRY_RUN}
     tunings = [text for line in asked for text in line.split("--tuning ")[1:]]
     made = [dict(arms.tuned("bngd", run._tuning(text.strip())).tuning) for text in tunings]
-    waves = [tuning["wave"] >> 20 for tuning in made if "wave" in tuning]
-    assert waves == [2, 4, 8]
+    assert [tuning["wave"] >> 20 for tuning in made if "wave" in tuning] == [2, 4, 8]
     assert [tuning["hints"] for tuning in made if "hints" in tuning] == [False, False]
+    assert [line.split()[:2] for line in session(tmp_path, limit="5")] == [["not", "run:"]] * 7
 
 
 def test_the_steps_of_a_session_take_nine_minutes_at_most():
     text = (ROOT / "bench" / "session.sh").read_text()
     assert sum(map(int, re.findall(r"^step \w+ (\d+)", text, re.M))) <= 540
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("hints=maybe", "Tuning.hints is of type bool, got 'maybe'"),
-        ("hints=1", "bool, got 1"),
-        ("span=True", "int, got True"),
-        ("form=3", "str, got 3"),
-    ],
-)
-def test_a_tuning_of_another_type_is_refused(text, message, capsys):
-    assert run.main(["--device", "cpu", "--tuning", text]) == 2
-    assert message in capsys.readouterr().err

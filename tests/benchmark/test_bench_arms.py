@@ -7,60 +7,49 @@ from torch.nn import Parameter
 from bench import arms, gate, report, run, workloads
 from support.bench_folder import CPU, FP32, interpreted
 
-
-@pytest.mark.parametrize(
-    ("shapes", "tensors", "elements"),
-    [
-        (workloads.resnet50, 161, 25_557_032),
-        (workloads.vit_b16, 152, 86_567_656),
-        (lambda: workloads.gpt2(768, 12), 148, 124_439_808),
-        (lambda: workloads.gpt2(1600, 48), 580, 1_557_611_200),
-        (workloads.llama3_8b, 291, 8_030_261_248),
-        (workloads.moe_10k, 10_000, None),
-        (workloads.detector, 465, 25_557_032 + 2 * 86_567_656),
-    ],
-    ids=["resnet50", "vit-b16", "gpt2-124m", "gpt2-1.5b", "llama3-8b", "moe-10k", "groups-465"],
-)
-def test_totals(shapes, tensors, elements):
-    assert len(list(shapes())) == tensors
-    assert elements is None or workloads.elements(shapes()) == elements
+LLAMA_LAYER = (4096 * 2 + 1024 * 2) * 4096 + 3 * 4096 * 14336 + 2 * 4096
+# tensors and entries
+TOTALS = {
+    "resnet50": (161, 25_557_032),
+    "vit-b16": (152, 86_567_656),
+    "gpt2-124m": (148, 124_439_808),
+    "gpt2-1.5b": (580, 1_557_611_200),
+    "llama3-8b-shard": (73, 128256 * 4096 + 8 * LLAMA_LAYER),
+    "groups-465": (465, 25_557_032 + 2 * 86_567_656),
+}
 
 
-def test_workloads():
-    layer = (4096 * 2 + 1024 * 2) * 4096 + 3 * 4096 * 14336 + 2 * 4096
-    shard = workloads.WORKLOADS["llama3-8b-shard"]
-    assert workloads.elements(shard.shapes()) == 128256 * 4096 + 8 * layer
-    assert workloads.elements(workloads.WORKLOADS["one-2.2e9"].shapes()) > 2**31
+def test_totals():
+    shapes = {name: list(each.shapes()) for name, each in workloads.WORKLOADS.items()}
+    found = {name: (len(shapes[name]), workloads.elements(shapes[name])) for name in TOTALS}
+    assert found == TOTALS
+    assert len(list(workloads.llama3_8b())) == 291
+    assert workloads.elements(workloads.llama3_8b()) == 8_030_261_248
+    assert len(shapes["moe-10k"]) == 10_000
+    assert workloads.elements(shapes["one-2.2e9"]) > 2**31
     assert {workload for workload, _ in run.QUICK} < set(workloads.WORKLOADS)
     assert {dtype for _, dtype in run.QUICK} == set(arms.STORAGES)
 
 
-@pytest.mark.parametrize(
-    ("arm", "once", "issued"),
-    [
-        # per label: fp32, bf16, bf16-fp32m, bf16-split
-        ("bngd", (20, 10, 14, 18), (24, 12, 16, 20)),
-        ("bngd-row", (20, 10, 14, 18), (24, 12, 16, 20)),
-        ("bngd-global", (20, 10, 14, 18), (24, 12, 16, 20)),
-        ("compile", (20, 10, 14, 18), (24, 12, 16, 20)),
-        ("bngd-eager", (20, 10, 14, 18), (None,) * 4),
-        ("torch-sgd-fused", (20, 10, 14, 18), (20, 10, 14, 18)),
-        ("optimi-sgd", (20, 10, 14, 18), (20, 10, 14, 18)),
-        ("flashoptim-sgd", (20, 10, 14, 18), (20, 10, 14, 18)),
-        ("torch-sgd-foreach", (20, 10, 14, 18), (32, 16, 26, 30)),
-        ("torch-adamw-fused", (28, 14, 22, 26), (28, 14, 22, 26)),
-        ("optimi-stableadamw", (28, 14, 22, 26), (36, 18, 30, 34)),
-    ],
+# bytes per element for each label: fp32, bf16, bf16-fp32m, bf16-split
+ONCE = dict.fromkeys(arms.ARMS, (20, 10, 14, 18)) | dict.fromkeys(
+    ("torch-adamw-fused", "optimi-stableadamw"), (28, 14, 22, 26)
 )
-def test_ledger(arm, once, issued):
-    storages = arms.STORAGES.values()
-    assert tuple(arms.ARMS[arm].bytes_once(storage) for storage in storages) == once
-    assert tuple(arms.ARMS[arm].bytes_issued(storage) for storage in storages) == issued
+ISSUED = {
+    **ONCE,
+    **dict.fromkeys(("bngd", "bngd-row", "bngd-global", "compile"), (24, 12, 16, 20)),
+    "bngd-eager": (None,) * 4,
+    "torch-sgd-foreach": (32, 16, 26, 30),
+    "optimi-stableadamw": (36, 18, 30, 34),
+}
 
 
 def test_every_arm_has_a_ledger_and_a_rule():
-    assert len(arms.ARMS) == 11
-    assert {arm.rule for arm in arms.ARMS.values()} == set(gate.RULES)
+    every, storages = arms.ARMS.values(), arms.STORAGES.values()
+    assert {arm.name: tuple(map(arm.bytes_once, storages)) for arm in every} == ONCE
+    assert {arm.name: tuple(map(arm.bytes_issued, storages)) for arm in every} == ISSUED
+    assert len(every) == 11
+    assert {arm.rule for arm in every} == set(gate.RULES)
 
 
 @interpreted
@@ -80,19 +69,6 @@ def test_a_tuning_is_that_of_the_first_step_and_stays(monkeypatch):
     assert noting.name == "bngd:form=single-launch,span=32768"
 
 
-def test_groups_are_spread_evenly():
-    groups = []
-
-    def build(spread, storage, lr):
-        groups.extend(len(group["params"]) for group in spread)
-        raise arms.UnavailableError("seen")
-
-    params = [Parameter(torch.zeros(1)) for _ in range(465)]
-    with pytest.raises(arms.UnavailableError, match="seen"):
-        arms.start(arms.Arm("noting", build, "sgd"), params, 465, FP32, 1.0)
-    assert groups == [1] * 465
-
-
 def test_an_arm_with_32_bit_indices_is_left_out_before_it_reads_other_memory():
     params = [Parameter(torch.zeros(3))]
     arm = arms.replace(arms.ARMS["torch-sgd-foreach"], most_entries=2)
@@ -100,37 +76,8 @@ def test_an_arm_with_32_bit_indices_is_left_out_before_it_reads_other_memory():
         arms.start(arm, params, 1, FP32, 1.0)
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"median_us": float("nan")}, {"host_us": "1"}, {"launches": 2.0}, {"arm": 1},
-        {"p20_us": 3.0}, {"copy_fraction": "1"},
-    ],
-    ids=str,
-)  # fmt: skip
-def test_schema_refuses(change):
-    row = {
-        "workload": "w", "dtype": "fp32", "arm": "a", "median_us": 2.0, "p20_us": 1.0,
-        "p80_us": 3.0, "host_us": 1.0, "replay_us": None, "launches": 2, "bytes_per_element": 20,
-        "gbps": 1.0, "copy_fraction": 0.5, "peak_extra_bytes": None,
-    }  # fmt: skip
-    rest = dict.fromkeys(("environment", "commit", "kernels_sha256", "copy_gbps"))
-    report.check({"rows": [row], "unavailable": [], **rest})
-    with pytest.raises(ValueError, match=r"row|quantiles"):
-        report.check({"rows": [row | change], "unavailable": [], **rest})
-    with pytest.raises(ValueError, match="two rows"):
-        report.check({"rows": [row, row], "unavailable": [], **rest})
-
-
-@pytest.mark.parametrize(
-    ("gpu_name", "short"),
-    [("NVIDIA H200", "h200"), ("NVIDIA A100-SXM4-80GB", "a100-sxm4-80gb"), ("cpu", "cpu")],
-)
-def test_slug(gpu_name, short):
-    assert report.slug(gpu_name) == short
-
-
 def test_files_of_a_day_stand_side_by_side(tmp_path):
+    assert report.slug("NVIDIA A100-SXM4-80GB") == "a100-sxm4-80gb"
     names = []
     for _ in range(3):
         results = report.Results(tmp_path, CPU, "quick")

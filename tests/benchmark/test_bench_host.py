@@ -1,6 +1,7 @@
 """bench/: what runs anywhere, in processes of its own."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from support.bench_folder import ROOT
+from support.compiling import python
 
 pytestmark = pytest.mark.slow
 
@@ -50,3 +52,23 @@ def test_host_time_of_shards(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     (row,) = json.loads(out.read_text())["rows"]
     assert row["step"] < row["laid out anew"]
+
+
+def written(folder: Path) -> dict[str, int]:
+    """When each kernel was compiled."""
+    return {str(p.relative_to(folder)): p.stat().st_mtime_ns for p in folder.rglob("*.cubin")}
+
+
+def test_a_carried_cache_serves_every_kernel(tmp_path: Path) -> None:
+    there, here = tmp_path / "there", tmp_path / "here"
+    code, printed = python("-m", "bench.precompile", "--out", str(there), "--only", "fp32")
+    assert code == 0, printed
+    assert " kernels, " in printed
+    assert not list(there.rglob("*.ptx"))
+    shutil.move(there, here)
+    before = written(here)
+    assert len(before) > 10
+    for arguments in (["--moved", str(here)], ["--out", str(here), "--only", "fp32"]):
+        code, printed = python("-m", "bench.precompile", *arguments)
+        assert code == 0, printed
+    assert written(here) == before

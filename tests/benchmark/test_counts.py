@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -16,6 +13,7 @@ import support.bench_folder  # noqa: F401
 from bench.counts import bounds, h200, page, whole_steps
 from bench.counts.__main__ import RESULT
 from support.checkout import ROOT
+from support.compiling import python
 
 RESULT_ROWS = json.loads(RESULT.read_text())
 KERNELS = {(row["case"], row["kernel"]): row for row in RESULT_ROWS["kernels"]}
@@ -113,7 +111,5 @@ def test_programs_share_the_registers_of_a_processor(registers: int, programs: i
 
 @pytest.mark.slow
 def test_the_kernels_still_give_the_committed_counts() -> None:
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "bench.counts", "--check"]
-    done = subprocess.run(command, text=True, capture_output=True, env=environment, cwd=ROOT)
-    assert done.returncode == 0, done.stdout + done.stderr
+    code, printed = python("-m", "bench.counts", "--check")
+    assert code == 0, printed

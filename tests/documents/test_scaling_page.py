@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import pytest
 
@@ -30,15 +31,9 @@ WAYS = {
 
 def table(title: str) -> dict[str, list[str]]:
     """The table whose header starts with `title`: cells by the first one of their line."""
-    lines = PAGE.read_text().splitlines()
-    (start,) = [i for i, line in enumerate(lines) if line.startswith(f"| {title} |")]
-    found = {}
-    for line in lines[start + 2 :]:
-        if not line.startswith("|"):
-            break
-        first, *rest = [cell.strip() for cell in line.strip("|").split("|")]
-        found[first] = rest
-    return found
+    (text,) = re.findall(rf"^(\| {title} \|.*\n(?:\|.*\n)+)", PAGE.read_text(), re.M)
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()]
+    return {first: rest for first, *rest in cells if first != "---"}
 
 
 def worked_out(formula: str, **names: int) -> int:
@@ -65,9 +60,11 @@ def test_formulas_are_what_collectives_carry(world: int, way: str) -> None:
 
 
 def models() -> dict[str, Transformer]:
+    found = table("model")
+    del found["model"]
     return {
         name: Transformer(*(int(cell.replace(" ", "")) for cell in cells[:5]))
-        for name, cells in table("model").items()
+        for name, cells in found.items()
     }
 
 
@@ -76,12 +73,12 @@ def spaced(number: int) -> str:
 
 
 def test_models() -> None:
-    for name, cells in table("model").items():
-        shapes = models()[name].shapes()
+    found = table("model")
+    for name, model in models().items():
+        shapes = model.shapes()
         matrices = [shape for shape in shapes if len(shape) == 2]
-        size = sum(math.prod(shape) for shape in shapes)
-        assert cells[5:] == [
-            f"{size / 1e9:.1f}e9",
+        assert found[name][5:] == [
+            f"{sum(map(math.prod, shapes)) / 1e9:.1f}e9",
             spaced(len(shapes)),
             spaced(len(shapes) - len(matrices)),
             spaced(sum(shape[0] for shape in matrices)),
@@ -96,27 +93,22 @@ def size_of(number: int) -> str:
 
 
 def test_bytes_by_model_and_ranks() -> None:
-    lines = PAGE.read_text().splitlines()
-    (header,) = [line for line in lines if line.startswith("| ranks |")]
-    names = [cell.strip() for cell in header.strip("|").split("|")][1:]
-    assert names == list(models())
-    found = table("ranks")
-    assert [int(ranks.replace(" ", "")) for ranks in found] == [1, 2, 8, 64, 512, 4096, 16384]
-    for ranks, cells in found.items():
-        count = int(ranks.replace(" ", ""))
+    assert f"`40 * T * R` above {spaced(exchange.GATHERED)}" in PAGE.read_text()
+    found, ways = table("ranks"), table("way")
+    assert found.pop("ranks") == list(models())
+    ranks = {int(count.replace(" ", "")): cells for count, cells in found.items()}
+    assert list(ranks) == [1, 2, 8, 64, 512, 4096, 16384]
+    for count, cells in ranks.items():
         want = []
         for model in models().values():
-            slices = len(model.shapes())
-            gathered = worked_out(table("way")["gathered"][2], T=slices, R=count)
-            dealt = worked_out(table("way")["dealt out"][2], T=slices, R=count)
+            gathered, dealt = (
+                worked_out(ways[way][2], T=len(model.shapes()), R=count)
+                for way in ("gathered", "dealt out")
+            )
             if count == 1:
                 want.append("0")
             elif gathered <= exchange.GATHERED:
                 want.append(size_of(gathered))
             else:
                 want.append(f"{size_of(dealt)} (not {size_of(gathered)})")
-        assert cells == want, ranks
-
-
-def test_the_bound_is_the_page_s() -> None:
-    assert f"`40 * T * R` above {spaced(exchange.GATHERED)}" in PAGE.read_text()
+        assert cells == want, count

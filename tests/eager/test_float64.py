@@ -10,29 +10,27 @@ import torch
 from bngd_triton import normalize_gradient
 from bngd_triton.reference import step_
 from bngd_triton.verify.oracle import normalized, oracle_step
-from bngd_triton.verify.tolerances import ghat_bound, step_bounds
+from bngd_triton.verify.tolerances import step_bounds
 from support.closeness import assert_within
 
 
-def test_float64_at_both_ends() -> None:
-    """Squares of these leave float64's range; statistics are scaled by a power of two."""
-    for scale in (5e-324, 1e-300, 1e-200, 1e200, 1e307):
-        grad = torch.randn(30, 7, dtype=torch.float64) * scale
-        unit = torch.randn(30, 7, dtype=torch.float64) if scale < 1e-320 else grad / scale
-        ghat = normalize_gradient(grad, eps=0.0)
-        assert abs(float(ghat.square().mean().sqrt()) - 1) < 1e-12
-        if scale > 1e-320:
-            want = normalized(unit.flatten(), 0.0, "zscore", 1.0).view(30, 7)
-            torch.testing.assert_close(ghat, want, rtol=1e-12, atol=1e-12)
-
-
-@pytest.mark.parametrize("scale", [1e-300, 1e-7, 1e150, 1e300])
-def test_eps_at_the_scale_of_a_float64_gradient(scale: float) -> None:
-    """eps is in the gradient's units, whatever power of two its statistics were scaled by."""
+@pytest.mark.parametrize(
+    ("scale", "eps"),
+    # squares of the ends leave float64's range
+    [(scale, 0.0) for scale in (1e-300, 1e-200, 1e200, 1e307)]
+    # eps is in the gradient's units, whatever power of two its statistics were scaled by
+    + [(scale, 0.5) for scale in (1e-300, 1e-7, 1e150, 1e300)],
+)
+def test_float64_at_every_scale(scale: float, eps: float) -> None:
     unit = torch.randn(30, 7, dtype=torch.float64)
-    ghat = normalize_gradient(unit * scale, eps=0.5 * scale)
-    want = normalized(unit.flatten(), 0.5, "zscore", 1.0).view(30, 7)
+    ghat = normalize_gradient(unit * scale, eps=eps * scale)
+    want = normalized(unit.flatten(), eps, "zscore", 1.0).view(30, 7)
     torch.testing.assert_close(ghat, want, rtol=1e-12, atol=1e-12)
+
+
+def test_subnormal_float64_is_normalised() -> None:
+    ghat = normalize_gradient(torch.randn(30, 7, dtype=torch.float64) * 5e-324, eps=0.0)
+    assert abs(float(ghat.square().mean().sqrt()) - 1) < 1e-12
 
 
 def test_rows_of_float64_at_every_scale() -> None:
@@ -87,20 +85,11 @@ def test_arithmetic_is_in_the_wider_dtype(
     assert_within("step", param, want, (unit + 8 * 2.0**-53) * (1 + want.abs()))
 
 
-def test_blocks_of_the_eager_path_agree_with_the_whole() -> None:
-    """More than one block of the CPU path, along and across slices."""
-    grad = torch.randn(300, 500) * 1e-3 + 1
-    for granularity in ("tensor", "row", "global"):
-        ghat = normalize_gradient(grad, granularity=granularity).double()
-        rows = grad.double().view(300 if granularity == "row" else 1, -1)
-        want = (rows - rows.mean(1, True)) / (rows.std(1, correction=0, keepdim=True) + 1e-8)
-        assert_within("ghat", ghat, want.view(300, 500), ghat_bound(want.view(300, 500)))
-
-
-@pytest.mark.parametrize("granularity", ["tensor", "row"])
+@pytest.mark.parametrize("granularity", ["tensor", "row", "global"])
 def test_a_step_in_blocks_is_a_step_of_the_whole(granularity: str) -> None:
     """Each block of a large parameter moves by its own gradient and its own momentum."""
     param, grad, buffer = torch.randn(3, 300, 500).unbind()
+    grad = grad * 1e-3 + 1
     options: dict[str, Any] = {"lr": 0.1, "granularity": granularity, "weight_decay": 0.1}
     (want,), (want_buffer,) = oracle_step([param], [grad], [buffer], **options)
     before = param.double()

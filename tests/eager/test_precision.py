@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -12,10 +13,10 @@ from torch import Tensor
 
 from bngd_triton import reference
 from bngd_triton.eager.rounding import hash_positions, new_master, store_, widen
-from bngd_triton.kernels import Tuning, fused_step_
+from bngd_triton.kernels import fused_step_
 from bngd_triton.kernels.device import rounding as kernels
 from support.exact_runs import assert_bits, bits, make_params
-from support.kernel_cases import HOW, blocks
+from support.kernel_cases import HOW, LANES, TILES, blocks
 
 BFLOAT16, FLOAT16, FLOAT32 = torch.bfloat16, torch.float16, torch.float32
 
@@ -145,14 +146,6 @@ VALUES = {
 }
 
 
-def round_many(value: float, dtype: torch.dtype, n: int = 4096) -> Tensor:
-    """One float32 value rounded with the hashes of n places."""
-    hashed = hash_positions(torch.tensor(7), 3, torch.arange(n))
-    out = torch.empty(n, dtype=dtype)
-    store_(out, None, torch.full((n,), value, dtype=FLOAT32), hashed)
-    return out
-
-
 def neighbours(value: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """The nearest representable values around a float32, towards zero first."""
     size = value.abs()
@@ -164,9 +157,10 @@ def neighbours(value: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("dtype", [BFLOAT16, FLOAT16], ids=str)
 def test_stochastic_rounding_is_unbiased(dtype: torch.dtype) -> None:
+    hashed = hash_positions(torch.tensor(7), 3, torch.arange(4096))
     for value in VALUES[dtype]:
-        rounded = round_many(value, dtype)
-        exact = torch.tensor(value, dtype=FLOAT32)
+        exact, rounded = torch.tensor(value, dtype=FLOAT32), torch.empty(4096, dtype=dtype)
+        store_(rounded, None, exact.expand(4096), hashed)
         low, high = neighbours(exact, dtype)
         assert ((rounded == low) | (rounded == high)).all()
         ulp = abs(float(high.double() - low.double()))
@@ -233,22 +227,13 @@ def test_rounding_of_two_is_independent(which: str, dtype: torch.dtype, path: An
     assert torch.equal(one, coins(path.fused, *APART[which][0], dtype, path.device))
 
 
-# rows of up to 64 entries are tiles, but aligned ones whose length would cut a 16-byte access
-SMALL = {"span": 128, "merge": 4, "update_block": 64, "chunk": 128, "tile": 64}
-TUNINGS = [
-    None,
-    Tuning(wide=True, block=64, unroll=1, **SMALL),
-    Tuning(wide=False, block=128, unroll=1, form="single-launch", **SMALL),
-]
-
-
 @pytest.mark.parametrize("granularity", ["tensor", "row"])
 @pytest.mark.parametrize("dtype", [BFLOAT16, FLOAT16], ids=str)
 def test_rounding_is_the_same_for_any_size_of_work(
     dtype: torch.dtype, granularity: str, device: torch.device
 ) -> None:
     """Rows in tiles, in slices, channels_last and transposed, as in the eager reference."""
-    shapes = [(3, 150), (2, 12, 3, 3), (6, 4), (300,), (), (5, 7)]
+    shapes = [(3, 350), (2, 12, 3, 3), (6, 4), (900,), (), (5, 7)]
 
     def run(step_: Any, **options: Any) -> list[Tensor]:
         params = [param.detach() for param in make_params(device, dtype, shapes=shapes)]
@@ -260,5 +245,5 @@ def test_rounding_is_the_same_for_any_size_of_work(
         return params
 
     want = run(reference.step_)
-    for tuning in TUNINGS:
+    for tuning in (None, LANES, dataclasses.replace(TILES, form="single-launch")):
         assert_bits(run(fused_step_, tuning=tuning), want)

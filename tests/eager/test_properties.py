@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bngd_triton import BNGD, article_cdf, normalize_gradient
 from bngd_triton.kernels import fused_normalize_gradient
-from bngd_triton.verify.oracle import normalized
+from bngd_triton.verify.oracle import normalized, oracle_step
 from bngd_triton.verify.tolerances import EPS, GHAT, ghat_bound
 from support.closeness import assert_within
 from support.paths import StepPath
@@ -52,24 +52,18 @@ gradients = pytest.mark.parametrize("name", GRADIENTS)
 )
 def test_equals_float64(path: StepPath, name: str, options: dict[str, Any]) -> None:
     """At every scale float32 has: no overflow where the definition has none."""
-    grad = GRADIENTS[name]()
     full = {"eps": 1e-8, "normalizer": "zscore", "centering": 1.0} | options
-    want = normalized(grad.double().flatten(), **full).view(grad.shape)
-    bound = ghat_bound(want, normalizer=full["normalizer"]) + split_mean(grad)
-    assert_within("ghat", ghat_of(path, grad, **options), want, bound)
+    # three times as long: beyond a tile of the kernels, where a second launch normalises
+    for times in (1, 3) if options == {"eps": 0.0} else (1,):
+        grad = GRADIENTS[name]().repeat(times, 1)
+        want = normalized(grad.double().flatten(), **full).view(grad.shape)
+        bound = ghat_bound(want, normalizer=full["normalizer"]) + split_mean(grad)
+        assert_within("ghat", ghat_of(path, grad, **options), want, bound)
 
 
 def split_mean(grad: Tensor) -> Tensor:
     """The mean is subtracted as two float32: what is left of it is 2**-48 of mean / sigma."""
     return 2.0**-48 * (grad.double().mean() / grad.double().std(correction=0)).abs()
-
-
-@gradients
-def test_long_slices_equal_float64(path: StepPath, name: str) -> None:
-    """As above beyond a tile of the kernels, where a second launch normalises."""
-    grad = GRADIENTS[name]().repeat(3, 1)
-    want = normalized(grad.double().flatten(), 0.0, "zscore", 1.0).view(grad.shape)
-    assert_within("ghat", ghat_of(path, grad, eps=0.0), want, ghat_bound(want) + split_mean(grad))
 
 
 @gradients
@@ -102,15 +96,14 @@ def test_powers_of_two_change_no_bit(path: StepPath, name: str, granularity: str
 
 
 def test_weights_do_not_depend_on_the_loss_scale(path: StepPath) -> None:
-    grads = [torch.randn(20, 9) for _ in range(5)]
+    grads = torch.randn(5, 20, 9, device=path.device)
     found = []
     for scale in (1.0, 2.0**-60, 2.0**60):
-        weight = torch.ones(20, 9, device=path.device)
-        optimizer = BNGD([weight], 0.1, eps=0.0, weight_decay=0.01, fused=path.fused)
+        found.append(torch.ones(20, 9, device=path.device))
+        optimizer = BNGD(found[-1:], 0.1, eps=0.0, weight_decay=0.01, fused=path.fused)
         for grad in grads:
-            weight.grad = (grad * scale).to(path.device)
+            found[-1].grad = grad * scale
             optimizer.step()
-        found.append(weight)
     assert torch.equal(found[0], found[1])
     assert torch.equal(found[0], found[2])
 
@@ -125,18 +118,15 @@ def test_other_factors_change_only_rounding(path: StepPath) -> None:
 
 
 @gradients
-def test_centred_slices_keep_their_sum(path: StepPath, name: str) -> None:
+@pytest.mark.parametrize("granularity", ["tensor", "row"])
+def test_centred_slices_keep_their_sum(path: StepPath, name: str, granularity: str) -> None:
     grad = GRADIENTS[name]()
-    for granularity in ("tensor", "row"):
-        ghat = ghat_of(path, grad, eps=0.0, granularity=granularity).double()
-        if granularity == "row":
-            # rows of equal entries are not centred
-            ghat = ghat[(grad != grad[:, :1]).any(1)]
-            assert (ghat.sum(1).abs() <= ghat.shape[1] * 1e-6).all()
-            assert (ghat.abs() <= math.sqrt(ghat.shape[1] - 1) * (1 + GHAT)).all()
-        else:
-            assert ghat.sum().abs() <= ghat.numel() * 1e-6
-            assert ghat.abs().max() <= math.sqrt(ghat.numel() - 1) * (1 + GHAT)
+    ghat = ghat_of(path, grad, eps=0.0, granularity=granularity).double()
+    # rows of equal entries are not centred
+    slices = ghat[(grad != grad[:, :1]).any(1)] if granularity == "row" else ghat.view(1, -1)
+    n = slices.shape[1]
+    assert (slices.sum(1).abs() <= n * 1e-6).all()
+    assert (slices.abs() <= math.sqrt(n - 1) * (1 + GHAT)).all()
 
 
 @gradients
@@ -233,42 +223,17 @@ def test_article_cdf_is_no_optimizer() -> None:
 
 def test_article_variant(path: StepPath) -> None:
     """Plain standardised gradient descent: no momentum, vectors centred too."""
-    weight = torch.randn(3, 4, device=path.device)
-    bias = torch.randn(3, device=path.device)
-    scalar = torch.ones(1, device=path.device)
-    params = [weight, bias, scalar]
+    params = [torch.randn(shape, device=path.device) for shape in ((3, 4), (3,), (1,))]
     optimizer = BNGD.article(params, lr=0.1)
     optimizer.fused = path.fused
-    before = [param.clone() for param in params]
     for param in params:
         param.grad = torch.randn_like(param)
+    options = {"granularity": "tensor", "momentum": 0.0, "center_1d": True}
+    want, _ = oracle_step(params, [p.grad for p in params], [None] * 3, lr=0.1, **options)
     optimizer.step()
-    for param, old in zip(params[:2], before):
-        g = param.grad.double()
-        want = old.double() - 0.1 * (g - g.mean()) / (g.std(correction=0) + 1e-8)
-        torch.testing.assert_close(param.double(), want, rtol=0, atol=1e-6)
-    torch.testing.assert_close(scalar, 1 - 0.1 * scalar.grad.sign(), rtol=0, atol=1e-6)
+    for param, end in zip(params, want):
+        torch.testing.assert_close(param.cpu().double(), end, rtol=0, atol=1e-6)
     assert not any(optimizer.state[param] for param in params), "no momentum, no buffer"
-
-
-def test_golden_trajectory(path: StepPath) -> None:
-    """Losses of a small regression, as first computed by the eager path: a tripwire."""
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(64, 5, generator=generator)
-    y = x.sin().sum(1, keepdim=True)
-    layers = [torch.randn(8, 5, generator=generator), torch.randn(1, 8, generator=generator)]
-    x, y = x.to(path.device), y.to(path.device)
-    weights = [layer.to(path.device).requires_grad_() for layer in layers]
-    optimizer = BNGD(weights, 0.05, granularity="row", weight_decay=0.01, fused=path.fused)
-    losses = []
-    for step in range(30):
-        loss = ((x @ weights[0].T).tanh() @ weights[1].T - y).square().mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        if step % 10 == 9:
-            losses.append(float(loss.detach()))
-    assert losses == pytest.approx([2.690047, 1.208418, 0.513557], rel=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from bngd_triton.kernels.rates import RATE_DTYPES, Rates
 from bngd_triton.options import Options
 from support import capture
 from support.handmade_plans import member
+from support.steps import make_params, take_steps
 
 
 @pytest.fixture
@@ -29,6 +31,13 @@ def rates_on_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
 DTYPES = (*RATE_DTYPES, torch.float8_e5m2)
 
 
+def laid_out(groups: list[Options], device: torch.device) -> tuple[FusedStep, Any]:
+    """A step of one tensor, and what of it is on the device."""
+    one = member(*(torch.randn(16, device=device) for _ in range(3)))
+    step = FusedStep([one], groups)
+    return step, step._devices[0]
+
+
 def test_rates_on_a_device_are_those_of_floats_in_one_launch(
     device: torch.device, launched: list[str], rates_on_a_device: None
 ) -> None:
@@ -36,8 +45,7 @@ def test_rates_on_a_device_are_those_of_floats_in_one_launch(
     rates = [torch.tensor(0.1, device=device).to(dtype) for dtype in DTYPES]
     groups = [Options(lr, weight_decay=0.3) for lr in (0.7, *rates)]
     assert tables.encode(groups[1])[0] == 0, "not read"
-    one = member(*(torch.randn(16, device=device) for _ in range(3)))
-    (part,) = FusedStep([one], groups)._devices
+    _, part = laid_out(groups, device)
     for value in (0.1, 0.0, 3e-5):
         for rate in rates:
             rate.copy_(torch.tensor(value, dtype=torch.float64))
@@ -51,44 +59,34 @@ def test_rates_on_a_device_are_those_of_floats_in_one_launch(
 def test_a_run_with_rates_on_a_device_has_the_bits_of_one_with_floats(
     device: torch.device, launched: list[str], rates_on_a_device: None
 ) -> None:
-    torch.manual_seed(1)
-    start = [torch.randn(300, device=device), torch.randn(4, 70, device=device)]
-    grads = [[torch.randn_like(value) for value in start] for _ in range(5)]
     runs = []
     for on_a_device in (False, True):
-        params = [torch.nn.Parameter(value.clone()) for value in start]
+        params = make_params(device)
         groups = [{"params": [p], "weight_decay": 0.1 * i} for i, p in enumerate(params)]
         optimizer = BNGD(groups, fused=True)
         rates = [torch.tensor(0.1, device=device) for _ in groups]
-        for step, values in enumerate(grads):
-            for group, rate, param, value in zip(optimizer.param_groups, rates, params, values):
+        for step in range(5):
+            for group, rate in zip(optimizer.param_groups, rates):
                 rate.fill_(0.1 / (1 + step))
                 group["lr"] = rate if on_a_device else float(rate)
-                param.grad = value.clone()
             launched.clear()
-            optimizer.step()
+            take_steps(optimizer, params, [step])
             assert launched.count("_rates_kernel") == on_a_device
         runs.append(params)
-    assert all(torch.equal(a, b) for a, b in zip(*runs))
+    assert all(map(torch.equal, *runs))
 
 
 def test_a_rate_may_become_another_tensor_or_a_number(
     device: torch.device, launched: list[str], rates_on_a_device: None
 ) -> None:
     """What a captured launch reads is changed in place: a replay goes by it too."""
-
-    def rate(value: float) -> Tensor:
-        return torch.tensor(value, device=device)
-
-    one = member(*(torch.randn(16, device=device) for _ in range(3)))
-    (part,) = FusedStep([one], [Options()])._devices
-    moved = rate(0.3)
+    _, part = laid_out([Options()], device)
+    moved, *rates = (torch.tensor(lr, device=device) for lr in (0.3, 0.1, 0.2, 0.0, 0.4))
     replay = None
-    for lr in (rate(0.1), rate(0.2), moved, moved, 0.0, rate(0.0), 0.25, rate(0.4)):
+    for lr in (*rates[:2], moved, moved, 0.0, rates[2], 0.25, rates[3]):
         if lr is moved:
-            moved.data = rate(float(lr) + 0.1)
-        options = Options(lr, weight_decay=0.3)
-        part.write([options], [True])
+            moved.data = torch.tensor(float(lr) + 0.1, device=device)
+        part.write([Options(lr, weight_decay=0.3)], [True])
         assert (launched[-1:] == ["_rates_kernel"]) == isinstance(lr, Tensor)
         want = tables.encode(Options(float(lr), weight_decay=0.3))
         assert part.table.tolist() == [want], lr
@@ -115,14 +113,13 @@ def test_a_rate_lives_as_long_as_it_is_read(device: torch.device) -> None:
 def test_another_rate_is_refused_in_a_capture(
     device: torch.device, monkeypatch: pytest.MonkeyPatch, rates_on_a_device: None
 ) -> None:
-    first, second = (torch.tensor(0.1, device=device) for _ in range(2))
-    one = member(*(torch.randn(16, device=device) for _ in range(3)))
-    step = FusedStep([one], [Options(first)])
-    step.write([Options(first)], [True])
+    first, second = (Options(torch.tensor(0.1, device=device)) for _ in range(2))
+    step, _ = laid_out([first], device)
+    step.write([first], [True])
     capture.pretend(monkeypatch)
-    step.write([Options(first)], [True])
+    step.write([first], [True])
     with pytest.raises(RuntimeError, match="an option changed while a CUDA graph"):
-        step.write([Options(second)], [True])
+        step.write([second], [True])
 
 
 def test_a_decay_set_after_a_capture_reaches_a_rate_on_a_device(
@@ -130,10 +127,9 @@ def test_a_decay_set_after_a_capture_reaches_a_rate_on_a_device(
 ) -> None:
     """A replay repeats what the host queued: with the options of the table."""
     rate = torch.tensor(0.1, device=device)
-    one = member(*(torch.randn(16, device=device) for _ in range(3)))
-    (part,) = FusedStep([one], [Options(rate)])._devices
+    _, part = laid_out([Options(rate)], device)
     part.write([Options(rate, weight_decay=0.3)], [True])
-    now = Options(float(rate), weight_decay=0.9)
-    part.table.copy_(torch.tensor([tables.encode(now)], dtype=torch.float64))
+    now = tables.encode(Options(float(rate), weight_decay=0.9))
+    part.table.copy_(torch.tensor([now], dtype=torch.float64))
     part.rates.write()
-    assert part.table.tolist() == [tables.encode(now)]
+    assert part.table.tolist() == [now]

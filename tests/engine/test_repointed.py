@@ -2,138 +2,131 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from torch.nn import Parameter
 
 from bngd_triton import BNGD
 from bngd_triton.verify.oracle import oracle_step
+from support import steps
 from support.paths import StepPath
-from support.steps import (
-    assert_close,
-    assert_equal,
-    make_grads,
-    make_params,
-    momenta,
-    take_steps,
-    values,
-)
+
+
+class Run:
+    """An optimizer and the oracle, which goes on from where the parameters are said to be."""
+
+    def __init__(self, params: list[Parameter], fused: bool | None, **options: Any) -> None:
+        self.params, self.options = params, {"lr": 0.1, **options}
+        self.optimizer = BNGD(params, fused=fused, **self.options)
+        self.expected: Sequence[Tensor] = steps.values(params)
+        self.buffers: Sequence[Any] = [None] * len(params)
+
+    def step(self, grads: Sequence[Tensor]) -> None:
+        """With gradients of any dtype."""
+        for param, grad in zip(self.params, grads):
+            param.grad = grad.to(param.dtype)
+            # as it lies; torch checks the dtype only on assignment
+            param.grad.data = grad
+        before = self.expected, grads, self.buffers
+        self.expected, self.buffers = oracle_step(*before, **self.options)
+        self.optimizer.step()
+
+    def check(self, **bound: float) -> None:
+        steps.assert_close(self.params, self.expected, **bound)
+        steps.assert_close(steps.momenta(self.optimizer, self.params), self.buffers)
 
 
 def test_a_swapped_storage_is_noticed(path: StepPath) -> None:
-    swapped, kept = make_params(path.device), make_params(path.device)
-    a, b = (BNGD(p, lr=0.1, fused=path.fused) for p in (swapped, kept))
-    take_steps(a, swapped, [0])
-    take_steps(b, kept, [0])
-    old = [param.data for param in swapped]
-    for param in swapped:
+    run = Run(steps.make_params(path.device), path.fused)
+    run.step(steps.make_grads(run.params, 0))
+    old = [param.data for param in run.params]
+    frozen = steps.values(old)
+    for param in run.params:
         param.data = param.data.clone()
-    frozen = values(old)
-    take_steps(a, swapped, [1])
-    take_steps(b, kept, [1])
-    assert_equal(swapped, kept)
-    assert_equal(old, frozen)
+    run.step(steps.make_grads(run.params, 1))
+    run.check()
+    steps.assert_equal(old, frozen)
 
 
 def test_new_values_assigned_to_data_are_used(path: StepPath) -> None:
-    params = make_params(path.device)
-    optimizer = BNGD(params, lr=0.1, fused=path.fused)
-    take_steps(optimizer, params, [0])
-    fresh, buffers = [torch.randn_like(p) for p in params], values(momenta(optimizer, params))
-    for param, value in zip(params, fresh):
+    run = Run(steps.make_params(path.device), path.fused)
+    run.step(steps.make_grads(run.params, 0))
+    run.expected = [torch.randn_like(param) for param in run.params]
+    for param, value in zip(run.params, run.expected):
         param.data = value.clone()
-    take_steps(optimizer, params, [1])
-    assert_close(params, oracle_step(fresh, make_grads(fresh, 1), buffers, lr=0.1)[0])
+    run.step(steps.make_grads(run.params, 1))
+    run.check()
 
 
 @pytest.mark.parametrize("granularity", ["tensor", "row"])
 def test_other_strides_at_the_same_address_are_noticed(granularity: str, path: StepPath) -> None:
     # square, so that the transposed view has the same shape, address and entries
     param = Parameter(torch.randn(6, 6, device=path.device))
-    options: dict[str, Any] = {"lr": 0.1, "granularity": granularity}
-    optimizer = BNGD([param], fused=path.fused, **options)
-    expected, buffers = values([param]), [None]
+    run = Run([param], path.fused, granularity=granularity)
     for seed in range(3):
         if seed == 1:
             param.grad = None
             param.data = param.data.t()
-            expected = [expected[0].t()]
-        grads = make_grads([param], seed)
-        expected, buffers = oracle_step(expected, grads, buffers, **options)
-        param.grad = grads[0]
-        optimizer.step()
-    assert_close([param, *momenta(optimizer, [param])], [*expected, *buffers])
+            run.expected = [run.expected[0].t()]
+        run.step(steps.make_grads([param], seed))
+    run.check()
 
 
 @pytest.mark.parametrize("granularity", ["tensor", "row"])
 def test_a_gradient_of_other_strides_at_the_same_address_is_noticed(
     granularity: str, path: StepPath
 ) -> None:
-    (param,) = (Parameter(torch.randn(6, 6, device=path.device)),)
-    options: dict[str, Any] = {"lr": 0.1, "granularity": granularity}
-    optimizer = BNGD([param], fused=path.fused, **options)
-    expected, buffers = values([param]), [None]
+    param = Parameter(torch.randn(6, 6, device=path.device))
+    run = Run([param], path.fused, granularity=granularity)
     memory = torch.randn(6, 6, device=path.device)
     for view in (memory, memory.t(), memory):
-        param.grad = view
-        expected, buffers = oracle_step(expected, [view], buffers, **options)
-        optimizer.step()
-    assert_close([param], expected)
+        run.step([view])
+    run.check()
+
+
+SHIFTS: list[Callable[[Tensor], Tensor]] = [
+    lambda grad: grad.clone(),
+    lambda grad: grad.t().clone().t() if grad.dim() == 2 else grad.clone(),
+    lambda grad: torch.cat([grad.new_zeros(1), grad.flatten()])[1:].view(grad.shape),
+]
 
 
 def test_gradients_that_change_memory_in_every_step(path: StepPath) -> None:
-    params = make_params(path.device)
-    optimizer = BNGD(params, lr=0.1, fused=path.fused)
-    expected, buffers, kept = values(params), [None] * 3, []
-    shifts = [lambda g: g.clone(), lambda g: g.t().clone().t() if g.dim() == 2 else g.clone()]
-    shifts.append(lambda g: torch.cat([g.new_zeros(1), g.flatten()])[1:].view(g.shape))
-    for seed, shift in enumerate([*shifts, *shifts]):
-        grads = [shift(grad) for grad in make_grads(params, seed)]
+    run, kept = Run(steps.make_params(path.device), path.fused), []
+    for seed, shift in enumerate(SHIFTS * 2):
         # kept alive, so that no address is used twice
-        kept += grads
-        for param, grad in zip(params, grads):
-            param.grad = grad
-        expected, buffers = oracle_step(expected, grads, buffers, lr=0.1)
-        optimizer.step()
-    assert_close(params, expected)
+        kept.append([shift(grad) for grad in steps.make_grads(run.params, seed)])
+        run.step(kept[-1])
+    run.check()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
 def test_a_gradient_of_another_dtype_is_noticed(dtype: torch.dtype, path: StepPath) -> None:
-    params = make_params(path.device)
     # the kernels do not read float64: those gradients need the choice left open
-    fused = None if dtype == torch.float64 else path.fused
-    optimizer = BNGD(params, lr=0.1, fused=fused)
-    expected, buffers = values(params), [None] * 3
-    for seed in range(3):
-        grads = make_grads(params, seed)
-        if seed == 1:
-            grads = [grad.to(dtype) for grad in grads]
-        for param, grad in zip(params, grads):
-            param.grad = grad.to(param.dtype)
-            param.grad.data = grad
-        expected, buffers = oracle_step(expected, grads, buffers, lr=0.1)
-        optimizer.step()
-    assert_close(params, expected)
+    run = Run(steps.make_params(path.device), None if dtype == torch.float64 else path.fused)
+    for seed, its_dtype in enumerate((torch.float32, dtype, torch.float32)):
+        run.step([grad.to(its_dtype) for grad in steps.make_grads(run.params, seed)])
+    run.check()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_a_model_cast_to_another_dtype_steps_on(dtype: torch.dtype, path: StepPath) -> None:
     model = torch.nn.Linear(5, 4).to(path.device)
-    params = list(model.parameters())
-    optimizer = BNGD(params, lr=0.1, fused=path.fused)
-    take_steps(optimizer, params, [0])
+    run = Run(list(model.parameters()), path.fused)
+    run.step(steps.make_grads(run.params, 0))
     model.to(dtype)
-    start, buffers = values(params), values(momenta(optimizer, params))
-    grads = make_grads(params, 1)
-    take_steps(optimizer, params, [1])
-    expected, moved = oracle_step(start, grads, buffers, lr=0.1)
+    run.expected, run.buffers = (
+        steps.values(run.params),
+        steps.values(steps.momenta(run.optimizer, run.params)),
+    )
+    run.step(steps.make_grads(run.params, 1))
     # one unit of the storage type for values below 1: a GPU rounds, the interpreter truncates
-    assert_close(params, expected, atol=torch.finfo(dtype).eps)
-    assert_close(momenta(optimizer, params), moved)
-    assert all(buffer.dtype == torch.float32 for buffer in momenta(optimizer, params))
+    run.check(atol=torch.finfo(dtype).eps)
+    assert all(buffer.dtype == torch.float32 for buffer in steps.momenta(run.optimizer, run.params))
 
 
 def test_a_gradient_wider_than_the_kernels_is_refused_by_name(device: torch.device) -> None:
@@ -150,14 +143,13 @@ def test_a_gradient_wider_than_the_kernels_is_refused_by_name(device: torch.devi
 def test_momentum_wider_than_the_kernels_is_served(device: torch.device) -> None:
     # a float64 model trained eagerly, then cast: its momentum stays float64
     model = torch.nn.Linear(5, 4).to(device, torch.float64)
-    params = list(model.parameters())
-    optimizer = BNGD(params, lr=0.1)
-    take_steps(optimizer, params, [0])
+    run = Run(list(model.parameters()), None)
+    run.step(steps.make_grads(run.params, 0))
     model.float()
-    start, buffers = values(params), values(momenta(optimizer, params))
-    optimizer.fused = True
+    run.expected = steps.values(run.params)
+    run.optimizer.fused = True
     with pytest.raises(RuntimeError, match="fused=True cannot serve"):
-        take_steps(optimizer, params, [1])
-    optimizer.fused = None
-    take_steps(optimizer, params, [1])
-    assert_close(params, oracle_step(start, make_grads(start, 1), buffers, lr=0.1)[0])
+        steps.take_steps(run.optimizer, run.params, [1])
+    run.optimizer.fused = None
+    run.step(steps.make_grads(run.params, 1))
+    run.check()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
@@ -13,7 +12,7 @@ from torch.nn import Parameter
 from bngd_triton import BNGD, reference
 from bngd_triton.kernels import fused_step_
 from support.paths import StepPath
-from support.steps import assert_equal, take_steps, values
+from support.steps import assert_equal, momenta, take_steps, values
 
 # above a block of the eager step, 32767 entries, and above the kernels' chunks
 SHAPE = (190, 190)
@@ -38,58 +37,40 @@ SHARING: dict[str, Sharing] = {
     "the_other": lambda o, p: (p[1].detach(), p[0].detach()),
     "shifted_up": lambda o, p: (p[0].detach().clone(), shifted(p[1], 17)),
     "shifted_down": lambda o, p: (p[0].detach().clone(), shifted(p[1], -17)),
-    "momentum": lambda o, p: (
-        o.state[p[0]]["momentum_buffer"].t(),
-        o.state[p[0]]["momentum_buffer"],
-    ),
+    "momentum": lambda o, p: (momenta(o, p)[0].t(), momenta(o, p)[0]),
 }
-
-
-WHEN = {"early": (2, 0), "when_steps_repeat": (1, 2)}
+# groups, and steps before: of those that repeat, the second might be taken for the first
+WHEN = {"early": (2, 0), "when_steps_repeat": (1, 2), "in_the_functions": (1, 0)}
 
 
 @pytest.mark.parametrize(
     ("sharing", "when"),
     # before a step there is no momentum
-    [(name, when) for name in SHARING for when in WHEN if (name, when) != ("momentum", "early")],
+    [(name, when) for name in SHARING for when in WHEN if name != "momentum" or WHEN[when][1]],
 )
 def test_a_step_reads_gradients_before_it_writes(sharing: str, when: str, path: StepPath) -> None:
-    groups, steps = WHEN[when]
-    runs = []
-    for copied in (False, True):
-        params = make(path)
-        given: list[Any] = (
-            [{"params": params}] if groups == 1 else [{"params": [p]} for p in params]
-        )
-        optimizer = BNGD(given, lr=0.1, granularity="tensor", fused=path.fused, flatten=False)
-        for _ in range(steps):
-            for param in params:
-                # of small whole numbers, whose statistics are the same in every order
-                param.grad = torch.arange(36_100.0, device=path.device).view(SHAPE) % 7
-            optimizer.step()
-        # twice: the second step might be taken for one that repeats the first
-        for _ in range(2):
-            grads = SHARING[sharing](optimizer, params)
-            for param, grad in zip(params, grads):
-                param.grad = grad.clone() if copied else grad
-            optimizer.step()
-        runs.append(values(params))
-    assert_equal(runs[0], runs[1])
-
-
-@pytest.mark.parametrize("sharing", ["transposed", "the_other", "shifted_up", "shifted_down"])
-def test_so_do_the_functions(sharing: str, path: StepPath) -> None:
+    groups, before = WHEN[when]
     step_ = fused_step_ if path.fused else reference.step_
     runs = []
     for copied in (False, True):
         params = make(path)
-        grads: tuple[Tensor, ...] = SHARING[sharing](BNGD(params), params)
-        if copied:
-            grads = tuple(grad.clone() for grad in grads)
-        tensors = [p.detach() for p in params]
-        step_(tensors, grads, None, lr=0.1, momentum=0.0, granularity="tensor")
+        given = [{"params": params}] if groups == 1 else [{"params": [p]} for p in params]
+        optimizer = BNGD(given, lr=0.1, granularity="tensor", fused=path.fused, flatten=False)
+        for step in range(before + 2):
+            # of small whole numbers, whose statistics are the same in every order
+            grads = [torch.arange(36_100.0, device=path.device).view(SHAPE) % 7 for _ in params]
+            if step >= before:
+                shared = SHARING[sharing](optimizer, params)
+                grads = [grad.clone() if copied else grad for grad in shared]
+            if when == "in_the_functions":
+                tensors = [param.detach() for param in params]
+                step_(tensors, grads, None, lr=0.1, momentum=0.0, granularity="tensor")
+                continue
+            for param, grad in zip(params, grads):
+                param.grad = grad
+            optimizer.step()
         runs.append(values(params))
-    assert_equal(runs[0], runs[1])
+    assert_equal(*runs)
 
 
 def test_gradients_apart_are_not_copied(path: StepPath, monkeypatch: pytest.MonkeyPatch) -> None:

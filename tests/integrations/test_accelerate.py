@@ -30,11 +30,13 @@ def model() -> nn.Module:
 
 
 def batches(count: int) -> list[tuple[Tensor, Tensor]]:
-    generator = torch.Generator().manual_seed(1)
-    return [
-        (torch.randn(4, 6, generator=generator), torch.randn(4, 3, generator=generator))
-        for _ in range(count)
-    ]
+    torch.manual_seed(1)
+    return [(torch.randn(4, 6), torch.randn(4, 3)) for _ in range(count)]
+
+
+def prepared(accelerator: Any) -> Any:
+    net = model()
+    return accelerator.prepare(net, BNGD(net.parameters(), **OPTIONS))
 
 
 def train(accelerator: Any, net: Any, optimizer: Any, data: list[tuple[Tensor, Tensor]]) -> None:
@@ -56,8 +58,7 @@ def test_accumulation_is_the_sum_of_micro_batches() -> None:
         plain.step()
 
     accelerator = accelerate.Accelerator(gradient_accumulation_steps=MICRO_BATCHES, cpu=True)
-    net = model()
-    net, optimizer = accelerator.prepare(net, BNGD(net.parameters(), **OPTIONS))
+    net, optimizer = prepared(accelerator)
     train(accelerator, net, optimizer, data)
     # the sum against the mean: a factor of 4, a power of two, so not a bit differs
     for ours, theirs in zip(net.parameters(), want.parameters(), strict=True):
@@ -67,8 +68,7 @@ def test_accumulation_is_the_sum_of_micro_batches() -> None:
 def test_saved_state(tmp_path: Path) -> None:
     data = batches(6)
     accelerator = accelerate.Accelerator(cpu=True)
-    net = model()
-    net, optimizer = accelerator.prepare(net, BNGD(net.parameters(), **OPTIONS))
+    net, optimizer = prepared(accelerator)
     train(accelerator, net, optimizer, data[:3])
     accelerator.save_state(str(tmp_path))
     train(accelerator, net, optimizer, data[3:])

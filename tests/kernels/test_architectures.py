@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,13 +9,8 @@ import pytest
 import torch
 
 from bngd_triton.kernels import devices
-from bngd_triton.kernels.devices import (
-    TABLE,
-    releases_wait,
-    row_for,
-    tuning_for,
-)
-from support.checkout import ROOT
+from bngd_triton.kernels.devices import TABLE, releases_wait, row_for, tuning_for
+from support.compiled_cases import TARGETS
 
 GPU = torch.device("cuda", 5)
 CACHED = (devices.architecture_of, tuning_for, releases_wait)
@@ -27,10 +21,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Makes `GPU` a device of the given kind."""
 
     def become(
-        capability: tuple[int, int] = (9, 0),
-        gfx: str | None = None,
-        wave: int = 32,
-        l2: int = 60 << 20,
+        capability: Any = (9, 0), gfx: str | None = None, wave: int = 32, l2: int = 60 << 20
     ) -> None:
         for cached in CACHED:
             cached.cache_clear()
@@ -44,59 +35,32 @@ def pretend(monkeypatch: pytest.MonkeyPatch) -> Any:
         cached.cache_clear()
 
 
-def compiled_targets() -> dict[str, int]:
-    """Names and lanes of the targets of `aot.py`, which cannot be imported beside the tests."""
-    tree = ast.parse((ROOT / "tests" / "aot.py").read_text())
-    (table,) = (
-        node.value
-        for node in tree.body
-        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "TARGETS"
-    )
-    assert isinstance(table, ast.Dict)
-    return {
-        ast.literal_eval(key): ast.literal_eval(value.args[2])  # type: ignore[arg-type, attr-defined]
-        for key, value in zip(table.keys, table.values)
-    }
-
-
-@pytest.mark.parametrize("name", compiled_targets())
+@pytest.mark.parametrize("name", TARGETS)
 def test_what_is_compiled_ahead_of_time_has_a_row_of_its_own(name: str) -> None:
     # a program has as many threads whatever the lanes of a wave
-    assert TABLE[name].tuning.warps * compiled_targets()[name] == 128
+    assert TABLE[name].tuning.warps * (64 if name.startswith("gfx") else 32) == 128
     assert TABLE[name].reason
 
 
 @pytest.mark.parametrize(
-    ("capability", "wide"),
+    ("kind", "wave", "wide"),
     [
-        ((8, 0), True),
-        ((8, 6), False),
-        ((8, 7), False),
-        ((8, 9), False),
-        ((9, 0), True),
-        ((10, 0), True),
-        ((10, 3), False),
-        ((12, 0), False),
+        *(
+            ({"capability": divmod(version, 10)}, 32, version in (80, 90, 100))
+            for version in (80, 86, 87, 89, 90, 100, 103, 120)
+        ),
+        ({"gfx": "gfx90a:sramecc+:xnack-"}, 64, True),
+        ({"gfx": "gfx942:sramecc+"}, 64, True),
+        ({"gfx": "gfx950"}, 64, True),
+        ({"gfx": "gfx908"}, 64, False),
+        ({"gfx": "gfx1100"}, 32, False),
     ],
+    ids=str,
 )
-def test_nvidia(pretend: Any, capability: tuple[int, int], wide: bool) -> None:
-    pretend(capability)
-    assert tuning_for(GPU).wide is wide
-    assert tuning_for(GPU).warps == 4
-
-
-@pytest.mark.parametrize(
-    ("name", "wave", "wide"),
-    [
-        ("gfx90a:sramecc+:xnack-", 64, True),
-        ("gfx942:sramecc+", 64, True),
-        ("gfx950", 64, True),
-        ("gfx908", 64, False),
-        ("gfx1100", 32, False),
-    ],
-)
-def test_amd(pretend: Any, name: str, wave: int, wide: bool) -> None:
-    pretend(gfx=name, wave=wave)
+def test_float64_lanes_are_for_those_that_run_them_at_full_rate(
+    kind: dict[str, Any], wave: int, wide: bool, pretend: Any
+) -> None:
+    pretend(wave=wave, **kind)
     assert tuning_for(GPU).wide is wide
     assert tuning_for(GPU).warps * wave == 128
 

@@ -18,12 +18,11 @@ from torch import Tensor, nn
 from bngd_triton import BNGD
 from bngd_triton.kernels import fused_step, fused_step_, launch
 from bngd_triton.kernels.devices import tuning_for
-from bngd_triton.kernels.fused_step import FusedStep
 from bngd_triton.options import Options
 from support.exact_runs import assert_bits, make_params, state_of, take_steps
-from support.handmade_plans import member, nothing_new
 from support.kernel_cases import LANES, LR
 from support.processes import through_a_queue
+from support.twins import Twins
 
 GPU = torch.cuda.is_available()
 # ordinary iterations before a capture, replays after it, batches of an iteration that learns
@@ -32,9 +31,9 @@ WARM, REPLAYS, BATCHES = (3, 6, 10) if GPU else (1, 2, 3)
 PRODUCTS = 2.0**-12
 
 
-def captured(iteration: Callable[[], Any]) -> Callable[[], Any]:
-    """The replay of a graph of one iteration, after three ordinary ones."""
-    if not GPU:
+def warmed(iteration: Callable[[], Any], graphed: bool) -> Callable[[], Any]:
+    """An iteration, or the replay of a graph of it, after some ordinary ones."""
+    if not graphed or not GPU:
         for _ in range(WARM):
             iteration()
         return iteration
@@ -49,6 +48,21 @@ def captured(iteration: Callable[[], Any]) -> Callable[[], Any]:
             iteration()
     torch.cuda.current_stream().wait_stream(side)
     return graph.replay
+
+
+def start(
+    shapes: list[tuple[int, ...]], device: torch.device, lr: Any = LR, **options: Any
+) -> tuple[list[nn.Parameter], BNGD]:
+    """The same parameters and gradients at every call, and generators in the same state."""
+    torch.manual_seed(1)
+    dtype = options.pop("dtype", torch.float32)
+    params = [nn.Parameter(torch.randn(shape, device=device).to(dtype)) for shape in shapes]
+    for param in params:
+        param.grad = torch.randn_like(param)
+    return params, BNGD(params, lr, fused=True, **options)
+
+
+SHAPES = [(300, 70), (70,), (5,), (3, 2048), (200_000,)] if GPU else [(9, 7), (70,), (2500,)]
 
 
 @pytest.mark.parametrize(
@@ -69,28 +83,14 @@ def test_a_captured_step_follows_a_schedule(
 ) -> None:
     """Replays equal ordinary steps bit for bit, at learning rates set after the capture."""
     more = dict(options)
-    tuning = more.pop("tuning", {})
-    usual = fused_step.tuning_for
-    monkeypatch.setattr(
-        fused_step, "tuning_for", lambda device: dataclasses.replace(usual(device), **tuning)
-    )
-    dtype, tensor_lr = more.pop("dtype", torch.float32), more.pop("tensor_lr", False)
-    shapes = [(300, 70), (70,), (5,), (3, 2048), (200_000,)] if GPU else [(9, 7), (70,), (2500,)]
-    start = [torch.randn(shape, device=device).to(dtype) for shape in shapes]
+    tuning, tensor_lr = more.pop("tuning", {}), more.pop("tensor_lr", False)
+    sizes = dataclasses.replace(tuning_for(device), **tuning)
+    monkeypatch.setattr(fused_step, "tuning_for", lambda device: sizes)
     runs = []
     for graphed in (False, True):
-        torch.manual_seed(1)
-        params = [nn.Parameter(value.clone()) for value in start]
         lr = torch.tensor(LR, device=device) if tensor_lr else LR
-        optimizer = BNGD(params, lr, fused=True, **more)
-        for param in params:
-            param.grad = torch.randn_like(param)
-        if graphed:
-            replay = captured(optimizer.step)
-        else:
-            for _ in range(WARM):
-                optimizer.step()
-            replay = optimizer.step
+        params, optimizer = start(SHAPES, device, lr, **more)
+        replay = warmed(optimizer.step, graphed)
         for step in range(REPLAYS):
             rate = LR * (REPLAYS - step) / REPLAYS
             if isinstance(lr, Tensor):
@@ -103,30 +103,18 @@ def test_a_captured_step_follows_a_schedule(
             if step == REPLAYS // 2:
                 params[1].grad[2] = torch.inf
             replay()
-        runs.append((params, optimizer))
-    for a, b in zip(runs[0][0], runs[1][0]):
-        assert torch.equal(a, b)
-    assert runs[0][1].skipped == runs[1][1].skipped > 0
+        assert optimizer.skipped > 0
+        runs.append([*params, torch.tensor(optimizer.skipped)])
+    assert all(map(torch.equal, *runs))
 
 
 def test_ordinary_steps_between_replays_leave_the_graph_as_it_is(device: torch.device) -> None:
     """An odd last batch has gradients of its own, and one without a gradient another plan."""
-    shapes = [(300, 70), (70,), (200_000,)] if GPU else [(9, 7), (70,), (2500,)]
-    start = [torch.randn(shape, device=device) for shape in shapes]
     runs = []
     for graphed in (False, True):
-        torch.manual_seed(1)
-        params = [nn.Parameter(value.clone()) for value in start]
-        optimizer = BNGD(params, LR, fused=True)
-        for param in params:
-            param.grad = torch.randn_like(param)
+        params, optimizer = start(SHAPES, device)
         static = [param.grad for param in params]
-        if graphed:
-            replay = captured(optimizer.step)
-        else:
-            for _ in range(WARM):
-                optimizer.step()
-            replay = optimizer.step
+        replay = warmed(optimizer.step, graphed)
         for step in range(REPLAYS):
             for place, param in enumerate(params):
                 odd = step % 2 and place == 1
@@ -141,8 +129,7 @@ def test_ordinary_steps_between_replays_leave_the_graph_as_it_is(device: torch.d
             replay()
             del filled
         runs.append(params)
-    for a, b in zip(*runs):
-        assert torch.equal(a, b)
+    assert all(map(torch.equal, *runs))
 
 
 def test_a_whole_training_iteration_is_captured(device: torch.device) -> None:
@@ -161,13 +148,7 @@ def test_a_whole_training_iteration_is_captured(device: torch.device) -> None:
             optimizer.step()
             loss.copy_(found.detach())
 
-        if graphed:
-            run = captured(iteration)
-        else:
-            for _ in range(WARM):
-                iteration()
-            run = iteration
-        seen = []
+        run, seen = warmed(iteration, graphed), []
         for batch in data:
             x.copy_(batch)
             run()
@@ -183,21 +164,14 @@ def test_a_hundred_runs_give_the_same_bits(
     """Every other one without hints to the caches."""
     tunings = [dataclasses.replace(tuning_for(device), hints=hints) for hints in (True, False)]
     shapes = [(1000, 1000), (3000,), (64, 3, 3, 3), (300_001,)] if GPU else [(50, 60), (9, 3)]
-    torch.manual_seed(3)
-    start = [torch.randn(shape, device=device) for shape in shapes]
-    grads = [torch.randn_like(value) for value in start]
     first: list[Tensor] | None = None
     for k in range(100 if GPU else 3):
         monkeypatch.setattr(fused_step, "tuning_for", lambda device, k=k: tunings[k % 2])
-        params = [nn.Parameter(value.clone()) for value in start]
-        for param, grad in zip(params, grads):
-            param.grad = grad
-        optimizer = BNGD(params, LR, fused=True)
+        params, optimizer = start(shapes, device)
         optimizer.step()
         optimizer.step()
-        found = [param.detach() for param in params]
-        first = first or found
-        assert all(torch.equal(a, b) for a, b in zip(found, first))
+        first = first or params
+        assert all(map(torch.equal, params, first))
 
 
 @pytest.mark.parametrize("granularity", ["row", "tensor"])
@@ -230,18 +204,11 @@ def test_waiting_programs_always_end(
     small: bool, programs: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The single launch beside a busy stream, against two launches."""
-    options = Options(LR)
-    base = LANES if small else tuning_for(device)
-    base = dataclasses.replace(base, wave=1 << 16 if GPU else 1 << 9, programs_per_sm=programs)
     monkeypatch.setattr(launch, "processors", lambda device: 1)
-    forms = [dataclasses.replace(base, form=form) for form in launch.FORMS]
     torch.manual_seed(4)
     sizes = (400_003, 17, 5000, 90_000, 3, 16_384) if GPU else (1003, 17, 300)
-    tensors = [torch.randn(n, device=device) for n in sizes]
-    steps = []
-    for form in forms:
-        members = [member(t.clone(), t.roll(1), torch.zeros_like(t)) for t in tensors]
-        steps.append((members, FusedStep(members, [options], form)))
+    tensors = [torch.randn(3, n, device=device).unbind() for n in sizes]
+    twins = Twins(tensors, Options(LR), LANES if small else tuning_for(device), programs)
     busy = contextlib.nullcontext()
     if GPU:
         beside = torch.cuda.Stream()
@@ -251,34 +218,25 @@ def test_waiting_programs_always_end(
     for _ in range(20 if GPU else 2):
         with busy:
             noise = (noise @ noise).tanh()
-        for members, step in steps:
-            step.update(members, [options], nothing_new(device))
-    if GPU:
-        torch.cuda.synchronize()
-    for a, b in zip(steps[0][0], steps[1][0]):
-        assert torch.equal(a.param, b.param)
-        assert torch.equal(a.momentum, b.momentum)
+        twins.step()
 
 
 @pytest.mark.parametrize("flatten", [False, True])
 def test_parameters_reach_another_process(flatten: bool, device: torch.device) -> None:
     """CUDA IPC goes by the allocator's blocks, in which flat parameters lie somewhere."""
-    params = [nn.Parameter(torch.randn(shape, device=device)) for shape in ((300, 7), (70,))]
-    twins = [nn.Parameter(param.detach().clone()) for param in params]
-    optimizers = [BNGD(some, LR, fused=True, flatten=flatten) for some in (params, twins)]
-    for param, twin in zip(params, twins):
-        try:
-            found = through_a_queue(param)
-        except RuntimeError as error:
-            found = str(error)
-        refused = flatten and "invalid device pointer" in found
-        assert refused or found == param.tolist()
-        param.grad = torch.randn_like(param)
-        twin.grad = param.grad.clone()
+    (params, optimizer), (twins, other) = (
+        start([(300, 7), (70,)], device, flatten=flatten) for _ in range(2)
+    )
+    try:
+        found = through_a_queue(params[1])
+    except RuntimeError as error:
+        found = str(error)
+    refused = flatten and "invalid device pointer" in found
+    assert refused or found == params[1].tolist()
     # what was sent is trained on
-    for optimizer in optimizers:
-        optimizer.step()
-    assert all(torch.equal(a, b) for a, b in zip(params, twins))
+    optimizer.step()
+    other.step()
+    assert all(map(torch.equal, params, twins))
 
 
 def test_more_entries_than_32_bits_can_count(device: torch.device) -> None:

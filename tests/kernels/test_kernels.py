@@ -2,42 +2,51 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from bngd_triton import reference
-from bngd_triton.eager import eager_step
-from bngd_triton.eager.factors import Factors, factors_from
-from bngd_triton.eager.moments import Moments
 from bngd_triton.kernels import Tuning, fused_step_
-from bngd_triton.kernels import fused_step as prepared_module
-from bngd_triton.kernels.build_plan import build
 from bngd_triton.kernels.device import measure, update
-from bngd_triton.kernels.device.update import store_as
 from bngd_triton.kernels.fused_step import FusedStep
 from bngd_triton.options import Options
-from bngd_triton.records import StepTensor
 from bngd_triton.verify.oracle import oracle_step
 from bngd_triton.verify.tolerances import step_bounds
 from support.closeness import assert_within
+from support.exact_runs import assert_bits, exact_gradient
 from support.handmade_plans import member, nothing_new
-from support.kernel_cases import (
-    FEW,
-    HOW,
-    LANES,
-    LR,
-    OPTIONS,
-    SHAPES,
-    TILES,
-    assert_guards,
-    blocks,
-    make,
-)
+from support.kernel_cases import FEW, LANES, LR, OPTIONS, SHAPES, TILES, assert_guards, make
+
+
+def check_step(
+    options: dict[str, Any], tuning: Tuning, tensors: tuple[list[Tensor], ...]
+) -> list[int]:
+    """How many slices reference and kernels skip in a step that is right."""
+    params, grads, buffers = tensors
+    before = [param.double().cpu() for param in params]
+    eager = [param.clone() for param in params], [buffer.clone() for buffer in buffers]
+    want, want_buffers = oracle_step(params, grads, buffers, lr=LR, **options)
+    skipped = [
+        reference.step_(eager[0], grads, eager[1], lr=LR, **options),
+        fused_step_(params, grads, buffers, lr=LR, tuning=tuning, **options),
+    ]
+    for count in skipped:
+        assert (count.dtype, count.shape, count.device) == (torch.int64, (), params[0].device)
+    cdf = options.get("normalizer") == "cdf"
+    for i, param in enumerate(params):
+        ends = want[i].nan_to_num(), want_buffers[i].nan_to_num()
+        theta, momentum = step_bounds(before[i], *ends, param.dtype, LR, cdf)
+        for name, got, got_buffer in (
+            ("reference", eager[0][i], eager[1][i]), ("kernels", param, buffers[i]),
+        ):  # fmt: skip
+            shape = tuple(param.shape)
+            assert_within(f"{name}, momentum {shape}", got_buffer, want_buffers[i], momentum)
+            assert_within(f"{name}, parameter {shape}", got, want[i], theta)
+    return list(map(int, skipped))
 
 
 @pytest.mark.parametrize("options", OPTIONS)
@@ -45,7 +54,9 @@ from support.kernel_cases import (
 def test_float32_step(options: dict[str, Any], tuning: Tuning, device: torch.device) -> None:
     everywhere = options in ({}, {"momentum": 0.0}, {"granularity": "row"})
     shapes = SHAPES if everywhere else FEW
-    check_step(options, tuning, torch.float32, torch.float32, device, shapes)
+    *tensors, guarded = make(torch.float32, torch.float32, device, shapes)
+    check_step(options, tuning, tensors)
+    assert_guards(guarded)
 
 
 @pytest.mark.parametrize(
@@ -62,100 +73,28 @@ def test_float32_step(options: dict[str, Any], tuning: Tuning, device: torch.dev
 def test_other_dtypes(
     dtype: torch.dtype, grad_dtype: torch.dtype, granularity: str, device: torch.device
 ) -> None:
-    options = {"granularity": granularity, "weight_decay": 0.1}
-    check_step(options, LANES, dtype, grad_dtype, device, FEW)
-
-
-def check_step(
-    options: dict[str, Any],
-    tuning: Tuning,
-    dtype: torch.dtype,
-    grad_dtype: torch.dtype,
-    device: torch.device,
-    shapes: list[tuple[int, ...]],
-) -> None:
-    params, grads, buffers, guarded = make(dtype, grad_dtype, device, shapes)
-    before = [param.double().cpu() for param in params]
-    eager = [param.clone() for param in params], [buffer.clone() for buffer in buffers]
-    want, want_buffers = oracle_step(params, grads, buffers, lr=LR, **options)
-    reference.step_(eager[0], grads, eager[1], lr=LR, **options)
-    fused_step_(params, grads, buffers, lr=LR, tuning=tuning, **options)
+    *tensors, guarded = make(dtype, grad_dtype, device, FEW)
+    check_step({"granularity": granularity, "weight_decay": 0.1}, LANES, tensors)
     assert_guards(guarded)
-    cdf = options.get("normalizer") == "cdf"
-    for i, shape in enumerate(shapes):
-        theta, momentum = step_bounds(before[i], want[i], want_buffers[i], dtype, LR, cdf)
-        for name, got, got_buffer in (
-            ("reference", eager[0][i], eager[1][i]),
-            ("kernels", params[i], buffers[i]),
-        ):
-            assert_within(f"{name}, momentum {shape}", got_buffer, want_buffers[i], momentum)
-            assert_within(f"{name}, parameter {shape}", got, want[i], theta)
 
 
-# every two of the three together
-@pytest.mark.parametrize(
-    ("granularity", "tuning", "dtype"),
-    [
-        pytest.param(granularity, (LANES, TILES)[(i + j) % 2], dtype)
-        for i, granularity in enumerate(("tensor", "row", "global"))
-        for j, dtype in enumerate((torch.float32, torch.bfloat16, torch.float16))
-    ],
-    ids=str,
-)
-def test_same_statistics_give_the_same_bits(
+@pytest.mark.parametrize("granularity", ["tensor", "row", "global"])
+@pytest.mark.parametrize("tuning", [LANES, TILES], ids=["lanes", "tiles"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_exact_statistics_give_the_same_bits(
     granularity: str, tuning: Tuning, dtype: torch.dtype, device: torch.device
 ) -> None:
-    options = Options(LR, nesterov=True, weight_decay=0.1, granularity=granularity, centering=0.7)
-    shapes = [(1,), (2,), (17,), (129,), (1009,), (), (5, 7), (3, 272), (2, 3, 4, 5)]
-    params, grads, buffers, _ = make(dtype, dtype, device, shapes)
-    members = [member(p, g, m) for p, g, m in zip(params, grads, buffers)]
-    eager = [
-        one._replace(param=one.param.clone(), momentum=one.momentum.clone()) for one in members
-    ]
-    prepared = without_tiles(members, options, tuning)
-    (device_part,) = prepared._devices
-    prepared.update(members, [options], nothing_new(device))
-    done = device_part.plan
-    # slices lie in the order of the tensors; a global group has one
-    end = 0
-    for one, twin, walk in zip(members, eager, device_part.walks):
-        param = twin.param
-        first = 0 if granularity == "global" else end
-        end += walk.rows
-        rows = slice(first, first + walk.rows)
-        # a global group's is that of its first tensor
-        record = members[0].record if granularity == "global" else one.record
-        n = int(done.slices[first, 2])
-        mean, std = (record[: walk.rows, k : k + 1] for k in (0, 1))
-        m2 = std.square() * n
-        up, more, high, low, inverse, mode = done.factors[rows, :6].split(1, 1)
-        if tuning.wide:
-            # blocks of float32 find equal values by their least and greatest, not by sigma
-            centering = options.centering if options.centres(param.dim()) else 0.0
-            own = factors_from(Moments(n, mean, m2, 0), options, centering, torch.float32)
-            for field, value in zip(Factors._fields, (up, more, high, low, inverse)):
-                # of `more`: known to be 1
-                known = getattr(own, field)
-                expected = torch.ones_like(value) if known is None else known
-                # through std and back, M2 is right to a rounding of float64
-                torch.testing.assert_close(expected, value, rtol=2.0**-23, atol=1e-12, msg=field)
-        moves = mode != 0
-        beta = torch.full_like(inverse, options.momentum)
-        factors = Factors(up, more, high, low, inverse, mode != 2, moves, beta, moves)
-        (runs,) = eager_step.EagerStep([twin], options)._families.values()
-        new = nothing_new(device)
-        eager_step._update(
-            runs, [[twin]], [[twin.grad]], factors, options, new, eager_step.Scratch()
-        )
-        assert torch.equal(param, one.param)
-        assert torch.equal(twin.momentum, one.momentum)
-
-
-def without_tiles(members: list[StepTensor], options: Options, tuning: Tuning) -> FusedStep:
-    """A prepared step in which every slice has its statistics in the tables."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prepared_module, "build", lambda *args, **_: build(*args, tiles=False))
-        return FusedStep(members, [options], tuning)
+    """As the reference's; of centring in part no factor but the deviation is a power of two."""
+    options: dict[str, Any] = {"nesterov": True, "weight_decay": 0.1, "centering": 0.7}
+    shapes = [(1,), (2,), (18,), (130,), (1010,), (), (6, 8), (3, 272), (2, 3, 4, 5)]
+    params, _, buffers, _ = make(dtype, dtype, device, shapes)
+    grads = [exact_gradient(param, 3).to(dtype) for param in params]
+    runs = []
+    for step_ in (reference.step_, functools.partial(fused_step_, tuning=tuning)):
+        moved, momenta = [p.clone() for p in params], [m.clone() for m in buffers]
+        step_(moved, grads, momenta, lr=LR, granularity=granularity, **options)
+        runs.append([*moved, *momenta])
+    assert_bits(*runs)
 
 
 @pytest.mark.parametrize("granularity", ["tensor", "global"])
@@ -192,8 +131,8 @@ def test_updates_start_where_the_statistics_ended(
     """Programs start in the order of their numbers: what was read last is still in L2."""
     if device.type != "cpu":
         pytest.skip("compiled programs cannot be watched")
-    params, grads = ([torch.randn(n, device=device) for n in (700, 301)] for _ in range(2))
-    members = [member(p, g, torch.zeros_like(p)) for p, g in zip(params, grads)]
+    tensors = [torch.randn(n, device=device) for n in (700, 301)]
+    members = [member(t, t.clone(), torch.zeros_like(t)) for t in tensors]
     prepared = FusedStep(members, [Options(LR)], LANES)
     (batch,) = prepared._devices[0].plan.batches
 
@@ -233,51 +172,14 @@ def test_nonfinite(
 ) -> None:
     """In a tile, in the last entries of a slice, and in one of many spans."""
     shapes = [(5, 20), (2, 300), (1001,), (40,), (3, 7)]
-    params = [torch.randn(shape, device=device) for shape in shapes]
-    grads = [torch.randn(shape, device=device) for shape in shapes]
-    buffers = [torch.randn(shape, device=device) for shape in shapes]
+    params, grads, buffers, _ = make(torch.float32, torch.float32, device, shapes)
     grads[0][1, 3] = grads[1][1, 299] = grads[2][500] = value
     options = {"granularity": granularity, "nonfinite": nonfinite, "weight_decay": 0.1}
-    before = [param.double().cpu() for param in params]
-    eager = [param.clone() for param in params], [buffer.clone() for buffer in buffers]
-    want, want_buffers = oracle_step(params, grads, buffers, lr=LR, **options)
-    counts = [
-        int(reference.step_(eager[0], grads, eager[1], lr=LR, **options)),
-        int(fused_step_(params, grads, buffers, lr=LR, tuning=tuning, **options)),
-    ]
+    row = params[0][1].clone()
     expected = {"tensor": 3, "row": 3, "global": 1}[granularity] if nonfinite == "skip" else 0
-    assert counts == [expected, expected]
-    for i in range(len(shapes)):
-        theta, momentum = step_bounds(
-            before[i], want[i].nan_to_num(), want_buffers[i].nan_to_num(), torch.float32, LR, False
-        )
-        for got, got_buffer in ((eager[0][i], eager[1][i]), (params[i], buffers[i])):
-            assert_within("momentum", got_buffer, want_buffers[i], momentum)
-            assert_within("parameter", got, want[i], theta)
+    assert check_step(options, tuning, [params, grads, buffers]) == [expected, expected]
     if nonfinite == "skip" and granularity == "row":
-        assert torch.equal(params[0][1].double().cpu(), before[0][1]), "bits, not only values"
-
-
-@triton.jit
-def _store_kernel(x_ptr, out_ptr, SOFT: tl.constexpr, BLOCK: tl.constexpr):
-    offsets = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    x = tl.load(x_ptr + offsets)
-    tl.store(out_ptr + offsets, store_as(x, out_ptr.dtype.element_ty, SOFT))
-
-
-@pytest.mark.filterwarnings("ignore:overflow encountered in cast:RuntimeWarning")
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_stores_round_to_nearest_even(dtype: torch.dtype, device: torch.device) -> None:
-    """Every upper half of a float32 with lower halves around a tie; NaNs of any payload."""
-    upper = torch.arange(2**16).view(-1, 1) << 16
-    lower = torch.tensor([0, 1, 0x0FFF, 0x1000, 0x7FFF, 0x8000, 0x8001, 0xFFFF])
-    x = (upper | lower).flatten().to(torch.int32).view(torch.float32)
-    got = torch.empty(x.shape, dtype=dtype, device=device)
-    _store_kernel[blocks(x)](x.to(device), got, **HOW)
-    got, want = got.cpu(), x.to(dtype)
-    assert torch.equal(got.isnan(), x.isnan())
-    assert torch.equal(got.nan_to_num(0.0), want.nan_to_num(0.0))
-    assert torch.equal(got.isinf(), want.isinf())
+        assert torch.equal(params[0][1], row), "bits, not only values"
 
 
 @pytest.mark.parametrize("nonfinite", ["skip", "propagate"])

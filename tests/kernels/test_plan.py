@@ -111,16 +111,6 @@ def test_rows_share_tiles(
     assert batch.n_spans == batch.n_chunks == 0
 
 
-def test_lengths_that_cut_an_access(device: torch.device) -> None:
-    """In aligned tensors: they have spans."""
-    tensors = [torch.zeros(n, device=device) for n in (10, 1, 33, 36)]
-    (batch,) = build([entry(t, t) for t in tensors], Tuning()).batches
-    assert batch.kind.aligned
-    lengths = [tensors[i].numel() for i in batch.order]
-    assert [lengths[row[0]] for row in batch.tiles.tolist()] == [36]
-    assert [lengths[row[0]] for row in batch.spans.tolist()] == [10, 1, 33]
-
-
 def test_aligned_batches_are_aligned(device: torch.device) -> None:
     """What the hints for 16-byte accesses promise: only a GPU acts on them, or faults."""
 

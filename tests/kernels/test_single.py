@@ -21,10 +21,8 @@ from bngd_triton.verify.oracle import oracle_step
 from bngd_triton.verify.tolerances import step_bounds
 from support.closeness import assert_within
 from support.handmade_plans import entry, inputs, member
-from support.kernel_cases import LANES, LR, OPTIONS, SMALL, TILES, assert_guards, make
-from support.twins import SINGLE, WAVE, Twins, random_tensors
-
-both_tunings = pytest.mark.parametrize("tuning", [LANES, TILES], ids=["lanes", "tiles"])
+from support.kernel_cases import LANES, LR, OPTIONS, TILES, assert_guards, make
+from support.twins import SINGLE, Twins, random_tensors
 
 
 # one form of the statistics with each: what becomes of them is the same code
@@ -40,7 +38,7 @@ def test_same_bits_as_two_launches(
 ) -> None:
     shapes = [(1,), (17,), (500,), (), (5, 8), (2, 300)]
     twins = Twins(random_tensors(shapes, device), Options(LR, **options), tuning, programs=5)
-    assert launch.form_for(twins.plan) == "single-launch" or twins.plan.spanning
+    assert launch.form_for(twins.plan) == "single-launch"
     twins.step()
 
 
@@ -75,7 +73,7 @@ def test_several_steps_with_any_number_of_programs(
 
 
 @pytest.mark.parametrize("nonfinite", ["skip", "propagate"])
-@both_tunings
+@pytest.mark.parametrize("tuning", [LANES, TILES], ids=["lanes", "tiles"])
 def test_nonfinite(nonfinite: str, tuning: Tuning, device: torch.device) -> None:
     """A skipped slice raises its flag too; a tile, a long and a short slice are skipped."""
     tensors = random_tensors([(1001,), (300,), (16,), (1200,)], device)
@@ -104,105 +102,70 @@ def test_kinds_of_work(
     twins.step()
 
 
-def test_empty_work(device: torch.device) -> None:
-    """Tables without rows give an empty list."""
-    tensor = torch.randn(16, device=device)
-    plan = plan_of([tensor], LANES)
-    (batch,) = plan.batches
-    for name in ("spans", "chunks"):
-        setattr(batch, name, getattr(batch, name)[:0])
-    work = batch.work(plan.tuning)
-    assert work.items.shape == (0, 6)
-    assert work.counters.tolist() == [0]
-    fused_step_([], [], [], lr=LR, tuning=Tuning(form="single-launch"))
-
-
 def plan_of(tensors: list[Tensor], tuning: Tuning) -> Plan:
     return build([entry(t, t) for t in tensors], tuning)
 
 
 def test_order_of_the_work(device: torch.device) -> None:
-    """Each item once; a slice's spans before its chunks; waves overlap by one."""
-    tuning = Tuning(**{**SMALL, "wave": WAVE})
-    long = 3 * WAVE // 4
-    sizes = (100, 200, long, 272, 17, 3, 1009, 300, 64)
-    tensors = [torch.randn(size, device=device) for size in sizes]
-    entries = [entry(t, t) for t in tensors]
-    # rows are slices of their own, a global group is one of several tensors that are apart
-    rows = torch.randn(4, 280, device=device)
-    entries.insert(1, entry(rows, rows, None, 4))
-    for at in (0, 4, 8):
-        shared = torch.randn(200, device=device)
-        entries.insert(at, entry(shared, shared, shared=0))
-    plan = build(entries, tuning)
-    (batch,) = plan.batches
+    """A wave's spans, the next one's, then its chunks; within a slice the newest chunk first."""
+    tuning = dataclasses.replace(LANES, wave=800)
+    (batch,) = plan_of([torch.randn(16, device=device)], tuning).batches
+    # of tensors: slice and entries. The tensors of a global group, slice 5, are apart; slice 9 is
+    # longer than a wave of 200 float32, which leaves numbers out
+    tensors = [(5, 100), (6, 150), (5, 30), (7, 200), (8, 50), (9, 300), (10, 40), (10, 90)]
+    pieces = [
+        (tensor, start, min(100, n - start), index)
+        for tensor, (index, n) in enumerate(tensors)
+        for start in range(0, n, 100)
+    ]
+    spans = [(*piece[:3], place, piece[3]) for place, piece in enumerate(pieces)]
+    batch.spans, batch.chunks = (torch.tensor(rows, device=device) for rows in (spans, pieces))
     work = batch.work(tuning)
     assert batch.work(tuning) is work
-    items = work.items.tolist()
+    spans_done = [row[1:] for row in work.items.tolist() if row[0] == SPAN_ITEM]
+    chunks_done = [row[1:5] for row in work.items.tolist() if row[0] == CHUNK_ITEM]
+    assert sorted(spans_done) == batch.spans.tolist()
+    assert sorted(chunks_done) == batch.chunks.tolist()
+    # span or chunk, tensor, start
+    assert [f"{'SU'[kind]}{at}+{start}" for kind, at, start, *_ in work.items.tolist()] == [
+        "S0+0", "S2+0", "S1+0", "S1+100",
+        "S3+0", "S3+100",
+        "U2+0", "U0+0", "U1+100", "U1+0",
+        "S4+0", "S5+0", "S5+100", "S5+200",
+        "U3+100", "U3+0",
+        "S6+0", "S7+0",
+        "U4+0", "U5+200", "U5+100", "U5+0",
+        "U7+0", "U6+0",
+    ]  # fmt: skip
+    assert (work.first_slice, len(work.counters)) == (5, 1 + 6)
 
-    for kind, table in ((SPAN_ITEM, batch.spans), (CHUNK_ITEM, batch.chunks)):
-        listed = [item[1 : 1 + table.shape[1]] for item in items if item[0] == kind]
-        assert sorted(listed) == sorted(table.tolist())
-    assert len(items) == batch.n_spans + batch.n_chunks
 
-    slices = {item[5] for item in items if item[0] == SPAN_ITEM}
-    assert work.first_slice == min(slices)
-    assert len(work.counters) == 1 + max(slices) - min(slices) + 1
-    last_span = {item[5]: at for at, item in enumerate(items) if item[0] == SPAN_ITEM}
-    waited = [at - last_span[item[4]] for at, item in enumerate(items) if item[0] == CHUNK_ITEM]
-    assert min(waited) > 0
-
-    # the waves, found from the tables alone
-    size, wave_of = 0, {}
-    for index in sorted(slices):
-        wave_of[index] = size // (WAVE // 4)
-        size += sum(item[3] for item in items if item[0] == SPAN_ITEM and item[5] == index)
-    numbers = {wave: at for at, wave in enumerate(sorted(set(wave_of.values())))}
-    assert len(numbers) >= 4
-
-    def turn(item: list[int]) -> int:
-        if item[0] == SPAN_ITEM:
-            return 2 * numbers[wave_of[item[5]]]
-        return 2 * numbers[wave_of[item[4]]] + 3
-
-    turns = [turn(item) for item in items]
-    assert turns == sorted(turns)
-    for index in slices:
-        starts = [(i[1], i[2]) for i in items if i[0] == CHUNK_ITEM and i[4] == index]
-        assert starts == sorted(starts, reverse=True), "newest first"
+SINGLE_LAUNCH = dataclasses.replace(LANES, form="single-launch")
+KERNELS = {"two-launch": ["statistics"] * 2 + ["update"] * 2, "single-launch": ["single"] * 2}
 
 
 def test_which_form_runs(device: torch.device, launched: list[str]) -> None:
     grads = [torch.randn(500, device=device), torch.randn(500, device=device).bfloat16()]
     params = [grad.clone() for grad in grads]
-
-    def names(tuning: Tuning, form: str | None = None) -> list[str]:
-        plan = plan_of(params, tuning)
-        options = Options(LR, momentum=0.0)
+    two, one = launch.FORMS
+    for sizes, form, expected in (
+        ({}, None, two),
+        ({"form": one}, None, one),
+        ({}, one, one),
+        ({"form": one}, two, two),
+        # 500 float32 and 500 bfloat16 are 3000 bytes
+        ({"single_to": 3000}, None, two),
+        ({"single_to": 3001}, None, one),
+        ({"single_from": 3000, "single_to": 9999}, None, one),
+        ({"single_from": 3001, "single_to": 9999}, None, two),
+        ({"single_to": 3001}, two, two),
+        ({"single_to": 3001, "form": two}, None, two),
+    ):
+        plan = plan_of(params, dataclasses.replace(LANES, **sizes))
         plan.point_at([grad.data_ptr() for grad in grads])
         launched.clear()
-        launch.update(plan, inputs(device, options), form)
-        return launched.copy()
-
-    two = ["_statistics_kernel"] * 2 + ["_update_kernel"] * 2
-    one = ["_single_kernel"] * 2
-    single_tuning = dataclasses.replace(LANES, form="single-launch")
-    assert names(LANES) == two, "the default"
-    assert names(single_tuning) == one
-    assert names(LANES, "single-launch") == one
-    assert names(single_tuning, "two-launch") == two
-    # 500 float32 and 500 bfloat16 are 3000 bytes
-    for least, end, expected in (
-        (0, 3000, two),
-        (0, 3001, one),
-        (3000, 9999, one),
-        (3001, 9999, two),
-    ):
-        assert names(dataclasses.replace(LANES, single_from=least, single_to=end)) == expected
-    sized = dataclasses.replace(LANES, single_to=3001)
-    assert names(sized, "two-launch") == names(dataclasses.replace(sized, form="two-launch")) == two
-    with pytest.raises(ValueError, match="must be one of two-launch, single-launch, got 'three'"):
-        names(LANES, "three")
+        launch.update(plan, inputs(device, Options(LR, momentum=0.0)), form)
+        assert launched == [f"_{word}_kernel" for word in KERNELS[expected]], (sizes, form)
 
 
 def test_no_flag_is_trusted_that_is_raised_too_early(
@@ -212,17 +175,19 @@ def test_no_flag_is_trusted_that_is_raised_too_early(
     monkeypatch.setattr(launch, "releases_wait", lambda device: False)
     param = torch.randn(500, device=device)
     before, grad = param.clone(), torch.randn_like(param)
-    asked = dataclasses.replace(LANES, form="single-launch")
+    asked = {"lr": LR, "momentum": 0.0, "tuning": SINGLE_LAUNCH}
     with pytest.raises(RuntimeError, match=r"'single-launch' needs Triton 3\.9 .*; got Triton 3"):
-        fused_step_([param], [grad], None, lr=LR, momentum=0.0, tuning=asked)
+        fused_step_([param], [grad], None, **asked)
     assert torch.equal(param, before)
     with pytest.raises(RuntimeError, match="'single-launch' needs"):
         launch.form_for(plan_of([param], LANES), "single-launch")
+    with pytest.raises(ValueError, match="must be one of two-launch, single-launch, got 'three'"):
+        launch.form_for(plan_of([param], LANES), "three")
     chosen = dataclasses.replace(LANES, single_to=1 << 30)
     assert launch.form_for(plan_of([param], chosen)) == "two-launch"
-    assert launch.form_for(plan_of([param], asked), "two-launch") == "two-launch"
+    assert launch.form_for(plan_of([param], SINGLE_LAUNCH), "two-launch") == "two-launch"
     # sharded steps never take one launch
-    FusedStep([member(param, grad, None)], [Options(LR)], asked, sharded=True)
+    FusedStep([member(param, grad, None)], [Options(LR)], SINGLE_LAUNCH, sharded=True)
 
 
 @pytest.mark.parametrize("form", launch.FORMS)
@@ -231,16 +196,14 @@ def test_a_global_group_across_dtypes_takes_two_launches(
 ) -> None:
     params = [torch.randn(700, device=device), torch.randn(900, device=device).bfloat16()]
     grads = [torch.randn_like(param) * 3 + 1 for param in params]
-    buffers = [torch.zeros(param.shape, device=device) for param in params]
     before = [param.double().cpu() for param in params]
-    want, want_buffers = oracle_step(params, grads, buffers, lr=LR, granularity="global")
-    tuning = dataclasses.replace(LANES, form=form)
-    fused_step_(params, grads, buffers, lr=LR, granularity="global", tuning=tuning)
-    assert launched == ["_statistics_kernel"] * 2 + ["_update_kernel"] * 2
-    for i, param in enumerate(params):
-        theta, momentum = step_bounds(before[i], want[i], want_buffers[i], param.dtype, LR, False)
-        assert_within("momentum", buffers[i], want_buffers[i], momentum)
-        assert_within("parameter", param, want[i], theta)
+    options: dict[str, Any] = {"lr": LR, "momentum": 0.0, "granularity": "global"}
+    want, _ = oracle_step(params, grads, [None, None], **options)
+    fused_step_(params, grads, None, tuning=dataclasses.replace(LANES, form=form), **options)
+    assert launched == [f"_{word}_kernel" for word in KERNELS["two-launch"]]
+    for got, old, end in zip(params, before, want):
+        bound, _ = step_bounds(old, end, torch.zeros_like(end), got.dtype, LR, False)
+        assert_within("parameter", got, end, bound)
 
 
 def test_nothing_outside_is_touched(device: torch.device) -> None:
@@ -249,3 +212,4 @@ def test_nothing_outside_is_touched(device: torch.device) -> None:
     tuning = dataclasses.replace(LANES, **SINGLE)
     fused_step_(params, grads, buffers, lr=LR, tuning=tuning)
     assert_guards(guarded)
+    fused_step_([], [], [], lr=LR, tuning=tuning)

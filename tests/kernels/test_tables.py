@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 
 from bngd_triton.kernels import tables
-from bngd_triton.kernels.device import tables as constants
 from bngd_triton.options import Options
 
 TABLES = {
@@ -38,9 +37,3 @@ def test_a_row_of_the_options_has_each_option_in_its_column() -> None:
     row = tables.encode(options, closing=False)
     assert len(row) == tables.OPTION_COLUMNS
     assert {name: row[getattr(tables, name)] for name in want} == want
-
-
-def test_device_code_has_the_columns_of_the_plan() -> None:
-    assert constants.SPAN_SLICE.value == tables.SPAN_SLICE
-    with pytest.raises(AttributeError):
-        constants.SEGMENT_COLUMNS  # noqa: B018

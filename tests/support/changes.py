@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,27 +16,11 @@ def pair(device: torch.device, **options: Any) -> Iterator[tuple[list[Parameter]
     for fused in (True, False):
         torch.manual_seed(0)
         params = [
-            Parameter(torch.randn(shape, device=device)) for shape in ((4, 8), (60, 50), (16,))
+            Parameter(torch.randn(shape, device=device)) for shape in ((8, 8), (60, 50), (16,))
         ]
         groups = [{"params": params[:2]}, {"params": params[2:], "lr": 3e-3}]
         options = {"granularity": "tensor", **options}
         yield params, BNGD(groups, fused=fused, **options)
-
-
-def give_gradients(params: list[Parameter], seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    for param in params:
-        values = torch.randn(param.shape, generator=generator).to(param.device)
-        param.grad = values
-
-
-def assert_same(found: list[Parameter], want: list[Parameter]) -> None:
-    for one, other in zip(found, want):
-        torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
-
-
-def swap_storage(params: list[Parameter], optimizer: BNGD) -> None:
-    params[0].data = params[0].data.clone()
 
 
 def replace_momentum(params: list[Parameter], optimizer: BNGD) -> None:
@@ -46,16 +29,6 @@ def replace_momentum(params: list[Parameter], optimizer: BNGD) -> None:
 
 def replace_entry(params: list[Parameter], optimizer: BNGD) -> None:
     optimizer.state[params[1]] = {"momentum_buffer": torch.ones_like(params[1])}
-
-
-def replace_state(params: list[Parameter], optimizer: BNGD) -> None:
-    optimizer.load_state_dict(optimizer.state_dict())
-
-
-def copy_state(params: list[Parameter], optimizer: BNGD) -> None:
-    """The same groups, and a state of its own."""
-    copies = {p: {k: v.clone() for k, v in entry.items()} for p, entry in optimizer.state.items()}
-    optimizer.state = defaultdict(dict, copies)
 
 
 def swap_equal_states(params: list[Parameter], optimizer: BNGD) -> None:
@@ -106,67 +79,66 @@ def fewer_parameters(params: list[Parameter], optimizer: BNGD) -> None:
     del optimizer.param_groups[0]["params"][1]
 
 
-def another_parameter(params: list[Parameter], optimizer: BNGD) -> None:
-    new = Parameter(params[0].detach().clone())
-    new.grad = params[0].grad
-    optimizer.param_groups[0]["params"][0] = new
-
-
 def one_more_parameter(params: list[Parameter], optimizer: BNGD) -> None:
     new = Parameter(params[0].detach().clone())
     new.grad = params[0].grad
     optimizer.param_groups[1]["params"].append(new)
 
 
-def another_group(params: list[Parameter], optimizer: BNGD) -> None:
-    new = Parameter(torch.ones(8, device=params[0].device))
-    new.grad = torch.arange(8.0, device=params[0].device)
-    optimizer.add_param_group({"params": [new]})
+def next_group(params: list[Parameter], optimizer: BNGD) -> None:
+    """In the lists themselves: the parameters' order and addresses are as they were."""
+    first, second = (group["params"] for group in optimizer.param_groups)
+    second.insert(0, first.pop())
 
 
 def raise_on_nonfinite(params: list[Parameter], optimizer: BNGD) -> None:
     optimizer.param_groups[0]["nonfinite"] = "raise"
 
 
-CHANGES = [
-    swap_storage, replace_momentum, replace_entry, replace_state, copy_state, swap_equal_states,
-    pass_state_on, same_memory, drop_gradient, other_strides, unaligned, no_momentum, by_row,
-    centre_vectors, fewer_parameters, another_parameter, one_more_parameter, another_group,
-    raise_on_nonfinite,
-]  # fmt: skip
+def move_momentum(params: list[Parameter], optimizer: BNGD) -> None:
+    """The same object elsewhere."""
+    buffer = optimizer.state[params[2]]["momentum_buffer"]
+    buffer.data = torch.ones_like(buffer)
 
 
-def grad_transposed(square: Parameter) -> None:
-    assert square.grad is not None
-    square.grad.t_()
+def negated(params: list[Parameter], optimizer: BNGD) -> None:
+    """Views whose memory holds the opposite sign."""
+    for param in params:
+        param.grad = torch._neg_view(param.grad)
 
 
-def grad_data_transposed(square: Parameter) -> None:
-    assert square.grad is not None
-    square.grad.data = square.grad.data.t()
+# from here on the same objects, at the same addresses
 
 
-def grad_data_halved(square: Parameter) -> None:
-    assert square.grad is not None
-    square.grad.data = square.grad.data.view(torch.float16)[:, ::2]
+def grad_transposed(params: list[Parameter], optimizer: BNGD) -> None:
+    params[0].grad.t_()
 
 
-def grad_set(square: Parameter) -> None:
-    grad = square.grad
-    assert grad is not None
-    grad.set_(grad.untyped_storage(), 0, (8, 8), (1, 8))  # type: ignore[call-overload]
+def grad_data_transposed(params: list[Parameter], optimizer: BNGD) -> None:
+    params[0].grad.data = params[0].grad.data.t()
 
 
-def param_data_transposed(square: Parameter) -> None:
-    square.data = square.data.t()
+def grad_data_halved(params: list[Parameter], optimizer: BNGD) -> None:
+    params[0].grad.data = params[0].grad.data.view(torch.float16)[:, ::2]
 
 
-def param_set(square: Parameter) -> None:
+def grad_set(params: list[Parameter], optimizer: BNGD) -> None:
+    grad = params[0].grad
+    grad.set_(grad.untyped_storage(), 0, (8, 8), (1, 8))
+
+
+def param_data_transposed(params: list[Parameter], optimizer: BNGD) -> None:
+    params[0].data = params[0].data.t()
+
+
+def param_set(params: list[Parameter], optimizer: BNGD) -> None:
     with torch.no_grad():
-        square.set_(square.untyped_storage(), 0, (8, 8), (1, 8))  # type: ignore[call-overload]
+        params[0].set_(params[0].untyped_storage(), 0, (8, 8), (1, 8))
 
 
-IN_PLACE = [
-    grad_transposed, grad_data_transposed, grad_data_halved, grad_set, param_data_transposed,
-    param_set,
+CHANGES = [
+    replace_momentum, move_momentum, replace_entry, swap_equal_states, pass_state_on, same_memory,
+    drop_gradient, other_strides, unaligned, negated, no_momentum, by_row, centre_vectors,
+    raise_on_nonfinite, fewer_parameters, one_more_parameter, next_group, grad_transposed,
+    grad_data_transposed, grad_data_halved, grad_set, param_data_transposed, param_set,
 ]  # fmt: skip

@@ -11,11 +11,10 @@ def assert_within(what: str, got: Tensor, want: Tensor, bound: Tensor) -> None:
     got, want, bound = got.detach().cpu().double(), want.double(), bound.double()
     assert torch.equal(got.isnan(), want.isnan()), f"{what}: NaN in other places"
     error = (got - want).abs()
-    bad = error > bound
-    if bad.any():
+    if (error > bound).any():
         i = int((error - bound).nan_to_num(-1.0).argmax())
+        got, want, far, most = (one.flatten()[i] for one in (got, want, error, bound))
         raise AssertionError(
-            f"{what}: {int(bad.sum())} of {bad.numel()} entries off; entry {i} is "
-            f"{got.flatten()[i]:.9g}, not {want.flatten()[i]:.9g}: error {error.flatten()[i]:.3g} "
-            f"> {bound.flatten()[i]:.3g}; RMS error {error.square().mean().sqrt():.3g}"
+            f"{what}: {int((error > bound).sum())} of {error.numel()} entries off; entry {i} is "
+            f"{got:.9g}, not {want:.9g}: error {far:.3g} > {most:.3g}"
         )

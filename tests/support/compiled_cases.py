@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 from support.machine_code import VERSION
@@ -13,15 +13,11 @@ from support.machine_code import VERSION
 # one of each vendor, in every form
 ALWAYS = ["sm_90", "gfx942"]
 # parameter, gradient, momentum
-COMBINATIONS = (
-    ("fp32", "fp32", "fp32"),
-    ("bf16", "bf16", "fp32"),
-    ("fp16", "fp16", "fp32"),
-    ("bf16", "fp32", "fp32"),
-)
+FP32, BF16 = ("fp32", "fp32", "fp32"), ("bf16", "bf16", "fp32")
+COMBINATIONS = (FP32, BF16, ("fp16", "fp16", "fp32"), ("bf16", "fp32", "fp32"))
 # with the storage types for which each is the default or is asked for
 MASTER_COMBINATIONS = (
-    ("remainder", ("bf16", "bf16", "fp32")),
+    ("remainder", BF16),
     ("remainder", ("bf16", "fp32", "fp32")),
     ("master", ("fp16", "fp16", "fp32")),
     ("stochastic", ("bf16", "bf16", "bf16")),
@@ -82,9 +78,7 @@ class Case:
 
     kernel: str
     target: str
-    param: str
-    grad: str
-    buffer: str
+    dtypes: tuple[str, str, str] = FP32
     aligned: bool = True
     wide: bool = True
     master: str = "plain"
@@ -139,60 +133,50 @@ class Case:
         }
         return +Counter(wanted) if self.hinted else Counter()
 
+    @property
+    def is_quick(self) -> bool:
+        """Whether it is soon compiled, and tells of more than itself."""
+        # long to compile, and of nothing but what the others check by themselves
+        usual = self.master == "plain" and self.hinted and not (self.windows or self.tables)
+        if usual:
+            return self.variant != "single stream" and self.aligned and self.dtypes in (FP32, BF16)
+        if self.kernel == "statistics":
+            return True
+        narrow = (self.master, self.dtypes, self.windows) == ("remainder", BF16, False)
+        return self.kernel == "update" and (narrow or not self.hinted)
+
     def __str__(self) -> str:
         kind = "aligned" if self.aligned else "any"
-        dtypes = ",".join((self.param, self.grad, self.buffer))
+        dtypes = ",".join(self.dtypes)
         extras = self.master + " windows" * self.windows + " no hints" * (not self.hinted)
         return f"{self.variant:19s} {dtypes:14s} {extras:19s} {kind:7s} {self.target:6s}"
 
 
-def cases(quick: bool, targets: list[str], only: list[str]) -> Iterator[Case]:
+def cases(quick: bool, targets: list[str], only: list[str]) -> list[Case]:
     """What to compile, the longest first."""
-    combinations = COMBINATIONS[:2] if quick else COMBINATIONS
-    unaligned = () if quick else ALWAYS
-    # long to compile, and of nothing but what the others check by themselves
-    skipped = ("single stream",)
-    variants: list[dict[str, Any]] = [{"kernel": "tiles"}]
-    variants += [
-        {"kernel": kernel, "wide": wide}
-        for kernel in ("single", "statistics")
-        for wide in (True, False)
-    ]
-    variants += [{"kernel": kernel} for kernel in ("update", *SIMPLE_KERNELS)]
-    for variant in variants:
-        for target, dtypes in itertools.product(targets, combinations):
-            named = dict(zip(("param", "grad", "buffer"), dtypes))
-            case = Case(target=target, **named, **variant)
-            if case.variant not in only or (quick and case.variant in skipped):
-                continue
-            if case.kernel in ("single", *SIMPLE_KERNELS) and dtypes not in COMBINATIONS[:2]:
-                continue
-            yield case
-            narrow = target in unaligned and case.kernel not in SIMPLE_KERNELS
-            if narrow and set(dtypes) == {"fp32"}:
-                yield dataclasses.replace(case, aligned=False)
-    yield from narrow_cases(quick, targets, only)
+    found = []
+    variants: list[tuple[str, bool]] = [("tiles", True)]
+    variants += itertools.product(("single", "statistics"), (True, False))
+    variants += [(kernel, True) for kernel in ("update", *SIMPLE_KERNELS)]
+    for (kernel, wide), target, dtypes in itertools.product(variants, targets, COMBINATIONS):
+        if kernel in ("single", *SIMPLE_KERNELS) and dtypes not in (FP32, BF16):
+            continue
+        case = Case(kernel, target, dtypes, wide=wide)
+        found.append(case)
+        if target in ALWAYS and kernel not in SIMPLE_KERNELS and dtypes == FP32:
+            found.append(dataclasses.replace(case, aligned=False))
+    # with masters, stochastic rounding or micro-batches
+    kinds = [(*kind, False) for kind in MASTER_COMBINATIONS]
+    kinds += [("plain", FP32, True), ("remainder", BF16, True)]
+    for kernel, (master, dtypes, windows), target in itertools.product(
+        ("tiles", "update"), kinds, targets
+    ):
+        found.append(Case(kernel, target, dtypes, master=master, windows=windows))
     for kernel, target in itertools.product(("statistics", "update", "tiles", "single"), targets):
-        forms: list[dict[str, Any]] = [{"hinted": False}]
+        found.append(Case(kernel, target, hinted=False))
         if kernel == "statistics":
-            forms += [{"tables": True}, {"windows": True}]
-        for form in forms:
-            case = Case(kernel, target, "fp32", "fp32", "fp32", **form)
-            if case.variant in only and not (quick and kernel in ("tiles", "single")):
-                yield case
-
-
-def narrow_cases(quick: bool, targets: list[str], only: list[str]) -> Iterator[Case]:
-    """With masters, stochastic rounding or micro-batches."""
-    kinds = [(*kind, False) for kind in MASTER_COMBINATIONS[: 1 if quick else None]]
-    if not quick:
-        kinds += [("plain", COMBINATIONS[0], True), (*MASTER_COMBINATIONS[0], True)]
-    for kernel, (master, dtypes, windows) in itertools.product(("tiles", "update"), kinds):
-        for target in targets:
-            named = dict(zip(("param", "grad", "buffer"), dtypes))
-            case = Case(kernel, target, **named, master=master, windows=windows)
-            if case.variant in only and not (quick and kernel == "tiles"):
-                yield case
+            found += [Case(kernel, target, tables=True), Case(kernel, target, windows=True)]
+    return [case for case in found if case.variant in only and (not quick or case.is_quick)]
 
 
 def find_loose(taken: Iterable[tuple[Case, int]]) -> list[str]:

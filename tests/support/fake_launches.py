@@ -79,10 +79,8 @@ class Counted:
         flat = arguments[:-1] + arguments[-1] if type(arguments[-1]) is tuple else arguments
         self.launched.append(flat)
 
-    def prepared(self, tuning: Any, **how: bool) -> FusedStep:
-        return FusedStep(self.members, self.options, tuning, **how)
-
     def run(self, prepared: FusedStep) -> tuple[Launches, int]:
+        """What a step launches, and how often it asks Triton's dispatch."""
         self.launched, self.dispatched = [], 0
         prepared.update(self.members, self.options, self.inputs)
         return self.launched, self.dispatched
@@ -104,7 +102,7 @@ def main(backend: str) -> None:
 
     for form, launches in (("two-launch", 6), ("single-launch", 4)):
         tuning = dataclasses.replace(usual, form=form)
-        prepared = counted.prepared(tuning)
+        prepared = FusedStep(counted.members, counted.options, tuning)
         ordinary, dispatches = counted.run(prepared)
         assert (len(ordinary), dispatches) == (launches, launches), (len(ordinary), dispatches)
         quick, dispatches = counted.run(prepared)
@@ -124,7 +122,7 @@ def main(backend: str) -> None:
             assert any(one is hook for one in launched), "a profiler does not see every launch"
         hook.remove(print)
 
-    apart = counted.prepared(usual, sharded=True)
+    apart = FusedStep(counted.members, counted.options, usual, sharded=True)
     # two of statistics, one that publishes, two updates
     ordinary, dispatches, _ = counted.measure_and_move(apart)
     assert (len(ordinary), dispatches) == (5, 5)

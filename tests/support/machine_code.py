@@ -254,22 +254,13 @@ def inspect(compiled: Any, backend: str, seconds: float) -> Report:
     hints = re.findall(HINT, ttir)
     in_code = sorted(hint for hint, pattern in SASS_HINTS.items() if matching(pattern, codes))
     return Report(
-        registers=registers,
-        shared=compiled.metadata.shared,
-        spill=stack + local,
+        registers=registers, shared=compiled.metadata.shared, spill=stack + local,
         loop_spills=sum(len(matching(spilling, b)) for b in bodies if matching(any_load, b)),
         hints=Counter(map(" ".join, hints)),
         machine_hints=in_code if backend == "cuda" else None,
         loads=Counter(map(width, matching(load, codes))),
         stores=Counter(map(width, matching(store, codes))),
-        wanted_loads=asked["load"],
-        wanted_stores=asked["store"],
-        instructions=len(codes),
-        atomics=atomics,
-        releases=releases,
-        acquires=acquires,
-        hasty=hasty,
-        windows=windows,
-        unguarded=unguarded,
-        seconds=seconds,
-    )
+        wanted_loads=asked["load"], wanted_stores=asked["store"], instructions=len(codes),
+        atomics=atomics, releases=releases, acquires=acquires, hasty=hasty, windows=windows,
+        unguarded=unguarded, seconds=seconds,
+    )  # fmt: skip

@@ -6,6 +6,7 @@ import json
 import math
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -41,69 +42,90 @@ def make(path: StepPath, granularity: str) -> tuple[BNGD, list[Parameter]]:
 
 
 @pytest.mark.parametrize("granularity", ["tensor", "row"])
-def test_rows_of_numbers_are_those_of_the_gradients(granularity: str, path: StepPath) -> None:
+def test_log_and_writer_have_the_statistics_of_the_gradients(
+    granularity: str, path: StepPath
+) -> None:
     optimizer, params = make(path, granularity)
-    logger = GradStatsLogger(optimizer, every=1)
-    for param in params:
-        # rows far apart: their means belong to the spread of the whole
-        rows = torch.arange(len(param), device=path.device).view(-1, *[1] * (param.dim() - 1))
-        param.grad = torch.randn_like(param) + 10 * rows
-    optimizer.step()
-    logger.step()
-    (step,) = logger.log.steps
-    assert step.step == 0
-    assert step.names == ("first.weight", "first.bias", "second.weight")
-    assert (step.values.dtype, step.values.device.type) == (torch.float64, "cpu")
-    for param, values in zip(params, step.values):
-        assert param.grad is not None
-        grad = param.grad.double().cpu()
-        mean, std, rms = grad.mean(), grad.std(correction=0), grad.square().mean().sqrt()
-        want = torch.stack([mean, std, rms, rms / std, torch.zeros_like(std)])
-        # the kernels' statistics are float32 tiles merged in float64
-        torch.testing.assert_close(values, want, rtol=1e-6, atol=0)
-
-
-def test_every_so_many_steps(path: StepPath) -> None:
-    optimizer, params = make(path, "tensor")
-    logger = GradStatsLogger(optimizer, every=3)
-    stds = []
-    for _ in range(8):
+    writer = Writer()
+    logger = GradStatsLogger(optimizer, every=2, writer=writer)
+    for _ in range(3):
         for param in params:
-            param.grad = torch.randn_like(param)
+            # rows far apart: their means belong to the spread of the whole
+            rows = torch.arange(len(param), device=path.device).view(-1, *[1] * (param.dim() - 1))
+            param.grad = torch.randn_like(param) + 10 * rows
         optimizer.step()
         logger.step()
-        stds.append(params[0].grad.double().std(correction=0).item())
-    names, steps, table = logger.log.table("std")
-    assert names == ["first.weight", "first.bias", "second.weight"]
-    assert steps == [0, 3, 6]
-    assert table.shape == (3, 3)
-    assert table[0].tolist() == pytest.approx([stds[0], stds[3], stds[6]], rel=1e-6)
+    assert [logged.step for logged in logger.log.steps] == [0, 2]
+    names, values = logger.log.steps[1][1:]
+    assert names == ("first.weight", "first.bias", "second.weight")
+    assert (values.dtype, values.device.type) == (torch.float64, "cpu")
+    grads = [param.grad.double().cpu() for param in params]
+    # the kernels' statistics are float32 tiles merged in float64
+    close = {"rtol": 1e-6, "atol": 1e-7}
+    for name, grad, found in zip(names, grads, values):
+        mean, std, rms = grad.mean(), grad.std(correction=0), grad.square().mean().sqrt()
+        want = torch.stack([mean, std, rms, rms / std, torch.zeros_like(std)])
+        torch.testing.assert_close(found, want, **close)
+        told = [writer.scalars[f"grad_{column}/{name}", 2] for column in COLUMNS]
+        assert told == found.tolist()
+        if granularity == "row" and grad.dim() > 1:
+            for column, rows in (("mean", grad.mean(1)), ("std", grad.std(1, correction=0))):
+                told = writer.histograms[f"grad_rows_{column}/{name}", 2]
+                torch.testing.assert_close(told, rows, **close)
+    assert len(writer.scalars) == 2 * 3 * len(COLUMNS)
+    of_rows = ("first.weight", "second.weight") if granularity == "row" else ()
+    assert set(writer.histograms) == {
+        (f"grad_rows_{column}/{name}", step)
+        for column in COLUMNS[:-1] for name in of_rows for step in (0, 2)
+    }  # fmt: skip
 
 
-def test_numbers_go_on_from_the_first_step() -> None:
-    logger = GradStatsLogger(Given(a=(0.0, 1.0, 0.0)), every=10, first_step=17)
+@pytest.mark.parametrize(("first_step", "logged"), [(0, [0, 10]), (17, [20, 30])])
+def test_every_so_many_steps(first_step: int, logged: list[int]) -> None:
+    """Numbers go on from the first step."""
+    logger = GradStatsLogger(Given(a=(0.0, 1.0, 0.0)), every=10, first_step=first_step)
     for _ in range(14):
         logger.step()
-    assert [step.step for step in logger.log.steps] == [20, 30]
+    assert [step.step for step in logger.log.steps] == logged
+
+
+def test_a_model_names_parameters_that_the_optimizer_got_unnamed() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.ReLU(), torch.nn.Linear(3, 2))
+    # in another order, in groups, and one that is no parameter of the model
+    stranger = Parameter(torch.ones(3))
+    optimizer = BNGD(
+        [
+            {"params": [model[2].weight, stranger]},
+            {"params": [model[2].bias, *model[0].parameters()]},
+        ]
+    )
+    logger = GradStatsLogger(optimizer, every=1, model=model)
+    assert logger.latest() == {}
+    (model(torch.randn(5, 4)).square().sum() + stranger.square().sum()).backward()
+    optimizer.step()
+    logger.step()
+    latest = logger.latest()
+    named = dict(model.named_parameters())
+    stds = {name: float(param.grad.double().std(correction=0)) for name, param in named.items()}
+    assert {name: latest[f"grad_std/{name}"] for name in named} == pytest.approx(stds, rel=1e-9)
+    assert len(latest) == len(COLUMNS) * (len(named) + 1)
+    assert all(type(value) is float for value in latest.values())
 
 
 @pytest.mark.parametrize("every", [1, 5])
 def test_one_copy_to_the_host_a_logged_step(every: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    copies, calls = [], []
-    real = Tensor.cpu
-
-    def counted(tensor: Tensor) -> Tensor:
-        copies.append(tensor)
-        return real(tensor)
-
     given = Given(a=(0.0, 1.0, 0.0), b=([0.0, 1.0], [1.0, 2.0], [0.0, 0.0]), c=(3.0, 1.0, 1.0))
-    stats = given.grad_stats
-    given.grad_stats = lambda: calls.append(1) or stats()  # type: ignore[method-assign, func-returns-value]
+    calls = []
+
+    def noting(name: str, real: Any) -> Any:
+        return lambda *args: calls.append(name) or real(*args)
+
+    monkeypatch.setattr(given, "grad_stats", noting("grad_stats", given.grad_stats))
+    monkeypatch.setattr(Tensor, "cpu", noting("cpu", Tensor.cpu))
     logger = GradStatsLogger(given, every=every, writer=Writer())
-    monkeypatch.setattr(Tensor, "cpu", counted)
     for _ in range(5):
         logger.step()
-    assert len(copies) == len(calls) == 5 // every
+    assert calls == ["grad_stats", "cpu"] * (5 // every)
 
 
 def test_whole_of_rows_without_finite_statistics() -> None:
@@ -126,42 +148,19 @@ def test_whole_of_rows_without_finite_statistics() -> None:
 @pytest.mark.parametrize("scale", [1e-300, 1e300, 0.0])
 def test_whole_of_rows_at_the_ends_of_the_range(scale: float) -> None:
     log = logged({"a": ([scale, 3 * scale], [2 * scale, 0.0], [0.0, 0.0])})
-    mean, std = log.steps[0].values[0, :2].tolist()
+    mean, std, _, kappa = log.steps[0].values[0, :4].tolist()
     assert mean == pytest.approx(2 * scale, rel=1e-12)
     assert std == pytest.approx(3**0.5 * scale, rel=1e-12)
-
-
-def test_what_the_writer_gets(path: StepPath) -> None:
-    optimizer, params = make(path, "row")
-    writer = Writer()
-    logger = GradStatsLogger(optimizer, every=2, writer=writer)
-    for _ in range(3):
-        for param in params:
-            param.grad = torch.randn_like(param)
-        optimizer.step()
-        logger.step()
-    names = ("first.weight", "first.bias", "second.weight")
-    assert set(writer.scalars) == {
-        (f"grad_{column}/{name}", step) for column in COLUMNS for name in names for step in (0, 2)
-    }
-    assert set(writer.histograms) == {
-        (f"grad_rows_{column}/{name}", step)
-        for column in COLUMNS[:-1]
-        for name in ("first.weight", "second.weight")
-        for step in (0, 2)
-    }
-    assert params[0].grad is not None
-    rows = params[0].grad.double().cpu()
-    for column, values in (("mean", rows.mean(1)), ("std", rows.std(1, correction=0))):
-        got = writer.histograms[f"grad_rows_{column}/first.weight", 2]
-        torch.testing.assert_close(got, values, rtol=1e-6, atol=1e-7)
-    std = logger.log.table("std")[2][0, 1].item()
-    assert writer.scalars["grad_std/first.weight", 2] == std
+    # nothing is removed of a dead tensor
+    assert kappa == pytest.approx((7 / 3) ** 0.5 if scale else 1.0)
 
 
 def test_a_parameter_without_gradient_so_far() -> None:
     later = {"b": (0.0, 2.0, 0.0), "a": (0.0, 3.0, 0.0)}
-    names, steps, table = logged({"a": (0.0, 1.0, 0.0)}, later).table("std")
+    log = logged({"a": (0.0, 1.0, 0.0)}, later)
+    with pytest.raises(ValueError, match=r"column must be one of mean, std, .*, got 'max'"):
+        log.table("max")
+    names, steps, table = log.table("std")
     assert (names, steps) == (["a", "b"], [0, 1])
     assert table.flatten().tolist() == pytest.approx([1, 3, NAN, 2], nan_ok=True)
 
@@ -175,13 +174,16 @@ def test_through_a_file(tmp_path: Path) -> None:
     log = logged({"a": (NAN, INF, 1.0)}, {"a": (-INF, 0.1, 2.0), "b": (1e-300, 2.0, 0.0)})
     log.save(tmp_path / "stats.json")
     text = (tmp_path / "stats.json").read_text()
-    document = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    document = json.loads(text, parse_constant=pytest.fail)
     assert document["columns"] == list(COLUMNS)
     assert document["steps"][1]["stats"]["b"][1] == 2.0
     again = GradStatsLog.load(tmp_path / "stats.json")
     for got, want in zip(again.steps, log.steps, strict=True):
         assert got[:2] == want[:2]
         torch.testing.assert_close(got.values, want.values, rtol=0, atol=0, equal_nan=True)
+
+
+HEAD = '{"columns": ["mean", "std", "rms", "kappa", "skipped"], "steps": '
 
 
 @pytest.mark.parametrize(
@@ -191,11 +193,9 @@ def test_through_a_file(tmp_path: Path) -> None:
         "[]",
         "{}",
         '{"columns": ["mean"], "steps": []}',
-        '{"columns": ["mean", "std", "rms", "kappa", "skipped"], "steps": [{"step": 1}]}',
-        '{"columns": ["mean", "std", "rms", "kappa", "skipped"], '
-        '"steps": [{"step": 1, "stats": {"a": [1, 2]}}]}',
-        '{"columns": ["mean", "std", "rms", "kappa", "skipped"], '
-        '"steps": [{"step": 1, "stats": {"a": [1, 2, 3, 4, "x"]}}]}',
+        HEAD + '[{"step": 1}]}',
+        HEAD + '[{"step": 1, "stats": {"a": [1, 2]}}]}',
+        HEAD + '[{"step": 1, "stats": {"a": [1, 2, 3, 4, "x"]}}]}',
     ],
 )
 def test_a_file_that_is_no_log_is_refused(text: str, tmp_path: Path) -> None:
@@ -205,22 +205,28 @@ def test_a_file_that_is_no_log_is_refused(text: str, tmp_path: Path) -> None:
         GradStatsLog.load(file)
 
 
-def test_bad_input_is_refused(tmp_path: Path) -> None:
-    given = Given(a=(0.0, 1.0, 0.0))
-    adam = torch.optim.Adam([Parameter(torch.ones(2))])
-    with pytest.raises(TypeError, match="optimizer must be a BNGD, got Adam, which has no grad_s"):
-        GradStatsLogger(adam)
-    for every in (0, -1, 2.0, True, "3"):
-        with pytest.raises(ValueError, match=f"every must be an integer >= 1, got {every!r}"):
-            GradStatsLogger(given, every=every)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="first_step must be an integer >= 0, got -1"):
-        GradStatsLogger(given, first_step=-1)
-    with pytest.raises(TypeError, match="writer must have add_scalar, got dict"):
-        GradStatsLogger(given, writer={})
-    with pytest.raises(ValueError, match="give a writer or a path, not both"):
-        GradStatsLogger(given, writer=Writer(), path=tmp_path)
-    with pytest.raises(ValueError, match=r"column must be one of mean, std, .*, got 'max'"):
-        GradStatsLog().table("max")
+GIVEN = Given(a=(0.0, 1.0, 0.0))
+ADAM = torch.optim.Adam([Parameter(torch.ones(2))])
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "options", "error", "message"),
+    [
+        (ADAM, {}, TypeError, "optimizer must be a BNGD, got Adam, which has no grad_stats"),
+        *(
+            (GIVEN, {"every": bad}, ValueError, f"every must be an integer >= 1, got {bad!r}")
+            for bad in (0, -1, 2.0, True, "3")
+        ),
+        (GIVEN, {"first_step": -1}, ValueError, "first_step must be an integer >= 0, got -1"),
+        (GIVEN, {"writer": {}}, TypeError, "writer must have add_scalar, got dict"),
+        (GIVEN, {"writer": Writer(), "path": "a"}, ValueError, "a writer or a path, not both"),
+    ],
+)
+def test_bad_input_is_refused(
+    optimizer: Any, options: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        GradStatsLogger(optimizer, **options)
 
 
 def test_a_step_before_the_optimizer_s_is_refused() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from bngd_triton import BNGD, cli, release_gradients, verify_step
-from bngd_triton.eager import eager_step
 from support.paths import StepPath
+from support.snapshots import snapshot
 
 FACTORY = """
 import torch
@@ -26,6 +27,9 @@ def make():
     model = torch.nn.Linear(30, 5)
     x = torch.randn(16, 30)
     return model, BNGD(model.named_parameters(), lr=1e-2), lambda m: m(x).square().mean()
+
+def broken():
+    raise ValueError("of mine")
 """
 
 
@@ -71,93 +75,75 @@ def test_a_right_step_is_right_for_every_parameter(
         optimizer.step()
 
 
-def test_float64_parameters_are_served() -> None:
-    model = network(torch.float64)
-    assert verify_step(model, BNGD(model.parameters()), loss_of).ok
-
-
 def test_nothing_of_the_callers_changes() -> None:
     model = network()
-    optimizer = BNGD(model.parameters(), lr=0.1)
+    params = list(model.parameters())
+    optimizer = BNGD(params, lr=0.1)
     loss_of(model).backward()
     optimizer.step()
-    held = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
-    grads = [param.grad for param in model.parameters()]
-    random = torch.get_rng_state()
+    grads = [param.grad for param in params]
+    random, buffers = torch.get_rng_state(), copy.deepcopy(list(model.buffers()))
+    before = snapshot(optimizer, params)
     verify_step(model, optimizer, loss_of)
     assert torch.equal(torch.get_rng_state(), random)
-    assert all(param.grad is grad for param, grad in zip(model.parameters(), grads))
-    weights, state = held
-    torch.testing.assert_close(model.state_dict(), weights, rtol=0, atol=0)
-    now = optimizer.state_dict()
-    torch.testing.assert_close(now["state"], state["state"], rtol=0, atol=0)
-    assert now["param_groups"] == state["param_groups"]
+    assert all(param.grad is grad for param, grad in zip(params, grads))
+    assert all(map(torch.equal, model.buffers(), buffers))
+    assert snapshot(optimizer, params) == before
 
 
-@pytest.mark.parametrize("what", ["parameter", "momentum"])
-def test_a_wrong_step_names_its_parameter(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A thousandth of a step, in one parameter's entry: bounds are some millionths."""
-    model = network()
-    optimizer = BNGD(model.parameters(), lr=0.1)
-    right = eager_step.EagerStep.run
+def param_off(optimizer: BNGD, params: list[Tensor]) -> None:
+    """A thousandth of a step, in one entry: bounds are some millionths."""
+    params[4].view(-1)[7] += 1e-4
 
-    def run(self: Any, tensors: Any, *rest: Any) -> None:
-        right(self, tensors, *rest)
-        wrong = tensors[4].param if what == "parameter" else tensors[4].momentum
-        wrong.view(-1)[7] += 1e-4
 
-    monkeypatch.setattr(eager_step.EagerStep, "run", run)
-    report = verify_step(model, optimizer, loss_of)
-    assert not report.ok
-    (wrong,) = [one for one in report.parameters if not one.ok]
-    assert wrong.name == "3.weight"
-    assert f"{what} of shape (3, 6), entry 7" in wrong.where
-    assert f"3.weight: {wrong.where}" in str(report)
-    assert "5 of 6 parameters within their bounds" in str(report)
+def momentum_off(optimizer: BNGD, params: list[Tensor]) -> None:
+    optimizer.state[params[4]]["momentum_buffer"].view(-1)[7] += 1e-4
+
+
+def moved_without_gradient(optimizer: BNGD, params: list[Tensor]) -> None:
+    params[1][2] += 1e-6
+
+
+def lost(key: str) -> Any:
+    return lambda optimizer, params: optimizer.state[params[4]].pop(key)
 
 
 @pytest.mark.parametrize(
-    ("key", "options"),
+    ("spoil", "dtype", "name", "where"),
     [
-        ("momentum_buffer", {}),
-        ("master_remainder", {"dtype": torch.bfloat16}),
-        ("master", {"dtype": torch.float16}),
+        (param_off, torch.float32, "3.weight", r"parameter of shape \(3, 6\), entry 7.*"),
+        (momentum_off, torch.float32, "3.weight", r"momentum of shape \(3, 6\), entry 7.*"),
+        (moved_without_gradient, torch.float32, "0.bias", "has no gradient, and the step moved it"),
+        *(
+            (lost(key), dtype, "3.weight", f"the step left no {key}")
+            for key, dtype in (
+                ("momentum_buffer", torch.float32), ("master_remainder", torch.bfloat16),
+                ("master", torch.float16),
+            )
+        ),
     ],
-    ids=str,
-)
-def test_state_that_a_step_does_not_leave_is_found(
-    key: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+)  # fmt: skip
+def test_a_wrong_step_names_its_parameter(
+    spoil: Any, dtype: torch.dtype, name: str, where: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = network(**options)
-    optimizer = BNGD(model.named_parameters(), lr=0.1)
+    model = network(dtype)
+    model[0].bias.requires_grad_(name != "0.bias")
     right = BNGD._step
 
-    def step(self: BNGD) -> None:
-        right(self)
-        del self.state[self.param_groups[0]["params"][4]][key]
+    @torch.no_grad()
+    def step(optimizer: BNGD) -> None:
+        right(optimizer)
+        spoil(optimizer, optimizer.param_groups[0]["params"])
 
     monkeypatch.setattr(BNGD, "_step", step)
-    (wrong,) = [one for one in verify_step(model, optimizer, loss_of).parameters if not one.ok]
-    assert (wrong.name, wrong.where) == ("3.weight", f"the step left no {key}")
-
-
-def test_a_parameter_that_moves_without_a_gradient_is_found(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    model = network()
-    model[0].bias.requires_grad_(False)
-    right = BNGD._step
-
-    def step(self: BNGD) -> None:
-        right(self)
-        with torch.no_grad():
-            self.param_groups[0]["params"][1][2] += 1e-6
-
-    monkeypatch.setattr(BNGD, "_step", step)
-    report = verify_step(model, BNGD(model.parameters()), loss_of)
+    report = verify_step(model, BNGD(model.parameters(), lr=0.1), loss_of)
+    assert not report.ok
+    assert not report.without_gradient
     (wrong,) = [one for one in report.parameters if not one.ok]
-    assert (wrong.name, report.without_gradient) == ("0.bias", ())
-    assert "0.bias: has no gradient, and the step moved it" in str(report)
+    assert wrong.name == name
+    assert re.fullmatch(f".*{where}", wrong.where)
+    assert f"{name}: {wrong.where}" in str(report)
+    assert "5 of 6 parameters within their bounds" in str(report)
 
 
 @pytest.mark.parametrize("change", ["option", "dtype"])
@@ -176,7 +162,7 @@ def test_masters_that_the_next_step_makes_begin_as_the_parameter(
     assert verify_step(model, optimizer, loss_of).ok
 
 
-@pytest.mark.parametrize("scale", [1e-300, 1e-200, 1e200, 1e300])
+@pytest.mark.parametrize("scale", [1e-300, 1e-200, 1.0, 1e200, 1e300])
 def test_float64_gradients_may_have_squares_that_do_not_fit(scale: float) -> None:
     model = network(torch.float64)
     optimizer = BNGD(model.parameters(), lr=0.1, eps=0.0)
@@ -192,35 +178,25 @@ def test_gradients_are_had_wherever_it_is_called(mode: Any) -> None:
         assert verify_step(model, optimizer, loss_of).ok
 
 
-def test_parameters_without_a_gradient_are_listed() -> None:
-    model = network()
-    model[0].bias.requires_grad_(False)
-    report = verify_step(model, BNGD(model.parameters()), loss_of)
-    assert report.without_gradient == ("0.bias",)
-    assert "without a gradient: 0.bias" in str(report)
-
-
 def test_what_it_cannot_hold_is_refused() -> None:
-    model = network()
-    with pytest.raises(TypeError, match="must be a BNGD, got SGD"):
-        verify_step(model, torch.optim.SGD(model.parameters()), loss_of)  # type: ignore[arg-type]
-    with pytest.raises(NotImplementedError, match="accumulation_steps > 1"):
-        verify_step(model, BNGD(model.parameters(), accumulation_steps=2), loss_of)
+    model, keeps, released = network(), network(), network()
     optimizer = BNGD(model.parameters())
-    with pytest.raises(ValueError, match="scalar tensor that depends on"):
-        verify_step(model, optimizer, lambda model: torch.tensor(1.0))
-    with pytest.raises(ValueError, match="scalar tensor that depends on"):
-        verify_step(model, optimizer, lambda model: model(torch.ones(8, 20)))
-    with pytest.raises(ValueError, match="with the model that it is given"):
-        verify_step(model, optimizer, lambda _: loss_of(model))
-    keeps = network()
     keeps.kept = keeps(torch.ones(8, 20))
-    with pytest.raises(ValueError, match=r"copy\.deepcopy fails on .*must not keep tensors"):
-        verify_step(keeps, BNGD(keeps.parameters()), loss_of)
-    model.zero_grad()
-    release_gradients(model, optimizer)
-    with pytest.raises(NotImplementedError, match="gradient release"):
-        verify_step(model, optimizer, loss_of)
+    keeping, releasing = BNGD(keeps.parameters()), BNGD(released.parameters())
+    release_gradients(released, releasing)
+    windowed = BNGD(model.parameters(), accumulation_steps=2)
+    sgd: Any = torch.optim.SGD(model.parameters())
+    for its_model, its_optimizer, loss_fn, error, message in (
+        (model, sgd, loss_of, TypeError, "must be a BNGD, got SGD"),
+        (model, windowed, loss_of, NotImplementedError, "accumulation_steps > 1"),
+        (released, releasing, loss_of, NotImplementedError, "gradient release"),
+        (model, optimizer, lambda m: torch.tensor(1.0), ValueError, "scalar tensor that depends"),
+        (model, optimizer, lambda m: m(torch.ones(8, 20)), ValueError, "scalar tensor that depend"),
+        (model, optimizer, lambda _: loss_of(model), ValueError, "with the model that it is given"),
+        (keeps, keeping, loss_of, ValueError, r"copy\.deepcopy fails on .*must not keep tensors"),
+    ):
+        with pytest.raises(error, match=message):
+            verify_step(its_model, its_optimizer, loss_fn)
 
 
 def test_the_command_steps_a_factorys_model(
@@ -237,11 +213,18 @@ def test_the_command_steps_a_factorys_model(
     assert [(one["name"], one["dtype"], one["ok"]) for one in report["parameters"]] == [
         ("weight", "float32", True), ("bias", "float32", True),
     ]  # fmt: skip
-    for wrong, message in (("factory_of_a_test:none", "no attribute 'none'"),
-                           ("nowhere_at_all:make", "No module named"),
-                           ("factory_of_a_test", "must be MODULE:FACTORY")):  # fmt: skip
+    for wrong, messages in {
+        "factory_of_a_test:none": ["no attribute 'none'"],
+        "nowhere_at_all:make": ["No module named"],
+        "factory_of_a_test": ["must be MODULE:FACTORY"],
+        "factory_of_a_test:broken": [
+            "in broken\n", "ValueError: of mine",
+            "--model factory_of_a_test:broken: no step could be made",
+        ],
+    }.items():  # fmt: skip
         assert cli.main(["verify", "--model", wrong]) == 2
-        assert message in capsys.readouterr().err
+        shown = capsys.readouterr().err
+        assert all(message in shown for message in messages)
 
 
 @pytest.mark.parametrize("unbuffered", ["", "1"])
@@ -261,23 +244,14 @@ def test_the_json_is_written_and_no_verdict_given_where_nobody_reads(
     assert json.loads((tmp_path / "report.json").read_text())["passed"]
 
 
-def test_skipped_slices_are_counted_beside_the_verdict() -> None:
+def test_what_a_step_left_alone_is_told_beside_the_verdict() -> None:
     """Nothing is wrong where nothing moved, but nothing was shown either."""
     model = network()
+    model[0].bias.requires_grad_(False)
     report = verify_step(model, BNGD(model.parameters()), lambda m: loss_of(m) * torch.inf)
     assert report.ok
-    assert report.skipped == report.as_dict()["skipped"] == 6 + 1 + 1 + 1 + 3 + 1
+    assert report.skipped == report.as_dict()["skipped"] == 6 + 1 + 1 + 3 + 1
     assert f"left as they were: {report.skipped}" in str(report)
+    assert report.without_gradient == ("0.bias",)
+    assert "without a gradient: 0.bias" in str(report)
     assert not verify_step(model, BNGD(model.parameters()), loss_of).skipped
-
-
-def test_what_a_factory_raises_is_shown(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "raising_factory.py").write_text("def make():\n    raise ValueError('of mine')\n")
-    monkeypatch.setattr("sys.path", [str(tmp_path)])
-    assert cli.main(["verify", "--model", "raising_factory:make"]) == 2
-    shown = capsys.readouterr().err
-    assert "in make\n" in shown
-    assert "ValueError: of mine" in shown
-    assert "--model raising_factory:make: no step could be made" in shown

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import json
+import math
 import re
 import sys
 from pathlib import Path
@@ -118,15 +119,11 @@ def test_a_triton_that_cannot_be_imported(
 @pytest.mark.parametrize(
     ("way", "strides"),
     [
-        ("own", (20, 5, 1)),
-        ("inside", (20, 5, 1)),
-        ("unaligned", (20, 5, 1)),
-        ("transposed", (4, 1, 12)),
-        ("permuted", (4, 1, 12)),
-        ("gaps", (40, 10, 2)),
+        ("own", (20, 5, 1)), ("inside", (20, 5, 1)), ("unaligned", (20, 5, 1)),
+        ("transposed", (4, 1, 12)), ("permuted", (4, 1, 12)), ("gaps", (40, 10, 2)),
         ("rows apart", (23, 5, 1)),
     ],
-)
+)  # fmt: skip
 def test_tensors_lie_as_they_are_called(way: str, strides: tuple[int, ...]) -> None:
     values = torch.randn(3, 4, 5)
     placed = place(values, way)
@@ -211,19 +208,28 @@ def test_what_breaks_off_or_writes_elsewhere(
     assert "and more" not in printed
 
 
-def result_of(name: str, share: float) -> Result:
-    error = Error(1.0, share, "step 1, somewhere")
-    found = Result(name, eager=error)
-    found.kernels = found.bounded("kernels", error)
+@pytest.fixture
+def shares(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
+    """No case is run: each has the share of its bound that is here, or half; a NaN interrupts."""
+    found: dict[str, float] = {}
+
+    def judge(case: Case, *_: Any) -> Result:
+        error = Error(1.0, found.get(case.name, 0.5), "step 1, somewhere")
+        if math.isnan(error.share):
+            raise KeyboardInterrupt
+        result = Result(case.name, eager=error)
+        result.kernels = result.bounded("kernels", error)
+        return result
+
+    monkeypatch.setattr(verify, "judge", judge)
     return found
 
 
 def test_the_worst_come_first(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    shares: dict[str, float], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     cases = suite(2)[:20]
-    shares = dict(zip((case.name for case in cases), [0.5, 3.0, torch.inf, 1.0, *range(2, 18)]))
-    monkeypatch.setattr(verify, "judge", lambda case, *_: result_of(case.name, shares[case.name]))
+    shares |= zip((case.name for case in cases), [0.5, 3.0, torch.inf, 1.0, *range(2, 18)])
     file = tmp_path / "found.json"
     assert verify.verify(cases, CPU, 0, file) == 1
     printed = capsys.readouterr().out
@@ -233,8 +239,7 @@ def test_the_worst_come_first(
     assert shown == sorted(shares, key=lambda name: -shares[name])[:5]
     # by the values of factors, of which these cases have many
     row = next(line for line in printed.splitlines() if line.startswith("storage"))
-    assert row.split()[1] == "f32"
-    assert int(row.split()[2]) == sum(case["storage"] == "f32" for case in cases)
+    assert row.split()[1:3] == ["f32", str(sum(case["storage"] == "f32" for case in cases))]
     found = json.loads(file.read_text())
     assert not found["passed"]
     assert found["cases"][2]["kernels"] == {"ulp": 1.0, "share": None, "where": "step 1, somewhere"}
@@ -260,14 +265,9 @@ def test_the_table_fits_the_terminal(
 
 
 def test_interrupted(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    shares: dict[str, float], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    def judge(case: Case, *_: Any) -> Result:
-        if case["gradients"] == "steep":
-            raise KeyboardInterrupt
-        return result_of(case.name, 0.5)
-
-    monkeypatch.setattr(verify, "judge", judge)
+    shares[suite(0)[1].name] = math.nan
     file = tmp_path / "found.json"
     assert verify.verify(suite(0), CPU, 0, file) == 130
     assert "interrupted: 11 cases were not run" in capsys.readouterr().out
@@ -275,24 +275,21 @@ def test_interrupted(
     assert [found["complete"], found["passed"], len(found["cases"])] == [False, False, 1]
 
 
-class Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
-
-
+@pytest.mark.usefixtures("shares")
+@pytest.mark.parametrize("terminal", [True, False])
 def test_progress_is_for_terminals(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    terminal: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(verify, "judge", lambda case, *_: result_of(case.name, 0.5))
-    terminal = Terminal()
-    monkeypatch.setattr("sys.stderr", terminal)
+    stream = io.StringIO()
+    monkeypatch.setattr(stream, "isatty", lambda: terminal, raising=False)
+    monkeypatch.setattr("sys.stderr", stream)
     assert verify.verify(suite(0), CPU, 0, None) == 0
-    shown = terminal.getvalue().split("\r\x1b[K")
+    shown = stream.getvalue().split("\r\x1b[K")
+    assert "\x1b" not in capsys.readouterr().out
+    if not terminal:
+        assert shown == [""]
+        return
     assert len(shown) == 1 + 12 + 1
     assert shown[1].endswith("0/12 row,borders")
     assert shown[12].startswith("[" + "#" * 22 + "  ] 11/12")
     assert shown[-1] == "", "the line is cleared"
-    assert "\x1b" not in capsys.readouterr().out
-    monkeypatch.setattr("sys.stderr", io.StringIO())
-    assert verify.verify(suite(0), CPU, 0, None) == 0
-    assert not sys.stderr.getvalue()  # type: ignore[attr-defined]

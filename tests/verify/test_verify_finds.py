@@ -17,7 +17,7 @@ from bngd_triton.kernels import fused_step
 from bngd_triton.kernels.device import factors as device_factors
 from bngd_triton.kernels.device import rounding, tiles, update
 from bngd_triton.kernels.device.factors import factors_from
-from bngd_triton.kernels.device.rounding import MASTER_COPY, REMAINDER, narrow, store_as, widen
+from bngd_triton.kernels.tables import CENTERING, DECAY, FRESH, NESTEROV, PROPAGATE
 from bngd_triton.verify import arms, judge
 from bngd_triton.verify.cases import Case
 from support.verify_command import run
@@ -45,80 +45,36 @@ def _worse_when_large(mean, m2, n, uniform, centering, eps, sign):
 
 
 @triton.jit
-def _put(
-    param, momentum, master, theta, m, hashed, m_param, m_momentum,
-    KIND: tl.constexpr, SOFT: tl.constexpr,
-):  # fmt: skip
-    """What the right `update_` does last."""
-    p, rest = narrow(theta, param.dtype.element_ty, hashed, KIND, SOFT)
-    tl.store(param, p, mask=m_param)
-    if KIND == REMAINDER or KIND == MASTER_COPY:  # noqa: SIM109
-        tl.store(master, rest, mask=m_param)
-    tl.store(momentum, store_as(m, momentum.dtype.element_ty, SOFT), mask=m_momentum)
-
-
-@triton.jit
-def _nesterov_from_the_old_momentum(
-    param, momentum, master, p, m, rest, ghat, hashed, m_param, m_momentum, options, beta, fresh,
-    KIND: tl.constexpr, HINTS: tl.constexpr, SOFT: tl.constexpr,
-):  # fmt: skip
-    lr, decay, nesterov = options
-    new = ghat * fresh
-    ahead = m * beta + new * 2.0
-    m = m * beta + new
-    u = tl.where(nesterov != 0, ahead, m)
-    theta = widen(p, rest, KIND, SOFT) * decay - u * lr
-    _put(param, momentum, master, theta, m, hashed, m_param, m_momentum, KIND, SOFT)
-
-
-@triton.jit
-def _momentum_of_lr_steps(
-    param, momentum, master, p, m, rest, ghat, hashed, m_param, m_momentum, options, beta, fresh,
-    KIND: tl.constexpr, HINTS: tl.constexpr, SOFT: tl.constexpr,
-):  # fmt: skip
-    lr, decay, _ = options
-    m = m * beta + ghat
-    theta = widen(p, rest, KIND, SOFT) * decay - m * lr
-    _put(param, momentum, master, theta, m, hashed, m_param, m_momentum, KIND, SOFT)
-
-
-@triton.jit
 def _other_order(
     param, momentum, master, p, m, rest, ghat, hashed, m_param, m_momentum, options, beta, fresh,
     KIND: tl.constexpr, HINTS: tl.constexpr, SOFT: tl.constexpr,
 ):  # fmt: skip
+    """Within the bounds."""
     lr, decay, _ = options
     m = m * beta + ghat * fresh
-    old = widen(p, rest, KIND, SOFT)
-    # within the bounds
-    theta = old - (old * (1.0 - decay) + m * lr)
-    _put(param, momentum, master, theta, m, hashed, m_param, m_momentum, KIND, SOFT)
+    tl.store(param, p - (p * (1.0 - decay) + m * lr), mask=m_param)
+    tl.store(momentum, m, mask=m_momentum)
 
 
 @triton.jit
-def _truncated(x, like: tl.constexpr, SOFT: tl.constexpr):
+def _careless(x, like: tl.constexpr, SOFT: tl.constexpr):
+    """Truncates to bfloat16, and falls short in float16."""
     if like == tl.bfloat16:
         bits = x.to(tl.uint32, bitcast=True)
         return (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
-    else:
-        return x.to(like)
-
-
-@triton.jit
-def _short_float16(x, like: tl.constexpr, SOFT: tl.constexpr):
-    if like == tl.float16:
+    elif like == tl.float16:
         return (x * 0.998).to(like)
     else:
         return x.to(like)
 
 
-def encoding(column: int, value: Callable[[Any], float]) -> Callable[..., list[float]]:
+def encoding(column: int, value: float) -> Callable[..., list[float]]:
     """`encode` with one column of the option table wrong."""
     right = fused_step.encode
 
     def encode(options: Any, closing: bool = True) -> list[float]:
         row = right(options, closing)
-        row[column] = value(options)
+        row[column] = value
         return row
 
     return encode
@@ -147,97 +103,33 @@ def no_remainder(param: Any, master: Any, new: Any, hashed: Any) -> None:
 
 
 store = eager_.store_
-FACTORS = [(device_factors, "factors_from")]
-MUTANTS = [
-    # name, what is replaced, by what, in which case it shows, in what words
-    (
-        "eps in the root",
-        FACTORS,
-        _eps_in_the_root,
-        "eps0.1",
-        "kernels: step",
-    ),
-    ("ddof 1", FACTORS, _sample_deviation, "row", "kernels: step"),
-    (
-        "worse when large",
-        FACTORS,
-        _worse_when_large,
-        "eps0,exploding",
-        "power of",
-    ),
-    (
-        "nesterov from the old momentum",
-        [(tiles, "update_"), (update, "update_")],
-        _nesterov_from_the_old_momentum,
-        "nesterov",
-        "kernels: step",
-    ),
-    (
-        "momentum of whole steps",
-        [(tiles, "update_"), (update, "update_")],
-        _momentum_of_lr_steps,
-        "bf16,m16",
-        "kernels: step",
-    ),
-    (
-        "another order",
-        [(tiles, "update_"), (update, "update_")],
-        _other_order,
-        "exact,decay",
+FACTORS, ENCODE = [(device_factors, "factors_from")], [(fused_step, "encode")]
+# what is replaced, by what, in which case it shows, in what words
+MUTANTS: dict[str, tuple[list[tuple[Any, str]], Any, str, str]] = {
+    "eps in the root": (FACTORS, _eps_in_the_root, "eps0.1", "kernels: step"),
+    "ddof 1": (FACTORS, _sample_deviation, "row", "kernels: step"),
+    "worse when large": (FACTORS, _worse_when_large, "eps0,exploding", "power of"),
+    "nesterov left out": (ENCODE, encoding(NESTEROV, 0.0), "nesterov", "kernels: step"),
+    "momentum of whole steps": (ENCODE, encoding(FRESH, 1.0), "bf16,m16", "kernels: step"),
+    "another order": (
+        [(tiles, "update_"), (update, "update_")], _other_order, "exact,decay",
         "reference: other bits than the kernels'",
     ),
-    (
-        "bfloat16 truncated",
-        [(rounding, "store_as")],
-        _truncated,
-        "bf16,nearest",
-        "kernels: step",
+    "bfloat16 truncated": ([(rounding, "store_as")], _careless, "bf16,nearest", "kernels: step"),
+    "float16 beside another master": ([(rounding, "store_as")], _careless, "f16", "kernels: step"),
+    "missed tail": ([(fused_step, "build")], without_tail, "defaults", "(257,), entry 256"),
+    "decay left out": (ENCODE, encoding(DECAY, 1.0), "decay", "kernels: step"),
+    "NaN not skipped": (
+        ENCODE, encoding(PROPAGATE, 1.0), "nan", "the kernels skipped 0 slices, the reference"
     ),
-    (
-        "float16 beside another master",
-        [(rounding, "store_as")],
-        _short_float16,
-        "f16",
-        "kernels: step",
-    ),
-    ("missed tail", [(fused_step, "build")], without_tail, "defaults", "(257,), entry 256"),
-    (
-        "coupled decay",
-        [(fused_step, "encode")],
-        encoding(1, lambda options: 1 - options.weight_decay),
-        "decay",
-        "kernels: step",
-    ),
-    (
-        "NaN not skipped",
-        [(fused_step, "encode")],
-        encoding(9, lambda options: 1.0),
-        "nan",
-        "the kernels skipped 0 slices, the reference",
-    ),
-    (
-        "mean not removed",
-        [(fused_step, "encode")],
-        encoding(5, lambda options: 0.0),
-        "global",
-        "kernels: step",
-    ),
-    ("reference, ddof 1", [(eager_step, "moments")], sample_moments, "row", "reference: step"),
-    (
-        "reference, no remainder",
-        [(eager_, "store_")],
-        no_remainder,
-        "bf16",
-        "reference: step",
-    ),
-]
+    "mean not removed": (ENCODE, encoding(CENTERING, 0.0), "global", "kernels: step"),
+    "reference, ddof 1": ([(eager_step, "moments")], sample_moments, "row", "reference: step"),
+    "reference, no remainder": ([(eager_, "store_")], no_remainder, "bf16", "reference: step"),
+}  # fmt: skip
 
 
 @interpreted
-@pytest.mark.parametrize(
-    ("places", "wrong", "case", "words"),
-    [pytest.param(*mutant, id=name) for name, *mutant in MUTANTS],
-)
+@pytest.mark.parametrize(("places", "wrong", "case", "words"), MUTANTS.values(), ids=MUTANTS)
 def test_what_is_broken_is_named(
     places: list[tuple[Any, str]],
     wrong: Any,
@@ -258,26 +150,30 @@ def test_what_is_broken_is_named(
     assert words in printed
 
 
+@pytest.mark.parametrize(
+    ("bits", "slices", "words"),
+    [
+        (1, 0, "param of shape (2, 3, 4, 5) after step 1"),
+        (0, 1, "0 and 3 slices"),
+    ],
+)
 def test_a_form_that_differs(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], device: torch.device
+    bits: int,
+    slices: int,
+    words: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    device: torch.device,
 ) -> None:
+    """In one bit of one entry, or in its count of skipped slices."""
     right = arms.fused_step_
 
-    def one_bit_more(params: Any, *args: Any, **kwargs: Any) -> Any:
+    def wrong(params: Any, *args: Any, **kwargs: Any) -> Any:
         found = right(params, *args, **kwargs)
-        params[-1].view(torch.int32)[(0,) * params[-1].dim()] += 1
-        return found
+        params[-1].view(torch.int32)[(0,) * params[-1].dim()] += bits
+        return found + slices
 
-    monkeypatch.setattr(arms, "fused_step_", one_bit_more)
+    monkeypatch.setattr(arms, "fused_step_", wrong)
     assert run("--case", "defaults", device=device) == 1
-    words = "single-launch: other bits than the kernels': param of shape (2, 3, 4, 5) after step 1"
-    assert words in capsys.readouterr().out
-
-
-def test_a_form_that_counts_otherwise(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], device: torch.device
-) -> None:
-    right = arms.fused_step_
-    monkeypatch.setattr(arms, "fused_step_", lambda *args, **more: right(*args, **more) + 1)
-    assert run("--case", "defaults", device=device) == 1
-    assert "single-launch: other bits than the kernels': 0 and 3 slices" in capsys.readouterr().out
+    line = f"single-launch: other bits than the kernels': {words}"
+    assert line in capsys.readouterr().out
