@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import io
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import safetensors.torch
@@ -25,96 +27,84 @@ from support.paths import StepPath
 def test_safetensors_save_model(tmp_path: Path, device: torch.device) -> None:
     model, optimizer = flat_model(device)
     expected = train(model, optimizer)
-    safetensors.torch.save_model(model, str(tmp_path / "model.safetensors"))
-    fresh = make_model(device)
-    safetensors.torch.load_model(fresh, str(tmp_path / "model.safetensors"), device=str(device))
-    for got, want in zip(fresh.parameters(), expected):
-        assert torch.equal(got, want)
-    # and into the flattened model, in place
-    before = spans(list(model.parameters()))
+    file = str(tmp_path / "model.safetensors")
+    safetensors.torch.save_model(model, file)
     train(model, optimizer)
-    safetensors.torch.load_model(model, str(tmp_path / "model.safetensors"), device=str(device))
-    assert spans(list(model.parameters())) == before
-    for got, want in zip(model.parameters(), expected):
-        assert torch.equal(got, want)
+    # into the flattened model, in place
+    for other in (make_model(device), model):
+        before = spans(list(other.parameters()))
+        safetensors.torch.load_model(other, file, device=str(device))
+        assert all(map(torch.equal, other.parameters(), expected))
+        assert spans(list(other.parameters())) == before
 
 
 def test_safetensors_save_file(tmp_path: Path, device: torch.device) -> None:
     model, optimizer = flat_model(device)
     train(model, optimizer)
     tensors = model.state_dict()
-    tensors |= {
-        f"momentum.{i}": optimizer.state[param]["momentum_buffer"]
-        for i, param in enumerate(model.parameters())
-    }
+    for i, param in enumerate(model.parameters()):
+        tensors[f"momentum.{i}"] = optimizer.state[param]["momentum_buffer"]
     safetensors.torch.save_file(tensors, str(tmp_path / "all.safetensors"))
     loaded = safetensors.torch.load_file(str(tmp_path / "all.safetensors"), device=str(device))
     assert loaded.keys() == tensors.keys()
     assert all(torch.equal(loaded[key], tensors[key]) for key in tensors)
 
 
-@pytest.mark.parametrize("what", ["layer", "momentum"])
-def test_saving_one_layer_writes_one_layer(what: str, device: torch.device) -> None:
+def test_saving_one_layer_writes_one_layer(device: torch.device) -> None:
     # 400 kB in all, 400 bytes in the one that is saved
-    model = torch.nn.ModuleList([torch.nn.Linear(10, 10, bias=False)])
-    model.append(torch.nn.Linear(1000, 100, bias=False))
-    model = model.to(device)
-    params = list(model.parameters())
+    model = torch.nn.ModuleList(
+        torch.nn.Linear(*size, bias=False) for size in ((10, 10), (1000, 100))
+    )
+    params = list(model.to(device).parameters())
     optimizer = BNGD(params, fused=True)
     assert_in_one_buffer(params)
     for param in params:
         param.grad = torch.randn_like(param)
     optimizer.step()
-    saved = {
-        "layer": model[0].state_dict(),
-        "momentum": optimizer.state[params[0]]["momentum_buffer"],
-    }[what]
-    file = io.BytesIO()
-    torch.save(saved, file)
-    # a zip archive with a few records takes 2 kB
-    assert len(file.getvalue()) < 4096
-    file.seek(0)
-    loaded = torch.load(file, weights_only=True)
-    if what == "layer":
-        loaded, saved = loaded["weight"], params[0]
-    assert torch.equal(loaded, saved)
+    for saved in (params[0].data, optimizer.state[params[0]]["momentum_buffer"]):
+        file = io.BytesIO()
+        torch.save(saved, file)
+        # a zip archive with a few records takes 2 kB
+        assert len(file.getvalue()) < 4096
+        file.seek(0)
+        assert torch.equal(torch.load(file, weights_only=True), saved)
 
 
 def test_deepcopy_copies_each_tensor_alone(device: torch.device) -> None:
     model, optimizer = flat_model(device)
-    twin = copy.deepcopy(model)
-    copies = list(twin.parameters())
+    copies = list(copy.deepcopy(model).parameters())
     before = [param.clone() for param in copies]
     assert_own_storages(copies)
     train(model, optimizer)
-    for param, value, other in zip(copies, before, model.parameters()):
-        assert torch.equal(param, value)
-        assert not torch.equal(param, other)
+    assert all(map(torch.equal, copies, before))
+    assert not any(map(torch.equal, copies, model.parameters()))
     # a copy is nobody's: another optimizer may flatten it
     BNGD(copies, fused=True, flatten=True)
     assert_in_one_buffer(copies)
 
 
-def test_share_memory(device: torch.device) -> None:
+@pytest.mark.parametrize(
+    "move",
+    [
+        lambda model: model.share_memory(),
+        lambda model: model.to(torch.float64).to(torch.float32),
+    ],
+    ids=["shared", "cast_and_back"],
+)
+def test_parameters_that_moved_are_trained_where_they_are(
+    move: Callable[[Any], Any], device: torch.device
+) -> None:
     if device.type != "cpu":
         pytest.skip("shared memory is the CPU's")
-    model, optimizer = flat_model(device)
     plain = make_model(device)
-    expected = train(plain, BNGD(plain.parameters(), lr=0.1, fused=True, flatten=False), steps=2)
-    train(model, optimizer)
-    values = [param.detach().clone() for param in model.parameters()]
-    model.share_memory()
-    for param, value in zip(model.parameters(), values):
-        assert param.is_shared()
-        assert torch.equal(param, value)
-    # the second of the two steps, now in shared memory; the first seed was used before
-    generator = torch.Generator().manual_seed(1)
-    optimizer.zero_grad()
-    model(torch.randn(4, 7, generator=generator)).square().mean().backward()
-    optimizer.step()
-    for got, want in zip(model.parameters(), expected):
-        assert torch.equal(got, want)
-        assert got.is_shared()
+    expected = train(plain, BNGD(plain.parameters(), lr=0.1, fused=True, flatten=False), range(2))
+    model, optimizer = flat_model(device)
+    values = train(model, optimizer)
+    move(model)
+    before = spans(list(model.parameters()))
+    assert all(map(torch.equal, model.parameters(), values))
+    assert all(map(torch.equal, train(model, optimizer, [1]), expected))
+    assert spans(list(model.parameters())) == before
 
 
 def test_torch_compile_sees_the_steps(device: torch.device) -> None:
@@ -132,29 +122,13 @@ def test_torch_compile_sees_the_steps(device: torch.device) -> None:
         assert torch.equal(compiled(x), plain(x))
 
 
-def test_module_to_leaves_the_buffer_and_trains_on(device: torch.device) -> None:
-    model, optimizer = flat_model(device)
-    train(model, optimizer)
-    model.to(torch.float64).to(torch.float32)
-    plain = make_model(device)
-    expected = train(plain, BNGD(plain.parameters(), lr=0.1, fused=True), steps=2)
-    generator = torch.Generator().manual_seed(1)
-    optimizer.zero_grad()
-    model(torch.randn(4, 7, generator=generator).to(device)).square().mean().backward()
-    before = spans(list(model.parameters()))
-    optimizer.step()
-    # re-pointed parameters are walked where they are
-    assert spans(list(model.parameters())) == before
-    for got, want in zip(model.parameters(), expected):
-        assert torch.equal(got, want)
-
-
-def test_views_that_exist_never_move(device: torch.device) -> None:
+@pytest.mark.parametrize("flatten", [None, False], ids=["auto", "in_place"])
+def test_views_that_exist_never_move(flatten: bool | None, device: torch.device) -> None:
+    """Under a second optimizer, with a new group, and from a checkpoint."""
     model, optimizer = flat_model(device)
     views = [param.data for param in model.parameters()]
-    late = make_model(device)
-    train(model, optimizer)
-    optimizer.add_param_group({"params": list(late.parameters())})
+    train(model, BNGD(model.parameters(), lr=0.1, fused=True, flatten=flatten))
+    optimizer.add_param_group({"params": list(make_model(device).parameters())})
     train(model, optimizer)
     optimizer.load_state_dict(optimizer.state_dict())
     train(model, optimizer)
@@ -166,12 +140,12 @@ def test_views_that_exist_never_move(device: torch.device) -> None:
 def test_lstm_weights_step_in_place(path: StepPath) -> None:
     lstm = torch.nn.LSTM(3, 4).to(path.device)
     lstm.flatten_parameters()
-    optimizer = BNGD(lstm.parameters(), lr=0.1, fused=path.fused)
-    before = spans(list(lstm.parameters()))
-    values = [param.detach().clone() for param in lstm.parameters()]
+    params = list(lstm.parameters())
+    optimizer = BNGD(params, lr=0.1, fused=path.fused)
+    before, values = spans(params), [param.detach().clone() for param in params]
     lstm(torch.randn(2, 1, 3, device=path.device))[0].square().mean().backward()
     optimizer.step()
-    assert spans(list(lstm.parameters())) == before
-    assert all(not torch.equal(p, v) for p, v in zip(lstm.parameters(), values))
+    assert spans(params) == before
+    assert not any(map(torch.equal, params, values))
     # the module's own list still holds the parameters that were stepped
-    assert all(a is b for a, b in zip(lstm._flat_weights, lstm.parameters()))
+    assert all(a is b for a, b in zip(lstm._flat_weights, params))

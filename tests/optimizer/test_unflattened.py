@@ -12,9 +12,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from bngd_triton import BNGD, flat_buffers
-from support.flat_models import (
-    spans,
-)
+from support.flat_models import spans
 from support.paths import StepPath
 
 
@@ -54,70 +52,46 @@ def flattened_before() -> tuple[list[Tensor], Any]:
     return params, None
 
 
+PART, SHARED = "part of a larger storage", "other tensors share its storage"
+FOREIGN = "memory belongs to somebody else"
 # parameters and what must be kept alive, and why they stay
 Made = Callable[[], tuple[list[Tensor], Any]]
 STAYS: dict[str, tuple[Made, str]] = {
-    "views_of_one_storage": (views_of_one_storage, "part of a larger storage"),
-    "numpy_memory": (
-        lambda: wrapped(np.ones((3, 4), dtype=np.float32), torch.from_numpy),
-        "memory belongs to somebody else",
-    ),
-    "dlpack_memory": (
-        lambda: wrapped(torch.randn(3, 4), torch.from_dlpack), "memory belongs to somebody else"
-    ),
-    "detached_alias": (lambda: owned(torch.Tensor.detach), "other tensors share its storage"),
-    "data_alias": (lambda: owned(lambda p: p.data.view(-1)), "other tensors share its storage"),
+    "views_of_one_storage": (views_of_one_storage, PART),
+    "numpy_memory": (lambda: wrapped(np.ones(3, dtype=np.float32), torch.from_numpy), FOREIGN),
+    "dlpack_memory": (lambda: wrapped(torch.randn(3, 4), torch.from_dlpack), FOREIGN),
+    "detached_alias": (lambda: owned(torch.Tensor.detach), SHARED),
+    "data_alias": (lambda: owned(lambda p: p.data.view(-1)), SHARED),
     # Parameter(tensor) shares the tensor's storage
-    "wrapped_tensor": (
-        lambda: wrapped(torch.randn(3, 4), lambda t: t), "other tensors share its storage"
-    ),
-    "two_parameters_one_storage": (two_parameters_one_storage, "share its storage"),
+    "wrapped_tensor": (lambda: wrapped(torch.randn(3, 4), lambda t: t), SHARED),
+    "two_parameters_one_storage": (two_parameters_one_storage, SHARED),
     "shared_memory": (lambda: ([Parameter(torch.randn(3).share_memory_())], None), "shared memory"),
-    "with_gaps": (lambda: ([Parameter(torch.randn(3, 8)[:, ::2])], None), "part of a larger stor"),
-    "at_an_offset": (lambda: ([Parameter(torch.randn(13)[1:])], None), "part of a larger storage"),
+    "with_gaps": (lambda: ([Parameter(torch.randn(3, 8)[:, ::2])], None), PART),
+    "at_an_offset": (lambda: ([Parameter(torch.randn(13)[1:])], None), PART),
     "without_entries": (lambda: ([Parameter(torch.empty(0, 3))], None), "no entries"),
     "tensor_subclass": (lambda: ([Parameter(torch.randn(3).as_subclass(Tagged))], None), "Tagged"),
     "parameter_subclass": (lambda: ([Marked(torch.randn(3, 4))], None), "Marked"),
     "flattened_before": (flattened_before, "another flat buffer"),
 }  # fmt: skip
-stays = pytest.mark.parametrize(("make", "reason"), STAYS.values(), ids=STAYS)
 
 
-@stays
-def test_flatten_leaves(make: Made, reason: str) -> None:
-    params, kept = make()
-    before = [(spans([param]), param.stride()) for param in params]
-    reasons = [flat_buffers.why_not_flat(param) for param in params]
-    assert all(found and reason in found for found in reasons), reasons
-    left = flat_buffers.flatten_(params)
-    assert [id(param) for param in left] == [id(param) for param in params]
-    assert [(spans([param]), param.stride()) for param in params] == before
-    del kept
-
-
-@stays
+@pytest.mark.parametrize(("make", "reason"), STAYS.values(), ids=STAYS)
 def test_the_optimizer_leaves(make: Made, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # beside a parameter that does move; the kernels are not run here
     monkeypatch.setattr("bngd_triton.engine.collect.why_not", lambda _: None)
     params, kept = make()
     free = Parameter(torch.randn(3, 4))
-    before, address = spans(params), free.data_ptr()
-    BNGD([*params, free], fused=True)
-    assert spans(params) == before
-    assert free.data_ptr() != address
-    del kept
-
-
-@stays
-def test_flatten_true_says_why(make: Made, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bngd_triton.engine.collect.why_not", lambda _: None)
-    params, kept = make()
-    free = Parameter(torch.randn(3, 4))
-    before = spans([*params, free])
-    with pytest.raises(RuntimeError, match=rf"flatten=True cannot move .*{reason}.*flatten=None"):
+    before, address = [(spans([param]), param.stride()) for param in params], spans([free])
+    reasons = [flat_buffers.why_not_flat(param) for param in params]
+    assert all(found and reason in found for found in reasons), reasons
+    match = rf"flatten=True cannot move .*{reason}.*flatten=None"
+    with pytest.raises(RuntimeError, match=match):
         BNGD([free, *params], fused=True, flatten=True)
     # the refusal comes before anything moves
-    assert spans([*params, free]) == before
+    assert spans([free]) == address
+    BNGD([*params, free], fused=True)
+    assert [(spans([param]), param.stride()) for param in params] == before
+    assert spans([free]) != address
     del kept
 
 
