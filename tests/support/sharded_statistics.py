@@ -102,6 +102,11 @@ def sharded(case: Case, mesh: DeviceMesh) -> tuple[Tensor, Tensor]:
 def share_of(name: str, param: Tensor, grad: Tensor, granularity: str) -> Share:
     """As a step would have it of a group of all."""
     share = placements.share_of(name, param, grad, granularity)
+    if isinstance(param, DTensor):
+        innermost_first = param.device_mesh.get_all_groups()[::-1]
+        names = [group.group_name for group in innermost_first]
+        places = [names.index(group.group_name) for group in share.groups]
+        assert places == sorted(places)
     return share._replace(union=0) if granularity == "global" else share
 
 
