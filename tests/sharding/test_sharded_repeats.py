@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 
 from support import processes, sharded_repeats
-from support.sharded_repeats import CHANGED, CHANGES, STEPS, WORLD, Run
+from support.exact_runs import assert_bits
+from support.sharded_repeats import CHANGED, CHANGES, STEPS, WORLD
 
 pytestmark = [
     pytest.mark.slow,
@@ -21,34 +23,22 @@ pytestmark = [
 
 
 @functools.cache
-def visited() -> list[tuple[list[tuple[Run, Run]], list[bool], Run]]:
+def visited() -> list[Any]:
     return processes.run(WORLD, sharded_repeats.on_every_rank)
 
 
 @pytest.mark.parametrize("index", range(len(CHANGES)), ids=[c.name for c in CHANGES])
-def test_a_step_is_laid_out_again_where_it_must_be(index: int) -> None:
+def test_a_step_is_laid_out_again_where_it_must_be_and_ends_in_the_same_bits(index: int) -> None:
     for rank, (runs, _, _) in enumerate(visited()):
-        recognised, _ = runs[index]
+        (layouts, found), (anew, want) = runs[index]
         noticed = rank in CHANGES[index].ranks
-        assert recognised.layouts[: CHANGED + 1] == [1, *[0] * (CHANGED - 1), int(noticed)]
-        assert len(recognised.layouts) == STEPS
+        assert layouts[: CHANGED + 1] == [1, *[0] * (CHANGED - 1), int(noticed)]
+        assert anew == [1] * STEPS
+        assert_bits(found, want)
 
 
-@pytest.mark.parametrize("index", range(len(CHANGES)), ids=[c.name for c in CHANGES])
-def test_the_bits_are_those_of_steps_laid_out_anew(index: int) -> None:
-    for runs, _, _ in visited():
-        recognised, anew = runs[index]
-        assert anew.layouts == [1] * STEPS
-        for found, want in zip(recognised.tensors, anew.tensors):
-            torch.testing.assert_close(found, want, rtol=0, atol=0, equal_nan=True)
-
-
-def test_gradients_are_not_held() -> None:
-    for _, gone, _ in visited():
+def test_gradients_are_neither_held_nor_laid_out_again_where_they_stay() -> None:
+    for _, gone, layouts in visited():
         assert gone
         assert all(gone)
-
-
-def test_gradients_that_stay() -> None:
-    for _, _, run in visited():
-        assert run.layouts == [1, *[0] * (STEPS - 1)]
+        assert layouts == [1, *[0] * (STEPS - 1)]
