@@ -26,11 +26,9 @@ from bngd_triton import BNGD
 from bngd_triton.state_dicts import COUNTS
 from bngd_triton.verify.tolerances import ULP, ulps
 from support.distributed_checkpoints import (
-    BF16,
     EXAMPLES,
     F32,
     FORMS,
-    GROUPS,
     LAST,
     SAVED,
     Result,
@@ -102,6 +100,7 @@ def assert_close(got: Snapshot, whole: Snapshot) -> None:
 def test_training_goes_on_as_if_uninterrupted(ranks: list[Result], alone: Snapshot) -> None:
     for rank in ranks:
         # nor does saving change anything, or asking for the state before the first step
+        assert [group["micro_step"] for group in rank.saving.groups] == [1, 1, 0, 0]
         assert_same(rank.saving, rank.uninterrupted)
         for form in FORMS:
             assert_same(rank.resumed[form], rank.uninterrupted)
@@ -114,53 +113,11 @@ def test_training_goes_on_with_fewer_ranks_and_back(
     ranks: list[Result], alone: Snapshot, size: str
 ) -> None:
     for rank in ranks:
-        assert_close(rank.back[size], alone)
-        assert rank.back[size].groups == rank.uninterrupted.groups
-
-
-@pytest.mark.slow
-def test_state_keeps_its_dtypes(ranks: list[Result]) -> None:
-    kinds = {
-        "micro": {"momentum_buffer": F32, "window": torch.uint8},
-        "micro_row": {
-            "momentum_buffer": F32, "window": torch.uint8, "master_remainder": torch.int16
-        },
-        "narrow": {"momentum_buffer": BF16},
-        "stochastic": {"momentum_buffer": F32},
-    }  # fmt: skip
-    for rank in ranks:
-        for loaded in (*rank.resumed.values(), *rank.back.values()):
-            for group, want in kinds.items():
-                found = {key.split()[1]: value.dtype for key, value in loaded.kept.items()
-                         if key.startswith(f"{group}.")}  # fmt: skip
-                found.pop("value")
-                assert found == want
-
-
-@pytest.mark.slow
-def test_places_in_windows_and_roundings_are_kept(ranks: list[Result]) -> None:
-    for rank in ranks:
-        for loaded in (*rank.resumed.values(), *rank.back.values()):
-            by_name = dict(zip(GROUPS, loaded.groups))
-            assert [group["micro_step"] for group in loaded.groups] == [1, 1, 0, 0]
-            assert by_name["stochastic"]["rounding_steps"] == LAST
-            assert by_name["narrow"]["momentum_dtype"] is BF16
-            assert by_name["micro"]["momentum_dtype"] is None
-            assert by_name["stochastic"]["normalizer"] == "cdf"
-
-
-@pytest.mark.slow
-def test_making_state_is_not_a_step(ranks: list[Result]) -> None:
-    for rank in ranks:
-        assert rank.fresh
-        for group in rank.counts:
-            assert (group["micro_step"], group["rounding_steps"], group["lr"]) == (0, 0, 1e-2)
-
-
-@pytest.mark.slow
-def test_a_first_micro_batch_with_lr_0_counts(ranks: list[Result]) -> None:
-    # though all of the gradient is 0
-    assert [rank.after_warm_up for rank in ranks] == [1, 1, 1, 1]
+        back, want = rank.back[size], rank.uninterrupted
+        assert_close(back, alone)
+        assert back.groups == want.groups
+        dtypes = [{k: value.dtype for k, value in one.kept.items()} for one in (back, want)]
+        assert dtypes[0] == dtypes[1]
 
 
 @pytest.mark.slow
@@ -241,13 +198,14 @@ def test_a_rank_killed_while_saving_leaves_the_last_checkpoint(tmp_path: Path) -
     with pytest.raises((WorkerError, ProcessExitedException)):
         run(2, killed_while_saving, tmp_path)
     assert list((tmp_path / "step-2").glob("*.distcp"))
-    newest = example().latest_checkpoint(tmp_path)
+    train_fsdp2 = example()
+    newest = train_fsdp2.latest_checkpoint(tmp_path)
     assert newest == tmp_path / "step-1"
-    model = example().make_model()
-    optimizer = example().make_optimizer(model)
-    assert example().load(newest, 2, model, optimizer) == 1
+    model = train_fsdp2.make_model()
+    optimizer = train_fsdp2.make_optimizer(model)
+    assert train_fsdp2.load(newest, 2, model, optimizer) == 1
     with pytest.raises(SystemExit, match="resume it with --steps 2"):
-        example().load(newest, 3, model, optimizer)
+        train_fsdp2.load(newest, 3, model, optimizer)
     for param, saved in zip(model.parameters(), torch.load(tmp_path / "weights.pt")):
         assert torch.equal(param, saved)
 
@@ -260,11 +218,10 @@ def test_example_is_stopped_and_resumed(tmp_path: Path) -> None:
         "--folder", str(tmp_path),
     ]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    first = subprocess.Popen(
-        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )  # fmt: skip
+    nowhere = subprocess.DEVNULL
+    first = subprocess.Popen(command, env=environment, stdout=nowhere, stderr=nowhere)
     try:
-        end = time.monotonic() + 100
+        end = time.monotonic() + patience(100)
         while example().latest_checkpoint(tmp_path) is None:
             assert time.monotonic() < end
             assert first.poll() is None
@@ -276,20 +233,15 @@ def test_example_is_stopped_and_resumed(tmp_path: Path) -> None:
     stopped = int(example().latest_checkpoint(tmp_path).name.removeprefix("step-"))
     assert stopped < 40
     done = subprocess.run(
-        [*command, "--resume"],
-        env=environment,
-        capture_output=True,
-        text=True,
+        [*command, "--resume"], env=environment, capture_output=True, text=True,
         timeout=patience(200),
-    )
+    )  # fmt: skip
     # torch's gloo threads abort some processes that have ended, those of plain DDP and SGD too
     ended = "terminate called without an active exception" in done.stderr
     assert done.returncode == 0 or ended, done.stderr
     (resumed,) = re.findall(r"resumed .* at step (\d+)", done.stdout)
     assert int(resumed) == stopped
-    ((apart, last),) = re.findall(
-        r"losses differ by at most (\S+), the last one is (\S+)", done.stdout
-    )
+    ((apart, last),) = re.findall(r"differ by at most (\S+), the last one is (\S+)", done.stdout)
     # bytes drawn evenly would be at log(256) = 5.5
     assert float(last) < 3.5
     # seen: 5e-7 and 8 units; statistics of the shards would end at 1e-1
