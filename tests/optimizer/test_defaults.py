@@ -17,12 +17,17 @@ import bngd_triton
 from bngd_triton import BNGD
 from bngd_triton.kernels import fused_step, segment_statistics
 from bngd_triton.kernels.build_plan import build
+from bngd_triton.kernels.fused_step import FusedStep
 from bngd_triton.kernels.plan import Entry
+from bngd_triton.options import Options
 from bngd_triton.records import new_record
+from bngd_triton.verify.oracle import oracle_step
 from support.checkpoints import through_a_file
 from support.exact_runs import assert_bits, give, make_params, state_of
+from support.handmade_plans import member, nothing_new
 from support.kernel_cases import LANES
 from support.paths import StepPath
+from support.steps import assert_close
 
 PACKAGE = Path(bngd_triton.__file__).parent
 KERNELS = Path(fused_step.__file__).parent
@@ -114,6 +119,21 @@ def test_functions_of_tensors_under_any_defaults(device: torch.device) -> None:
     for name, dtype in (("meta", torch.float32), (None, torch.float16)):
         with defaults(name, dtype):
             assert_bits(found(), want)
+
+
+def test_the_halves_of_a_sharded_step_under_any_defaults(device: torch.device) -> None:
+    options = [Options(0.1, granularity="tensor")]
+    grads = [torch.randn(300, device=device), torch.randn(4, 70, device=device)]
+    want, _ = oracle_step([g.sin() for g in grads], grads, [None] * 2, lr=0.1, granularity="tensor")
+    runs = []
+    for name, dtype in ((None, torch.float32), ("meta", torch.float32), (None, torch.float16)):
+        members = [member(g.sin(), g, torch.zeros_like(g), granularity="tensor") for g in grads]
+        with defaults(name, dtype):
+            step, inputs = FusedStep(members, options, LANES, sharded=True), nothing_new(device)
+            step.update_by(step.measure(members, options, inputs), inputs)
+        assert_close([member.param for member in members], want)
+        runs.append([tensor for m in members for tensor in (m.param, m.momentum, m.record)])
+        assert_bits(runs[-1], runs[0])
 
 
 def test_every_tensor_that_is_made_names_its_device_and_dtype() -> None:

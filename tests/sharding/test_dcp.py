@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
@@ -38,13 +37,11 @@ from support.distributed_checkpoints import (
     started,
     visited,
 )
-from support.processes import WorkerError, run
+from support.processes import WorkerError, needs_gloo, run
 from support.time_limits import patience
 
 pytestmark = [
-    pytest.mark.skipif(
-        not (dist.is_available() and dist.is_gloo_available()), reason="this torch has no gloo"
-    ),
+    needs_gloo,
     # loading in one process, without a group, is meant
     pytest.mark.filterwarnings("ignore:torch.distributed is disabled"),
 ]

@@ -8,12 +8,11 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from bngd_triton import BNGD
 from bngd_triton.reference import step_
-from support.processes import run
+from support.processes import needs_gloo, run
 from support.runs import refused
 
 
@@ -46,9 +45,7 @@ def fsdp1_cases() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(
-    not (dist.is_available() and dist.is_gloo_available()), reason="this torch has no gloo"
-)
+@needs_gloo
 def test_fsdp1() -> None:
     run(2, fsdp1_cases)
 

@@ -10,10 +10,10 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from bngd_triton.verify.tolerances import LRE, ULP, ulps
+from support.processes import needs_gloo
 from support.sharded_model import NAMES, SHAPES
 from support.sharded_steps import (
     APART,
@@ -30,9 +30,7 @@ from support.sharded_steps import (
 )
 
 pytestmark = [
-    pytest.mark.skipif(
-        not (dist.is_available() and dist.is_gloo_available()), reason="this torch has no gloo"
-    ),
+    needs_gloo,
     pytest.mark.skipif(torch.cuda.is_available(), reason="gloo ranks run kernels interpreted"),
 ]
 

@@ -8,10 +8,9 @@ import pytest
 import torch.distributed as dist
 
 from support import processes
+from support.processes import needs_gloo
 
-pytestmark = pytest.mark.skipif(
-    not (dist.is_available() and dist.is_gloo_available()), reason="this torch has no gloo"
-)
+pytestmark = needs_gloo
 
 
 def broken(hangs: bool) -> None:

@@ -7,17 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from support import processes, sharded_repeats
 from support.exact_runs import assert_bits
+from support.processes import needs_gloo
 from support.sharded_repeats import CHANGED, CHANGES, STEPS, WORLD
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(
-        not (dist.is_available() and dist.is_gloo_available()), reason="this torch has no gloo"
-    ),
+    needs_gloo,
     pytest.mark.skipif(torch.cuda.is_available(), reason="gloo ranks run kernels interpreted"),
 ]
 
