@@ -14,6 +14,7 @@ from torch.optim.optimizer import (
 )
 
 from bngd_triton import BNGD
+from bngd_triton.state_dicts import COUNTS
 from bngd_triton.verify.oracle import oracle_step
 from support import exact_runs
 from support.exact_runs import assert_bits
@@ -145,7 +146,7 @@ def test_an_old_pickle_without_an_option_gets_its_default(option: str, path: Ste
     params, optimizer = start(path, lr=0.3, momentum=0.7)
     state = optimizer.__getstate__()
     defaults, group = (
-        {k: v for k, v in options.items() if k != option}
+        {k: v for k, v in options.items() if k not in (option, *COUNTS)}
         for options in (optimizer.defaults, optimizer.param_groups[0])
     )
     old, newer = (BNGD.__new__(BNGD) for _ in range(2))
@@ -154,6 +155,7 @@ def test_an_old_pickle_without_an_option_gets_its_default(option: str, path: Ste
     del state["fused"], state["flatten"]
     old.__setstate__({**state, "defaults": defaults, "param_groups": [group]})
     assert (old.fused, old.flatten) == (None, None)
+    assert [old.param_groups[0][count] for count in COUNTS] == [0, 0]
     old.add_param_group({"params": make_params(path.device)})
     (fresh,) = start(path)[1].param_groups
     assert [group[option] for group in old.param_groups] == [fresh[option]] * 2

@@ -77,8 +77,10 @@ def test_what_is_given_refuses_option(bad: BadOption, path: StepPath) -> None:
     """To the constructor or in a group, first or added."""
     params, more = make_params(path.device), make_params(path.device)
     for group, defaults in ((bad.options, {}), ({}, bad.options)):
-        with refused(bad.error, bad.match, None, params):
-            BNGD([{"params": params, **group}], fused=path.fused, **defaults)
+        # the first group must not have moved to a flat buffer either
+        groups = [{"params": more}, {"params": params, **group}]
+        with refused(bad.error, bad.match, None, [*params, *more]):
+            BNGD(groups, fused=path.fused, **defaults)
     optimizer = BNGD(params, fused=path.fused)
     take_steps(optimizer, params, [0])
     with refused(bad.error, bad.match, optimizer, [*params, *more]):
@@ -162,12 +164,6 @@ def test_options_of_the_whole_optimizer(name: str, device: torch.device) -> None
     with pytest.raises(ValueError, match=f"{name} is an option of the whole optimizer"):
         BNGD([{"params": params, name: False}])
     BNGD([{"params": params, name: False}], **{name: False})
-
-
-def test_a_refused_constructor_moves_no_storage(device: torch.device) -> None:
-    params, more = make_params(device), make_params(device)
-    with refused(ValueError, "lr must be", None, [*params, *more]):
-        BNGD([{"params": params}, {"params": more, "lr": -1.0}], fused=True)
 
 
 def test_fused_on_the_cpu_needs_the_interpreter() -> None:

@@ -22,7 +22,6 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.multiprocessing import ProcessExitedException
 
 from bngd_triton import BNGD
-from bngd_triton.state_dicts import COUNTS
 from bngd_triton.verify.tolerances import ULP, ulps
 from support.distributed_checkpoints import (
     EXAMPLES,
@@ -168,18 +167,6 @@ def test_state_that_a_parameter_never_had(tmp_path: Path) -> None:
     momentum = loaded.state[again.weight]["momentum_buffer"]
     assert torch.equal(momentum, optimizer.state[model.weight]["momentum_buffer"])
     assert not loaded.state[again.bias]["momentum_buffer"].any()
-
-
-def test_a_checkpoint_without_counts_starts_them_at_0() -> None:
-    param = nn.Parameter(torch.ones(2, 3))
-    optimizer = BNGD([param], accumulation_steps=2)
-    saved = optimizer.state_dict()
-    for key in COUNTS:
-        del saved["param_groups"][0][key]
-    optimizer.load_state_dict(saved)
-    param.grad = torch.randn(2, 3)
-    optimizer.step()
-    assert [optimizer.param_groups[0][key] for key in COUNTS] == [1, 0]
 
 
 def example() -> Any:
