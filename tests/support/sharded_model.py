@@ -79,8 +79,8 @@ def shard(block: nn.Module, layout: str, world: int) -> None:
         fully_shard(block, mesh=mesh["dp"])
 
 
-def tensor_parallel(block: nn.Module, mesh: DeviceMesh, up: str = "up", down: str = "down") -> None:
-    parallelize_module(block, mesh, {up: ColwiseParallel(), down: RowwiseParallel()})
+def tensor_parallel(block: nn.Module, mesh: DeviceMesh) -> None:
+    parallelize_module(block, mesh, {"up": ColwiseParallel(), "down": RowwiseParallel()})
 
 
 @functools.cache

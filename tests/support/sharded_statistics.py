@@ -13,9 +13,8 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 
@@ -23,8 +22,8 @@ from bngd_triton.sharding import exchange, placements
 from bngd_triton.sharding.exchange import Exchange, Share, local_table
 from support import processes
 from support.host_reads import HostReads
-from support.sharded_cases import CASES, GRID, RUNS, S0, S1, SPOILT, TWO, Case, R, whole
-from support.sharded_model import mesh_of, tensor_parallel
+from support.sharded_cases import CASES, RUNS, S0, S1, SPOILT, TWO, Case, R, whole
+from support.sharded_model import mesh_of
 
 
 class Found(NamedTuple):
@@ -53,8 +52,6 @@ class Result(NamedTuple):
     reads: int
     repeated: bool
     rows: dict[str, Tensor]
-    # of the model, which has no case
-    gradients: dict[str, Tensor]
     refusals: dict[str, str]
     # slices that travel, and what carries them
     transformer: dict[str, tuple[int, list[Collective]]]
@@ -121,27 +118,11 @@ def global_rows(param: Tensor) -> Tensor:
     return distribute_tensor(rows, param.device_mesh, kept, src_data_rank=None).to_local()
 
 
-def model_on(mesh: DeviceMesh) -> nn.Module:
-    """FSDP over tensor parallelism, with gradients: `_StridedShard`, and a layer without TP."""
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(6, 10), nn.GELU(), nn.Linear(10, 3), nn.LayerNorm(3))
-    tensor_parallel(model, mesh["tp"], "0", "2")
-    fully_shard(model, mesh=mesh["dp"])
-    x = torch.randn(4, 6) * (1 + mesh.get_local_rank("dp"))
-    model(x).square().mul(torch.arange(3.0)).sum().backward()
-    return model
-
-
 def visit(world: int) -> Result:
     """Everything that is asked of one world, on one rank."""
     cases = {case.desc: case for case in CASES[world] + SPOILT[world]}
     on = {case.mesh: mesh_of(case.mesh) for case in cases.values()}
     tensors = {desc: sharded(case, on[case.mesh]) for desc, case in cases.items()}
-    gradients = {}
-    if GRID in on:
-        for name, param in model_on(on[GRID]).named_parameters():
-            tensors[f"model {name}"] = (param, param.grad)
-            gradients[f"model {name}"] = param.grad.full_tensor()
     parts = {desc: placements.local_parts(desc, *pair) for desc, pair in tensors.items()}
 
     found: dict[tuple[str, str], Found] = {}
@@ -149,7 +130,7 @@ def visit(world: int) -> Result:
     commands: dict[str, int] = {}
     reads, repeated = HostReads(), True
     for run, (granularity, takes) in RUNS.items():
-        names = [desc for desc in tensors if desc not in cases or takes(cases[desc])]
+        names = [desc for desc in tensors if takes(cases[desc])]
         shares = [share_of(d, *tensors[d], granularity) for d in names]
         plan = Exchange(shares)
         log: list[Collective] = []
@@ -172,7 +153,7 @@ def visit(world: int) -> Result:
 
     rows = {d: global_rows(param) for d, (param, _) in tensors.items() if param.dim()}
     return Result(
-        found, collectives, commands, reads.count, repeated, rows, gradients,
+        found, collectives, commands, reads.count, repeated, rows,
         refused(on[TWO]) if world == 2 else {}, transformer_on(on[(world,)]),
     )  # fmt: skip
 
