@@ -12,20 +12,11 @@ from torch.optim import lr_scheduler
 from bngd_triton import BNGD
 from bngd_triton.state_dicts import COUNTS
 from bngd_triton.verify.oracle import oracle_step
-from support import exact_runs
+from support import exact_runs, steps
 from support.exact_runs import assert_bits
 from support.paths import StepPath
 from support.runs import everything, start
-from support.steps import (
-    COPIES,
-    OPTION_NAMES,
-    assert_close,
-    assert_equal,
-    make_grads,
-    make_params,
-    take_steps,
-    values,
-)
+from support.steps import assert_close, assert_equal, make_grads, make_params, take_steps, values
 
 
 def test_hooks_run_around_the_step_and_may_change_it(path: StepPath) -> None:
@@ -80,7 +71,7 @@ def test_schedulers(name: str, tensor: bool, path: StepPath) -> None:
 
 
 @pytest.mark.parametrize("seeds", [[], [0, 1]], ids=["before_first_step", "after_two_steps"])
-@pytest.mark.parametrize("how", COPIES)
+@pytest.mark.parametrize("how", steps.COPIES)
 @pytest.mark.parametrize(
     ("dtype", "mode"),
     [
@@ -98,7 +89,7 @@ def test_a_copy_goes_on_alike_and_apart(
     options = {"lr": 0.1, "granularity": "row", "seed": 11, "master_weights": mode}
     params, optimizer = start(path, dtype, exact_runs.SHAPES, flatten=False, **options)
     exact_runs.take_steps(optimizer, params, seeds)
-    twin_params, twin = COPIES[how]((params, optimizer))
+    twin_params, twin = steps.COPIES[how]((params, optimizer))
     assert (twin.fused, twin.flatten) == (path.fused, False)
     before = everything(twin, twin_params)
     exact_runs.take_steps(optimizer, params, [2, 3])
@@ -107,7 +98,7 @@ def test_a_copy_goes_on_alike_and_apart(
     assert_bits(everything(twin, twin_params), everything(optimizer, params))
 
 
-@pytest.mark.parametrize("option", OPTION_NAMES)
+@pytest.mark.parametrize("option", steps.OPTION_NAMES)
 def test_an_old_pickle_without_an_option_gets_its_default(option: str, path: StepPath) -> None:
     params, optimizer = start(path, lr=0.3, momentum=0.7)
     state = optimizer.__getstate__()

@@ -140,20 +140,6 @@ def test_views_that_exist_never_move(flatten: bool | None, device: torch.device)
         assert torch.equal(param, view)
 
 
-def test_lstm_weights_step_in_place(path: StepPath) -> None:
-    lstm = torch.nn.LSTM(3, 4).to(path.device)
-    lstm.flatten_parameters()
-    params = list(lstm.parameters())
-    optimizer = BNGD(params, lr=0.1, fused=path.fused)
-    before, values = spans(params), [param.detach().clone() for param in params]
-    lstm(torch.randn(2, 1, 3, device=path.device))[0].square().mean().backward()
-    optimizer.step()
-    assert spans(params) == before
-    assert not any(map(torch.equal, params, values))
-    # the module's own list still holds the parameters that were stepped
-    assert all(a is b for a, b in zip(lstm._flat_weights, params))
-
-
 class Tagged(torch.Tensor):
     """A tensor subclass, as quantisation and sharding libraries make them."""
 

@@ -13,19 +13,10 @@ from bngd_triton import BNGD
 from bngd_triton.foreign import FOREIGN
 from bngd_triton.state_dicts import COUNTS
 from bngd_triton.verify.oracle import oracle_step
+from support import steps
 from support.paths import StepPath
 from support.runs import start
-from support.steps import (
-    OPTION_NAMES,
-    assert_close,
-    assert_equal,
-    make_grads,
-    make_params,
-    momenta,
-    set_grads,
-    take_steps,
-    values,
-)
+from support.steps import assert_close, assert_equal, make_grads, make_params, take_steps, values
 
 GROUPS: list[dict[str, Any]] = [
     {"lr": 0.2},
@@ -50,7 +41,7 @@ def test_every_group_steps_with_its_own_options(path: StepPath) -> None:
     starts = [values(params) for params in together]
     for seed in range(2):
         for index, params in enumerate(together):
-            set_grads(params, 100 * index + seed)
+            steps.set_grads(params, 100 * index + seed)
         optimizer.step()
 
     for index, (params, options) in enumerate(zip(together, GROUPS)):
@@ -107,12 +98,12 @@ def test_momentum_set_to_0_and_back_keeps_its_buffer(path: StepPath) -> None:
     expected, buffers = values(params), [None] * 3
     for seed, momentum in enumerate((0.9, 0.0, 0.0, 0.9)):
         optimizer.param_groups[0]["momentum"] = momentum
-        kept = values(momenta(optimizer, params)) if seed else []
+        kept = values(steps.momenta(optimizer, params)) if seed else []
         grads = make_grads(params, seed)
         expected, buffers = oracle_step(expected, grads, buffers, lr=0.1, momentum=momentum)
         take_steps(optimizer, params, [seed])
         if momentum == 0:
-            assert_equal(momenta(optimizer, params), kept)
+            assert_equal(steps.momenta(optimizer, params), kept)
     assert_close(params, expected)
 
 
@@ -121,12 +112,12 @@ def test_add_param_group_takes_defaults_and_steps(path: StepPath) -> None:
     more = make_params(path.device)
     take_steps(optimizer, params, [0])
     first, second = values(params), values(more)
-    buffers = values(momenta(optimizer, params))
+    buffers = values(steps.momenta(optimizer, params))
     optimizer.add_param_group({"params": more, "momentum": 0.5})
     old, added = ({**group, "params": None} for group in optimizer.param_groups)
     assert added == {**old, "momentum": 0.5}
 
-    set_grads(more, 7)
+    steps.set_grads(more, 7)
     take_steps(optimizer, params, [1])
     options = {"lr": 0.1, "granularity": "row"}
     assert_close(params, oracle_step(first, make_grads(first, 1), buffers, **options)[0])
@@ -147,13 +138,13 @@ def test_unknown_group_keys_survive(path: StepPath) -> None:
 def test_the_state_dict_is_plain(path: StepPath) -> None:
     params, optimizer = start(path, flatten=False)
     assert (optimizer.fused, optimizer.flatten) == (path.fused, False)
-    assert set(optimizer.defaults) == set(OPTION_NAMES)
+    assert set(optimizer.defaults) == set(steps.OPTION_NAMES)
     take_steps(optimizer, params, [0])
     saved = optimizer.state_dict()
     assert set(saved) == {"state", "param_groups"}
     assert [list(state) for state in saved["state"].values()] == [["momentum_buffer"]] * 3
     (group,) = saved["param_groups"]
-    assert set(group) == {"params", *OPTION_NAMES, *COUNTS}
+    assert set(group) == {"params", *steps.OPTION_NAMES, *COUNTS}
     assert group["params"] == [0, 1, 2]
 
 

@@ -12,18 +12,10 @@ from torch.nn import Parameter
 
 from bngd_triton import BNGD
 from bngd_triton.verify.oracle import oracle_step
+from support import steps
 from support.paths import StepPath
 from support.runs import start
-from support.steps import (
-    assert_close,
-    assert_equal,
-    make_grads,
-    make_params,
-    momenta,
-    set_grads,
-    take_steps,
-    values,
-)
+from support.steps import assert_close, assert_equal, make_grads, make_params, take_steps, values
 
 
 def test_closure_runs_with_grad_enabled_and_its_loss_is_returned(path: StepPath) -> None:
@@ -50,7 +42,7 @@ def test_closure_runs_with_grad_enabled_and_its_loss_is_returned(path: StepPath)
 def test_none_gradients_leave_parameter_momentum_and_state_alone(path: StepPath) -> None:
     # decay would show that a parameter without a gradient was moved
     params, optimizer = start(path, lr=0.1, weight_decay=0.5)
-    set_grads(params, 0)
+    steps.set_grads(params, 0)
     params[1].grad = None
     first = values(params)
     optimizer.step()
@@ -85,7 +77,7 @@ def test_a_late_first_gradient_starts_as_in_a_new_optimizer(
     options: dict[str, Any] = {"lr": 0.1, "granularity": granularity, "fused": path.fused}
     params, optimizer = start(path, **options)
     for seed in range(4):
-        set_grads(params, seed)
+        steps.set_grads(params, seed)
         if seed < 2:
             params[0].grad = None
         optimizer.step()
@@ -96,12 +88,12 @@ def test_a_late_first_gradient_starts_as_in_a_new_optimizer(
         late[0].grad = make_grads(params, seed)[0]
         fresh.step()
     assert_equal(params[:1], late)
-    assert_equal(momenta(optimizer, params[:1]), momenta(fresh, late))
+    assert_equal(steps.momenta(optimizer, params[:1]), steps.momenta(fresh, late))
 
 
 def test_gradients_are_read_only(path: StepPath) -> None:
     params, optimizer = start(path, maximize=True)
-    grads = values(set_grads(params, 0))
+    grads = values(steps.set_grads(params, 0))
     optimizer.step()
     assert_equal([param.grad for param in params], grads)
 
@@ -165,14 +157,14 @@ def test_skipped_slices_are_counted(path: StepPath) -> None:
     params, optimizer = start(path, granularity="row", weight_decay=0.1)
     take_steps(optimizer, params, [0])
     assert optimizer.skipped == 0
-    before = values([*params, *momenta(optimizer, params)])
-    set_grads(params, 1)
+    before = values([*params, *steps.momenta(optimizer, params)])
+    steps.set_grads(params, 1)
     params[0].grad[1, 2] = math.nan
     params[0].grad[3, 0] = -math.inf
     params[1].grad[0] = math.inf
     optimizer.step()
     assert optimizer.skipped == 3
-    after = [*params, *momenta(optimizer, params)]
+    after = [*params, *steps.momenta(optimizer, params)]
     for index in (0, 3):
         assert_equal([after[index][[1, 3]]], [before[index][[1, 3]]])
         assert (after[index][[0, 2]] != before[index][[0, 2]]).all()

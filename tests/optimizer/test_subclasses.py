@@ -14,17 +14,10 @@ from torch.testing._internal.two_tensor import TwoTensor
 from bngd_triton import BNGD
 from bngd_triton.kernels import fused_step_
 from bngd_triton.kernels.support import why_not
+from support import steps
 from support.paths import StepPath
 from support.runs import start
-from support.steps import (
-    assert_equal,
-    make_grads,
-    make_params,
-    momenta,
-    set_grads,
-    take_steps,
-    values,
-)
+from support.steps import assert_equal, make_grads, make_params, momenta, take_steps, values
 
 
 def twice(tensor: Tensor) -> TwoTensor:
@@ -111,14 +104,14 @@ def test_fused_refuses_a_subclass_by_name(device: torch.device) -> None:
         fused_step_([plain], [twice(plain)], None, lr=0.1, momentum=0.0)
 
 
-@pytest.mark.parametrize("steps", [1, 4], ids=["early", "when_steps_repeat"])
+@pytest.mark.parametrize("count", [1, 4], ids=["early", "when_steps_repeat"])
 @pytest.mark.parametrize("what", ["gradient", "momentum_buffer", "master_remainder"])
 def test_a_gradient_or_state_that_becomes_a_subclass_is_noticed(
-    what: str, steps: int, device: torch.device
+    what: str, count: int, device: torch.device
 ) -> None:
     params, optimizer = start(StepPath(True, device), torch.bfloat16, lr=0.1)
-    take_steps(optimizer, params, range(steps))
-    set_grads(params, 9)
+    take_steps(optimizer, params, range(count))
+    steps.set_grads(params, 9)
     if what == "gradient":
         params[0].grad = twice(params[0].grad)
     else:
@@ -140,7 +133,7 @@ def test_state_without_arithmetic_is_refused_before_anything_changes(path: StepP
     state = optimizer.state[params[2]]
     buffer = state["momentum_buffer"]
     state["momentum_buffer"] = NoArithmetic(buffer.clone(), buffer.clone())
-    set_grads(params, 1)
+    steps.set_grads(params, 1)
     before = values(params)
     with pytest.raises(TypeError, match=r"momentum buffer of .*\[2\] is a NoArithmetic, which"):
         optimizer.step()

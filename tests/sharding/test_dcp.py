@@ -23,19 +23,9 @@ from torch.multiprocessing import ProcessExitedException
 
 from bngd_triton import BNGD
 from bngd_triton.verify.tolerances import ULP, ulps
-from support.distributed_checkpoints import (
-    EXAMPLES,
-    F32,
-    FORMS,
-    LAST,
-    SAVED,
-    Result,
-    Snapshot,
-    killed_while_saving,
-    made,
-    started,
-    visited,
-)
+from support import distributed_checkpoints
+from support.checkout import EXAMPLES
+from support.distributed_checkpoints import FORMS, LAST, SAVED, Result, Snapshot, started
 from support.processes import WorkerError, needs_gloo, run
 from support.time_limits import patience
 
@@ -53,7 +43,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def ranks(folder: Path) -> list[Result]:
-    return visited(folder)
+    return distributed_checkpoints.visited(folder)
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +67,7 @@ def masters(snapshot: Snapshot, name: str) -> Tensor:
     rest = snapshot.kept.get(f"{name} master_remainder")
     if rest is None:
         return value.float()
-    return ((value.view(torch.int16).int() << 16) + rest.int()).view(F32)
+    return ((value.view(torch.int16).int() << 16) + rest.int()).view(torch.float32)
 
 
 def assert_close(got: Snapshot, whole: Snapshot) -> None:
@@ -121,7 +111,7 @@ def test_training_goes_on_with_fewer_ranks_and_back(
 def test_loads_in_a_process_of_its_own(
     ranks: list[Result], folder: Path, alone: Snapshot, form: str
 ) -> None:
-    whole = made(None, value=3.0)
+    whole = distributed_checkpoints.made(None, value=3.0)
     whole.load(folder / f"four {form}", form)
     assert whole.optimizer.param_groups[0]["micro_step"] == 1
     whole.train(SAVED, LAST)
@@ -180,7 +170,7 @@ def example() -> Any:
 @pytest.mark.slow
 def test_a_rank_killed_while_saving_leaves_the_last_checkpoint(tmp_path: Path) -> None:
     with pytest.raises((WorkerError, ProcessExitedException)):
-        run(2, killed_while_saving, tmp_path)
+        run(2, distributed_checkpoints.killed_while_saving, tmp_path)
     assert list((tmp_path / "step-2").glob("*.distcp"))
     train_fsdp2 = example()
     newest = train_fsdp2.latest_checkpoint(tmp_path)

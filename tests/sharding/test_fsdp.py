@@ -13,21 +13,10 @@ import torch
 from torch import Tensor
 
 from bngd_triton.verify.tolerances import LRE, ULP, ulps
+from support import sharded_steps
 from support.processes import needs_gloo
 from support.sharded_model import NAMES, SHAPES
-from support.sharded_steps import (
-    APART,
-    CUTTING,
-    GRANULARITIES,
-    LAYOUTS,
-    Group,
-    Run,
-    alone,
-    raising,
-    runs,
-    scaled,
-    visited,
-)
+from support.sharded_steps import APART, LAYOUTS, Group, Run, alone, runs, visited
 
 pytestmark = [
     needs_gloo,
@@ -99,16 +88,16 @@ def test_local_statistics_would_be_found_out(world: int) -> None:
 @pytest.mark.parametrize(("world", "layout"), PLACES)
 def test_one_collective_per_cutting_mesh_dimension(world: int, layout: str) -> None:
     for rank in visited(world):
-        assert rank.commands[layout] == CUTTING[layout]
+        assert rank.commands[layout] == sharded_steps.CUTTING[layout]
 
 
 @functools.cache
 def raising_alone(granularity: str) -> list[Tensor]:
-    return raising("whole", 1, granularity, False).values
+    return sharded_steps.raising("whole", 1, granularity, False).values
 
 
 @pytest.mark.parametrize(("world", "layout"), PLACES)
-@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("granularity", sharded_steps.GRANULARITIES)
 def test_raises_on_every_rank_and_changes_nothing(
     world: int, layout: str, granularity: str
 ) -> None:
@@ -124,7 +113,7 @@ def test_raises_on_every_rank_and_changes_nothing(
 
 @functools.cache
 def scaled_alone() -> list[Tensor]:
-    return scaled("whole", 1, False).values
+    return sharded_steps.scaled("whole", 1, False).values
 
 
 @pytest.mark.parametrize("world", WORLDS)
