@@ -25,7 +25,7 @@ from bngd_triton import BNGD
 from bngd_triton.verify.tolerances import ULP, ulps
 from support import distributed_checkpoints
 from support.checkout import EXAMPLES
-from support.distributed_checkpoints import FORMS, LAST, SAVED, Result, Snapshot, started
+from support.distributed_checkpoints import FORMS, LAST, SAVED, Result, Snapshot, made
 from support.processes import WorkerError, needs_gloo, run
 from support.time_limits import patience
 
@@ -49,7 +49,7 @@ def ranks(folder: Path) -> list[Result]:
 @pytest.fixture(scope="module")
 def alone() -> Snapshot:
     """The same training in one process, without a checkpoint."""
-    whole = started(None)
+    whole = made(None)
     whole.train(0, LAST)
     return whole.snapshot()
 
@@ -62,21 +62,14 @@ def assert_same(got: Snapshot, want: Snapshot) -> None:
         assert torch.equal(got.kept[key], value), key
 
 
-def masters(snapshot: Snapshot, name: str) -> Tensor:
-    value = snapshot.kept[f"{name} value"]
-    rest = snapshot.kept.get(f"{name} master_remainder")
-    if rest is None:
-        return value.float()
-    return ((value.view(torch.int16).int() << 16) + rest.int()).view(torch.float32)
-
-
 def assert_close(got: Snapshot, whole: Snapshot) -> None:
     """Within the rounding of another order of sums; what is rounded at random is left out."""
     compared = 0
     for name, index in got.indices.items():
         if name.startswith("stochastic"):
             continue
-        ours, theirs = masters(got, name), masters(whole, name).flatten()[index]
+        ours, theirs = (one.kept[f"{name} float32"] for one in (got, whole))
+        theirs = theirs.flatten()[index]
         assert ulps(ours, theirs) <= ULP, name
         compared += ours.numel()
     assert compared or not any(map(len, got.indices.values()))
@@ -111,7 +104,7 @@ def test_training_goes_on_with_fewer_ranks_and_back(
 def test_loads_in_a_process_of_its_own(
     ranks: list[Result], folder: Path, alone: Snapshot, form: str
 ) -> None:
-    whole = distributed_checkpoints.made(None, value=3.0)
+    whole = made(None, blank=True)
     whole.load(folder / f"four {form}", form)
     assert whole.optimizer.param_groups[0]["micro_step"] == 1
     whole.train(SAVED, LAST)

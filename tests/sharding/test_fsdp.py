@@ -53,11 +53,14 @@ def test_weights_are_those_of_one_process(world: int, run: Run) -> None:
 
 
 @pytest.mark.parametrize(("world", "run"), RUNS)
-def test_statistics_are_those_of_the_whole_tensor(world: int, run: Run) -> None:
+def test_statistics_are_those_of_the_whole_tensor_and_state_lies_as_it_does(
+    world: int, run: Run
+) -> None:
     for name in run.groups:
         want = alone(run)[name]
         for rank in visited(world):
             got = rank.trained[run.layout, run.fused][name]
+            assert got.placed, f"state of {name} does not lie as its parameter does"
             for i, (ours, rows) in enumerate(zip(got.statistics, got.rows)):
                 theirs = want.statistics[i][rows]
                 # kernels finish rows that nobody has another part of as tiles, in float32
@@ -68,21 +71,13 @@ def test_statistics_are_those_of_the_whole_tensor(world: int, run: Run) -> None:
                 assert torch.equal(ours[:, 2], theirs[:, 2])
 
 
-@pytest.mark.parametrize(("world", "run"), RUNS)
-def test_state_lies_as_its_parameter_does(world: int, run: Run) -> None:
-    for rank in visited(world):
-        for name in run.groups:
-            assert rank.trained[run.layout, run.fused][name].placed, name
-
-
 @pytest.mark.parametrize("world", WORLDS)
 def test_local_statistics_would_be_found_out(world: int) -> None:
     want = alone(APART)
     for name in APART.groups:
         ranks = [rank.apart[name] for rank in visited(world)]
-        off = max(ulps(joined(ranks, i), whole.flatten())
-                  for i, whole in enumerate(want[name].values))  # fmt: skip
-        assert off > 1000 * ULP, name
+        off = [ulps(joined(ranks, i), one.flatten()) for i, one in enumerate(want[name].values)]
+        assert max(off) > 1000 * ULP, name
 
 
 @pytest.mark.parametrize(("world", "layout"), PLACES)
