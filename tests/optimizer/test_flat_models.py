@@ -39,18 +39,10 @@ def test_safetensors_save_model(tmp_path: Path, device: torch.device) -> None:
         safetensors.torch.load_model(other, file, device=str(device))
         assert all(map(torch.equal, other.parameters(), expected))
         assert spans(list(other.parameters())) == before
-
-
-def test_safetensors_save_file(tmp_path: Path, device: torch.device) -> None:
-    model, optimizer = flat_model(device)
-    train(model, optimizer)
-    tensors = model.state_dict()
-    for i, param in enumerate(model.parameters()):
-        tensors[f"momentum.{i}"] = optimizer.state[param]["momentum_buffer"]
-    safetensors.torch.save_file(tensors, str(tmp_path / "all.safetensors"))
-    loaded = safetensors.torch.load_file(str(tmp_path / "all.safetensors"), device=str(device))
-    assert loaded.keys() == tensors.keys()
-    assert all(torch.equal(loaded[key], tensors[key]) for key in tensors)
+    # which refuses tensors that share memory
+    states = [optimizer.state[param] for param in model.parameters()]
+    momenta = {str(i): state["momentum_buffer"] for i, state in enumerate(states)}
+    safetensors.torch.save_file(momenta, file)
 
 
 def test_saving_one_layer_writes_one_layer(device: torch.device) -> None:
