@@ -60,8 +60,9 @@ def test_a_killed_run_ends_as_one_that_was_not(way: str, tmp_path: Path) -> None
     assert kept == {"momentum_buffer", "master_remainder", "window"}
     assert groups[1]["rounding_steps"] > 0
     assert groups[0]["lr"] < groups[0]["initial_lr"]
-    assert_same(load_checkpoint(tmp_path / "killed.pt"), want)
-    assert not (tmp_path / "killed.pt.tmp").exists()
+    for name in ("random", "saves"):
+        assert_same(load_checkpoint(tmp_path / f"{name}.pt"), want)
+        assert not (tmp_path / f"{name}.pt.tmp").exists()
 
 
 @pytest.fixture

@@ -1,9 +1,9 @@
 """A training process that is killed again and again, and goes on from its checkpoint each time.
 
-``python killed.py FOLDER PATH``, with PATH "eager" or "fused", trains twice in processes forked
-from this one, so that none has torch to import: never killed, and killed at each stage of a step
-and its save. It leaves a last checkpoint of each, FOLDER/never.pt and FOLDER/killed.pt, and prints
-as JSON which deaths left the beginning of a file.
+``python killed.py FOLDER PATH``, with PATH "eager" or "fused", trains three times in processes
+forked from this one, so that none has torch to import: never killed, killed at random moments, and
+killed at each stage of a step and its save. It leaves a last checkpoint of each, FOLDER/<name>.pt,
+and prints as JSON which deaths at a stage left the beginning of a file.
 """
 
 from __future__ import annotations
@@ -11,9 +11,12 @@ from __future__ import annotations
 import io
 import json
 import os
+import random
 import signal
 import sys
+import time
 from collections.abc import Callable
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -112,14 +115,13 @@ def at_call(module: Any, name: str, number: int, instead: Callable[..., Any]) ->
     setattr(module, name, counted)
 
 
-def end_of_life(path: Path, way: str, *stage: Any) -> int:
-    """What `os.waitpid` says of a forked process that trains, to the end or to a stage."""
+def end_of_life(path: Path, way: str, prepare: Callable[[], Any] = lambda: None) -> int:
+    """What `os.waitpid` says of a forked process that prepares its death, and trains."""
     child = os.fork()
     if child == 0:
         code = 1
         try:
-            if stage:
-                at_call(*stage)
+            prepare()
             train(path, way)
             code = 0
         except BaseException:
@@ -131,12 +133,19 @@ def end_of_life(path: Path, way: str, *stage: Any) -> int:
 
 def main(folder: str, way: str) -> None:
     torch.set_num_threads(1)
-    never, killed = Path(folder) / "never.pt", Path(folder) / "killed.pt"
+    never, at_random, saves = (Path(folder) / f"{name}.pt" for name in ("never", "random", "saves"))
+    start, chance = time.monotonic(), random.Random(5)
+    assert end_of_life(never, way) == 0
+    whole = time.monotonic() - start
+    for _ in range(4):
+        # nobody handles the alarm
+        wait = partial(signal.setitimer, signal.ITIMER_REAL, chance.uniform(0, whole / 2))
+        assert end_of_life(at_random, way, wait) in (0, signal.SIGALRM)
     torn = []
     for stage in STAGES:
-        assert end_of_life(killed, way, *stage) == signal.SIGKILL, stage
-        torn.append(killed.with_name(f"{killed.name}.tmp").exists())
-    for path in (never, killed):
+        assert end_of_life(saves, way, partial(at_call, *stage)) == signal.SIGKILL, stage
+        torn.append(saves.with_name(f"{saves.name}.tmp").exists())
+    for path in (at_random, saves):
         assert end_of_life(path, way) == 0
     print(json.dumps(torn))
 
