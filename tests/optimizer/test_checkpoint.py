@@ -253,11 +253,6 @@ def test_hooks_of_the_user_run(path: StepPath) -> None:
     assert calls == ["pre", "post"]
     assert again.param_groups[0]["lr"] == 0.4
 
-    optimizer.register_state_dict_pre_hook(lambda hooked: calls.append("saved"))
-    optimizer.register_state_dict_post_hook(lambda hooked, result: {**result, "extra": 1})
-    assert optimizer.state_dict()["extra"] == 1
-    assert calls[2:] == ["saved"]
-
 
 def test_state_that_others_keep_beside_momentum_survives(path: StepPath) -> None:
     params, optimizer = start(path)

@@ -107,8 +107,3 @@ def test_whole_parameters_beside_deepspeed() -> None:
         [torch.randn(size, requires_grad=True) for size in (6, 8)],
     ):
         assert_moves(params, BNGD(params))
-
-
-def test_plain_vector_without_deepspeed() -> None:
-    vector = torch.randn(8, requires_grad=True)
-    assert_moves([vector], BNGD([vector]))
