@@ -118,24 +118,6 @@ def test_loaded_momentum_lies_in_one_buffer(path: StepPath) -> None:
     assert_own_storages(momenta)
 
 
-def test_zeros_like_starts_at_zero_with_the_dtypes_asked_for() -> None:
-    params = [torch.randn(3, 4), torch.randn(5).bfloat16(), torch.randn(0, 2), torch.randn(())]
-    dtypes = [torch.float32, torch.float32, torch.float32, torch.float64]
-    found = flat_buffers.zeros_like(params, dtypes)
-    assert [buffer.dtype for buffer in found] == dtypes
-    for param, buffer in zip(params, found):
-        assert buffer.shape == param.shape
-        assert not buffer.any()
-
-
-def test_momentum_of_a_parameter_with_gaps_is_dense(path: StepPath) -> None:
-    param = Parameter(torch.randn(6, 8, device=path.device)[:, ::2])
-    optimizer = BNGD([param], fused=path.fused)
-    param.grad = torch.randn_like(param)
-    optimizer.step()
-    assert optimizer.state[param]["momentum_buffer"].stride() == (4, 1)
-
-
 def test_a_tensor_over_the_limit_keeps_its_storage(
     device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:

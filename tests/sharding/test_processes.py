@@ -30,7 +30,5 @@ def test_a_worker_s_traceback() -> None:
 
 def test_workers_that_hang_are_killed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BNGD_TEST_TIMEOUT", "3")
-    start = time.monotonic()
     with pytest.raises(TimeoutError, match="broken: not done after 3 s"):
         processes.run(2, broken, True)
-    assert time.monotonic() - start < 20
