@@ -16,7 +16,6 @@ from support.flat_models import (
     ALIGNMENT,
     assert_in_one_buffer,
     assert_own_storages,
-    flat_model,
     make_model,
     spans,
     train,
@@ -24,12 +23,15 @@ from support.flat_models import (
 from support.paths import StepPath
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-def test_flattening_keeps_values_shapes_and_strides(dtype: torch.dtype) -> None:
+def test_flattening_keeps_values_shapes_and_strides() -> None:
+    """In one buffer for each dtype."""
     shapes: list[tuple[int, ...]] = [(5, 7), (), (3,), (4, 3, 2, 5), (6, 1), (1, 129)]
-    params = [Parameter(torch.randn(shape).to(dtype)) for shape in shapes]
-    params[0].data = params[0].data.t()
-    params[3].data = params[3].data.contiguous(memory_format=torch.channels_last)
+    kinds = (torch.float32, torch.bfloat16, torch.float64)
+    params = [Parameter(torch.randn(shape).to(kind)) for shape in shapes for kind in kinds]
+    for param in params:
+        param.data = param.data.t() if param.shape == (5, 7) else param.data
+        if param.dim() == 4:
+            param.data = param.data.contiguous(memory_format=torch.channels_last)
     before = [(p.detach().clone(), p.shape, p.stride(), p.dtype, id(p)) for p in params]
     assert flat_buffers.flatten_(params) == []
     for param, (value, *rest) in zip(params, before):
@@ -37,49 +39,23 @@ def test_flattening_keeps_values_shapes_and_strides(dtype: torch.dtype) -> None:
         assert [param.shape, param.stride(), param.dtype, id(param)] == rest
         assert param.requires_grad
         assert param.is_leaf
-    assert_in_one_buffer(params)
+    for kind in kinds:
+        assert_in_one_buffer([param for param in params if param.dtype is kind])
     assert_own_storages(params)
 
 
-def test_flattening_has_one_buffer_for_each_dtype() -> None:
-    kinds = [torch.float32, torch.bfloat16] * 3
-    params = [Parameter(torch.randn(5).to(dtype)) for dtype in kinds]
-    flat_buffers.flatten_(params)
-    for dtype in set(kinds):
-        assert_in_one_buffer([param for param in params if param.dtype == dtype])
-
-
-def test_the_optimizer_flattens_what_the_kernels_serve(path: StepPath) -> None:
+@pytest.mark.parametrize("flatten", [None, False])
+def test_only_what_the_kernels_serve_moves(flatten: bool | None, path: StepPath) -> None:
     model = make_model(path.device)
     params = list(model.parameters())
-    before = [param.data_ptr() for param in params]
-    BNGD(params, fused=path.fused)
-    if path.fused:
+    before = spans(params)
+    optimizer = BNGD(params, lr=0.1, fused=path.fused, flatten=flatten)
+    train(model, optimizer, range(2))
+    if path.fused and flatten is None:
         assert_in_one_buffer(params)
         assert_own_storages(params)
     else:
-        assert [param.data_ptr() for param in params] == before
-
-
-@pytest.mark.parametrize("flatten", [None, True, False], ids=["auto", "flatten", "in_place"])
-def test_flattening_does_not_change_the_training(
-    flatten: bool | None, device: torch.device
-) -> None:
-    plain, flat = make_model(device), make_model(device)
-    # one-element slices and odd sizes; the reference is another implementation: 2e-6 of rounding
-    expected = train(plain, BNGD(plain.parameters(), lr=0.1, fused=False), steps=2)
-    got = train(flat, BNGD(flat.parameters(), lr=0.1, fused=True, flatten=flatten), steps=2)
-    for a, b in zip(got, expected):
-        torch.testing.assert_close(a, b, rtol=0, atol=2e-6)
-
-
-def test_flatten_false_leaves_storages_alone(path: StepPath) -> None:
-    model = make_model(path.device)
-    params = list(model.parameters())
-    before = [param.data_ptr() for param in params]
-    optimizer = BNGD(params, lr=0.1, fused=path.fused, flatten=False)
-    train(model, optimizer, steps=2)
-    assert [param.data_ptr() for param in params] == before
+        assert spans(params) == before
     # the momentum lies in a flat buffer all the same
     assert_in_one_buffer([optimizer.state[param]["momentum_buffer"] for param in params])
 
@@ -95,16 +71,18 @@ def test_each_group_has_a_buffer_and_add_param_group_too(device: torch.device) -
     assert [spans(list(model.parameters())) for model in (first, second)] == before
 
 
-def test_the_buffer_outlives_its_neighbours() -> None:
+def test_a_buffer_lives_as_long_as_one_of_its_parameters() -> None:
     params = [Parameter(torch.full((40,), float(i))) for i in range(3)]
     flat_buffers.flatten_(params)
+    memory = [weakref.ref(param) for param in params]
     last = params.pop()
     params.clear()
     gc.collect()
     # memory that was freed would be handed out again
     churn = [torch.full((40,), 9.0) for _ in range(200)]
     assert torch.equal(last, torch.full((40,), 2.0))
-    del churn
+    del churn, last
+    assert [one() for one in memory] == [None] * 3
 
 
 def test_momentum_is_made_at_the_first_gradient(path: StepPath) -> None:
@@ -140,40 +118,6 @@ def test_loaded_momentum_lies_in_one_buffer(path: StepPath) -> None:
     assert_own_storages(momenta)
 
 
-def test_zeros_like_starts_at_zero_with_the_dtypes_asked_for() -> None:
-    params = [torch.randn(3, 4), torch.randn(5).bfloat16(), torch.randn(0, 2), torch.randn(())]
-    dtypes = [torch.float32, torch.float32, torch.float32, torch.float64]
-    found = flat_buffers.zeros_like(params, dtypes)
-    assert [buffer.dtype for buffer in found] == dtypes
-    for param, buffer in zip(params, found):
-        assert buffer.shape == param.shape
-        assert not buffer.any()
-
-
-def test_momentum_of_a_parameter_with_gaps_is_dense(path: StepPath) -> None:
-    param = Parameter(torch.randn(6, 8, device=path.device)[:, ::2])
-    optimizer = BNGD([param], fused=path.fused)
-    param.grad = torch.randn_like(param)
-    optimizer.step()
-    assert optimizer.state[param]["momentum_buffer"].stride() == (4, 1)
-
-
-@pytest.mark.parametrize("flatten", [None, False], ids=["auto", "in_place"])
-def test_a_second_optimizer_does_not_move_parameters(
-    flatten: bool | None, device: torch.device
-) -> None:
-    model, optimizer = flat_model(device)
-    views = [param.data for param in model.parameters()]
-    second = BNGD(model.parameters(), lr=0.1, fused=True, flatten=flatten)
-    train(model, second)
-    train(model, optimizer)
-    for param, view in zip(model.parameters(), views):
-        assert param.data_ptr() == view.data_ptr()
-        assert torch.equal(param, view)
-    with pytest.raises(RuntimeError, match="another flat buffer"):
-        BNGD(model.parameters(), fused=True, flatten=True)
-
-
 def test_a_tensor_over_the_limit_keeps_its_storage(
     device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -181,17 +125,19 @@ def test_a_tensor_over_the_limit_keeps_its_storage(
     # 100, 200, 60 and 40 bytes
     params = [Parameter(torch.randn(n, device=device)) for n in (25, 50, 15, 10)]
     before, values = spans(params), [param.detach().clone() for param in params]
+    with pytest.raises(RuntimeError, match=r"flatten=True cannot move .*\[1\]"):
+        BNGD(params, fused=True, flatten=True)
     optimizer = BNGD(params, lr=0.1, fused=True)
     assert spans(params)[1] == before[1]
     assert all(spans(params)[i] != before[i] for i in (0, 2, 3))
-    assert all(torch.equal(param, value) for param, value in zip(params, values))
+    assert all(map(torch.equal, params, values))
     # the first buffer is full with 160 bytes, the last parameter begins another
     assert_in_one_buffer([params[0], params[2]])
     assert_in_one_buffer([params[3]])
     for param in params:
         param.grad = torch.randn_like(param)
     optimizer.step()
-    assert all(not torch.equal(param, value) for param, value in zip(params, values))
+    assert not any(map(torch.equal, params, values))
     assert_own_storages([optimizer.state[param]["momentum_buffer"] for param in params])
 
 
@@ -211,23 +157,6 @@ def test_buffers_are_of_bounded_size(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(made) == 3
     # and an alignment's worth of slack
     assert all(buffer.numel() * 4 <= 256 + ALIGNMENT for buffer in made)
-
-
-def test_flatten_true_refuses_a_tensor_over_the_limit(
-    device: torch.device, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(flat_buffers, "MAX_BYTES", 160)
-    param = Parameter(torch.randn(50, device=device))
-    with pytest.raises(RuntimeError, match="flatten=True cannot move"):
-        BNGD([param], fused=True, flatten=True)
-
-
-def test_buffers_do_not_outlive_their_parameters() -> None:
-    params = [Parameter(torch.randn(4)) for _ in range(3)]
-    flat_buffers.flatten_(params)
-    memory = [weakref.ref(param) for param in params]
-    del params
-    assert [one() for one in memory] == [None] * 3
 
 
 def test_buffers_are_made_on_their_own_device(

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
-import math
-from typing import Any, NamedTuple
+from typing import Any
 
+import numpy
 import pytest
 import torch
 
@@ -13,18 +13,10 @@ from bngd_triton import BNGD
 from bngd_triton.foreign import FOREIGN
 from bngd_triton.state_dicts import COUNTS
 from bngd_triton.verify.oracle import oracle_step
+from support import steps
 from support.paths import StepPath
-from support.steps import (
-    OPTION_NAMES,
-    assert_close,
-    assert_equal,
-    make_grads,
-    make_params,
-    momenta,
-    set_grads,
-    take_steps,
-    values,
-)
+from support.runs import start
+from support.steps import assert_close, assert_equal, make_grads, make_params, take_steps, values
 
 GROUPS: list[dict[str, Any]] = [
     {"lr": 0.2},
@@ -44,15 +36,12 @@ GROUPS: list[dict[str, Any]] = [
 
 def test_every_group_steps_with_its_own_options(path: StepPath) -> None:
     together = [make_params(path.device) for _ in GROUPS]
-    optimizer = BNGD(
-        [{"params": params, **options} for params, options in zip(together, GROUPS)],
-        lr=0.1,
-        fused=path.fused,
-    )
+    groups = [{"params": params, **options} for params, options in zip(together, GROUPS)]
+    optimizer = BNGD(groups, lr=0.1, fused=path.fused)
     starts = [values(params) for params in together]
     for seed in range(2):
         for index, params in enumerate(together):
-            set_grads(params, 100 * index + seed)
+            steps.set_grads(params, 100 * index + seed)
         optimizer.step()
 
     for index, (params, options) in enumerate(zip(together, GROUPS)):
@@ -64,113 +53,71 @@ def test_every_group_steps_with_its_own_options(path: StepPath) -> None:
         assert ("momentum_buffer" in optimizer.state[params[0]]) == (options.get("momentum") != 0)
 
 
-@pytest.mark.parametrize("index", range(len(GROUPS)), ids=[str(group) for group in GROUPS])
-def test_a_group_does_not_feel_the_others(index: int, path: StepPath) -> None:
-    options, neighbour = GROUPS[index], GROUPS[index - 1]
-    joint, others, alone = (make_params(path.device) for _ in range(3))
-    groups = [{"params": others, **neighbour}, {"params": joint, **options}]
-    optimizer = BNGD(groups, lr=0.1, fused=path.fused)
-    single = BNGD([{"params": alone, **options}], lr=0.1, fused=path.fused)
-    for seed in range(2):
-        set_grads(others, 50 + seed)
-        take_steps(optimizer, joint, [seed])
-        take_steps(single, alone, [seed])
-    assert_equal(joint, alone)
-
-
-class Change(NamedTuple):
-    before: dict[str, Any]
-    after: dict[str, Any]
-
-
-CHANGES = [
-    Change({"lr": 0.1}, {"lr": 0.02}),
-    Change({"lr": 0.1}, {"lr": 0.0}),
-    Change({"lr": torch.tensor(0.1)}, {"lr": 0.02}),
-    Change({"lr": torch.tensor(0.1)}, {"lr": 0.0}),
-    Change({"lr": 0.1}, {"lr": torch.tensor(0.02)}),
-    Change({"momentum": 0.9}, {"momentum": 0.5}),
-    Change({"momentum": 0.0}, {"momentum": 0.9}),
-    Change({"nesterov": False}, {"nesterov": True}),
-    Change({"weight_decay": 0.0}, {"weight_decay": 0.5}),
-    Change({"weight_decay": 0.5, "lr": torch.tensor(0.1)}, {"weight_decay": 0.0}),
-    Change({"eps": 0.0}, {"eps": 0.5}),
-    Change({"granularity": "tensor"}, {"granularity": "row"}),
-    Change({"granularity": "row"}, {"granularity": "global"}),
-    Change({"granularity": "global"}, {"granularity": "tensor"}),
-    Change({"normalizer": "zscore"}, {"normalizer": "cdf"}),
-    Change({"centering": 0.0}, {"centering": 1.0}),
-    Change({"centering": 1.0}, {"centering": 0.0}),
-    Change({"center_1d": False}, {"center_1d": True}),
-    Change({"maximize": False}, {"maximize": True}),
-    Change({"nonfinite": "raise"}, {"nonfinite": "skip"}),
+CHANGES: list[tuple[dict[str, Any], dict[str, Any]]] = [
+    ({"lr": 0.1}, {"lr": 0.02}),
+    ({"lr": 0.1}, {"lr": 0.0}),
+    ({"lr": torch.tensor(0.1)}, {"lr": 0.02}),
+    ({"lr": torch.tensor(0.1)}, {"lr": 0.0}),
+    ({"lr": 0.1}, {"lr": torch.tensor(0.02)}),
+    ({"momentum": 0.9}, {"momentum": 0.5}),
+    ({"momentum": 0.0}, {"momentum": 0.9}),
+    ({"nesterov": False}, {"nesterov": True}),
+    ({"weight_decay": 0.0}, {"weight_decay": 0.5}),
+    ({"weight_decay": 0.5, "lr": torch.tensor(0.1)}, {"weight_decay": 0.0}),
+    ({"eps": 0.0}, {"eps": 0.5}),
+    ({"granularity": "tensor"}, {"granularity": "row"}),
+    ({"granularity": "row"}, {"granularity": "global"}),
+    ({"granularity": "global"}, {"granularity": "tensor"}),
+    ({"normalizer": "zscore"}, {"normalizer": "cdf"}),
+    ({"centering": 0.0}, {"centering": 1.0}),
+    ({"centering": 1.0}, {"centering": 0.0}),
+    ({"center_1d": False}, {"center_1d": True}),
+    ({"maximize": False}, {"maximize": True}),
+    ({"nonfinite": "raise"}, {"nonfinite": "skip"}),
 ]
 
 
-@pytest.mark.parametrize("change", CHANGES, ids=[f"{a}_to_{b}" for a, b in CHANGES])
-def test_an_option_changed_between_steps_takes_effect(change: Change, path: StepPath) -> None:
-    base = {"lr": 0.1, **copy.deepcopy(change.before)}
-    params = make_params(path.device)
+@pytest.mark.parametrize(("before", "after"), CHANGES, ids=str)
+def test_an_option_changed_between_steps_takes_effect(
+    before: dict[str, Any], after: dict[str, Any], path: StepPath
+) -> None:
+    base = {"lr": 0.1, **copy.deepcopy(before)}
+    params, optimizer = start(path, **base)
     expected, buffers = values(params), [None] * 3
-    optimizer = BNGD(params, fused=path.fused, **base)
     for seed in range(4):
         if seed == 2:
-            base |= change.after
-            optimizer.param_groups[0].update(change.after)
+            base |= after
+            optimizer.param_groups[0].update(after)
         expected, buffers = oracle_step(expected, make_grads(params, seed), buffers, **base)
         take_steps(optimizer, params, [seed])
     assert_close(params, expected)
 
 
 def test_momentum_set_to_0_and_back_keeps_its_buffer(path: StepPath) -> None:
-    params = make_params(path.device)
+    params, optimizer = start(path, lr=0.1)
     expected, buffers = values(params), [None] * 3
-    optimizer = BNGD(params, lr=0.1, fused=path.fused)
     for seed, momentum in enumerate((0.9, 0.0, 0.0, 0.9)):
         optimizer.param_groups[0]["momentum"] = momentum
-        kept = values(momenta(optimizer, params)) if seed else []
+        kept = values(steps.momenta(optimizer, params)) if seed else []
         grads = make_grads(params, seed)
         expected, buffers = oracle_step(expected, grads, buffers, lr=0.1, momentum=momentum)
         take_steps(optimizer, params, [seed])
         if momentum == 0:
-            assert_equal(momenta(optimizer, params), kept)
+            assert_equal(steps.momenta(optimizer, params), kept)
     assert_close(params, expected)
 
 
-def test_named_parameters_are_kept_and_named_in_errors(path: StepPath) -> None:
-    model = torch.nn.Linear(3, 2).to(path.device)
-    optimizer = BNGD(model.named_parameters(), nonfinite="raise", fused=path.fused)
-    assert optimizer.param_groups[0]["param_names"] == ["weight", "bias"]
-    set_grads(list(model.parameters()), 0)
-    optimizer.step()
-    assert optimizer.state_dict()["param_groups"][0]["param_names"] == ["weight", "bias"]
-    model.bias.grad[1] = math.inf
-    with pytest.raises(FloatingPointError, match=r"gradient of bias has"):
-        optimizer.step()
-
-
-def test_unnamed_parameters_are_named_by_their_place(path: StepPath) -> None:
-    params = make_params(path.device)
-    groups = [{"params": params[:1]}, {"params": params[1:]}]
-    optimizer = BNGD(groups, nonfinite="raise", fused=path.fused)
-    set_grads(params, 0)
-    params[2].grad.fill_(math.nan)
-    with pytest.raises(FloatingPointError, match=r"param_groups\[1\]\['params'\]\[1\]"):
-        optimizer.step()
-
-
 def test_add_param_group_takes_defaults_and_steps(path: StepPath) -> None:
-    params, more = make_params(path.device), make_params(path.device)
-    optimizer = BNGD(params, lr=0.1, granularity="row", fused=path.fused)
+    params, optimizer = start(path, lr=0.1, granularity="row")
+    more = make_params(path.device)
     take_steps(optimizer, params, [0])
     first, second = values(params), values(more)
-    buffers = values(momenta(optimizer, params))
+    buffers = values(steps.momenta(optimizer, params))
     optimizer.add_param_group({"params": more, "momentum": 0.5})
-    added = {key: value for key, value in optimizer.param_groups[1].items() if key != "params"}
-    kept = {key: optimizer.param_groups[0][key] for key in (*OPTION_NAMES, *COUNTS)}
-    assert added == {**kept, "momentum": 0.5}
+    old, added = ({**group, "params": None} for group in optimizer.param_groups)
+    assert added == {**old, "momentum": 0.5}
 
-    set_grads(more, 7)
+    steps.set_grads(more, 7)
     take_steps(optimizer, params, [1])
     options = {"lr": 0.1, "granularity": "row"}
     assert_close(params, oracle_step(first, make_grads(first, 1), buffers, **options)[0])
@@ -178,39 +125,19 @@ def test_add_param_group_takes_defaults_and_steps(path: StepPath) -> None:
     assert_close(more, oracle_step(second, grads, [None] * 3, momentum=0.5, **options)[0])
 
 
-def test_unknown_group_keys_survive(path: StepPath) -> None:
-    params = make_params(path.device)
-    optimizer = BNGD([{"params": params, "tag": "head", "initial_lr": 0.5}], fused=path.fused)
-    take_steps(optimizer, params, [0])
-    for group in (
-        optimizer.param_groups[0],
-        optimizer.state_dict()["param_groups"][0],
-        copy.deepcopy(optimizer).param_groups[0],
-    ):
-        assert (group["tag"], group["initial_lr"]) == ("head", 0.5)
-    other = BNGD(make_params(path.device), fused=path.fused)
-    other.load_state_dict(optimizer.state_dict())
-    assert other.param_groups[0]["tag"] == "head"
-
-
-def test_fused_and_flatten_are_attributes_only(path: StepPath) -> None:
-    optimizer = BNGD(make_params(path.device), fused=path.fused, flatten=False)
+def test_the_state_dict_is_plain(path: StepPath) -> None:
+    params, optimizer = start(path, flatten=False)
     assert (optimizer.fused, optimizer.flatten) == (path.fused, False)
-    (group,) = optimizer.param_groups
-    (saved,) = optimizer.state_dict()["param_groups"]
-    assert set(group) == set(saved) == {"params", *OPTION_NAMES, *COUNTS}
-    assert set(optimizer.defaults) == set(OPTION_NAMES)
+    assert set(optimizer.defaults) == set(steps.OPTION_NAMES)
+    take_steps(optimizer, params, [0])
+    saved = optimizer.state_dict()
+    assert set(saved) == {"state", "param_groups"}
+    assert [list(state) for state in saved["state"].values()] == [["momentum_buffer"]] * 3
+    (group,) = saved["param_groups"]
+    assert set(group) == {"params", *steps.OPTION_NAMES, *COUNTS}
+    assert group["params"] == [0, 1, 2]
 
 
-@pytest.mark.parametrize("name", ["fused", "flatten"])
-def test_options_of_the_optimizer_are_refused_in_groups(name: str, device: torch.device) -> None:
-    params = make_params(device)
-    with pytest.raises(ValueError, match=f"{name} is an option of the whole optimizer"):
-        BNGD([{"params": params, name: False}])
-    BNGD([{"params": params, name: False}], **{name: False})
-
-
-@pytest.mark.parametrize("way", ["constructor", "add_param_group"])
 @pytest.mark.parametrize(
     ("kind", "named"),
     [
@@ -223,19 +150,15 @@ def test_options_of_the_optimizer_are_refused_in_groups(name: str, device: torch
     ],
 )
 def test_groups_of_another_optimizer_are_refused(
-    kind: Any, named: str, way: str, path: StepPath
+    kind: Any, named: str, device: torch.device
 ) -> None:
-    params = make_params(path.device)
+    params = make_params(device)
     other = kind(params[:1], lr=0.1)
-
-    def make() -> None:
-        if way == "constructor":
-            BNGD(other.param_groups, fused=path.fused)
-        else:
-            BNGD(params[1:], fused=path.fused).add_param_group(other.param_groups[0])
-
-    with pytest.raises(ValueError, match=rf"\[\d\] has options of another optimizer: {named}; "):
-        make()
+    match = rf"\[\d\] has options of another optimizer: {named}; "
+    with pytest.raises(ValueError, match=match):
+        BNGD(other.param_groups)
+    with pytest.raises(ValueError, match=match):
+        BNGD(params[1:]).add_param_group(other.param_groups[0])
     # it has not been completed with options of ours
     assert "granularity" not in other.param_groups[0]
     # the way out
@@ -253,13 +176,12 @@ def test_every_optimizer_of_torch_is_known_by_its_groups() -> None:
 @pytest.mark.parametrize("steps", [0, 3], ids=["first", "when_steps_repeat"])
 def test_a_rate_may_be_a_number_of_numpys(steps: int, path: StepPath) -> None:
     """Also an array, whose value may change in place."""
-    numpy = pytest.importorskip("numpy")
     array = numpy.array(0.25)
+    others = [numpy.float64(0.5), numpy.int64(1), 1]
     runs = []
-    for rates in ([0.25, 0.25, 0.5], [numpy.float32(0.25), array, array]):
+    for rates in ([0.25, 0.25, 0.5, 0.5, 1.0, 1.0], [numpy.float32(0.25), array, array, *others]):
         array[...] = 0.25
-        params = make_params(path.device)
-        optimizer = BNGD(params, lr=rates[0], momentum=0.5, fused=path.fused)
+        params, optimizer = start(path, lr=rates[0], momentum=0.5)
         take_steps(optimizer, params, range(steps))
         for seed, rate in enumerate(rates):
             optimizer.param_groups[0]["lr"] = rate

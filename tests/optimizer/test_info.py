@@ -19,10 +19,6 @@ from bngd_triton import cli, info
 from bngd_triton.kernels import devices, support
 
 PACKAGE = Path(bngd_triton.__file__).parent
-CACHED = (
-    devices.architecture_of,
-    devices.tuning_for,
-)
 
 
 def printed(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
@@ -35,8 +31,7 @@ def test_this_machine(capsys: pytest.CaptureFixture[str]) -> None:
     assert found["versions"]["bngd_triton"] == bngd_triton.__version__
     assert found["versions"]["torch"] == torch.__version__
     # this torch has all that the fast paths use
-    private = found["private functions of torch"]
-    assert set(private.values()) == {True}
+    assert set(found["private functions of torch"].values()) == {True}
     assert found["devices"]["cpu"]["architecture"] == "interpreter"
     text = printed(capsys)
     # the verdict first
@@ -53,14 +48,10 @@ def test_every_private_function_is_listed() -> None:
     used = set()
     for path in PACKAGE.rglob("*.py"):
         text = path.read_text()
-        for module, names in re.findall(
-            r"from (torch\._(?:C|dynamo)[\w.]*) import ([\w, ]+)", text
-        ):
+        for module, names in re.findall(r"from (torch\._[\w.]*) import ([\w, ]+)", text):
             used |= {f"{module}.{name}" for name in re.split(r",\s*", names)}
-        used |= set(re.findall(r"\btorch\._C\.\w+", text))
-        named = re.findall(r'getattr\(torch\._C, "(\w+)"', text)
-        used |= {f"torch._C.{name}" for name in named}
-        used |= {f"torch.{name}" for name in re.findall(r"\btorch\.(_[a-z]\w+)", text)}
+        used |= set(re.findall(r"\btorch\._C\.\w+|\btorch\._[a-z]\w+", text))
+        used |= {f"torch._C.{name}" for name in re.findall(r'getattr\(torch\._C, "(\w+)"', text)}
     assert used
     listed = set(info.PRIVATE)
     # a module is listed by its functions
@@ -71,10 +62,6 @@ def test_every_private_function_is_listed() -> None:
 @pytest.fixture
 def gpus(monkeypatch: pytest.MonkeyPatch) -> Any:
     """A machine with an H100, a GPU without a row, one that is too old and one that fails."""
-
-    def clear() -> None:
-        for cached in CACHED:
-            cached.cache_clear()
 
     kinds = [("H100", 9, 0), ("Unheard", 10, 3), ("V100", 7, 0)]
 
@@ -87,11 +74,7 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> Any:
             multi_processor_count=132, L2_cache_size=50 << 20,
         )  # fmt: skip
 
-    def capability(device: torch.device) -> tuple[int, int]:
-        return properties(device).major, properties(device).minor
-
     class OnGPU(torch.Tensor):
-        where: torch.device
         device = property(lambda self: self.where)  # type: ignore[assignment]
 
     def empty(*_: Any, device: torch.device, **__: Any) -> Any:
@@ -99,20 +82,29 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> Any:
         tensor.where = device
         return tensor
 
-    clear()
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", properties)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", capability)
-    monkeypatch.setattr(torch, "get_device_module", lambda device: torch.cuda)
-    monkeypatch.setattr(torch.version, "hip", None)
-    monkeypatch.setattr(info.torch, "empty", empty)
-    monkeypatch.setattr(support, "interpreting", lambda: False)
-    # what `empty` gives is no tensor
-    monkeypatch.setattr(support, "why_not_memory", lambda _: None)
-    monkeypatch.setattr(info, "interpreting", lambda: False)
+    def capability(device: torch.device) -> tuple[int, int]:
+        return properties(device).major, properties(device).minor
+
+    caches = (devices.architecture_of, devices.tuning_for)
+    for cache in caches:
+        cache.cache_clear()
+    for module, name, value in (
+        (torch.cuda, "is_available", lambda: True),
+        (torch.cuda, "device_count", lambda: 4),
+        (torch.cuda, "get_device_properties", properties),
+        (torch.cuda, "get_device_capability", capability),
+        (torch, "get_device_module", lambda device: torch.cuda),
+        (torch.version, "hip", None),
+        (info.torch, "empty", empty),
+        (support, "interpreting", lambda: False),
+        (info, "interpreting", lambda: False),
+        # what `empty` gives is no tensor
+        (support, "why_not_memory", lambda _: None),
+    ):
+        monkeypatch.setattr(module, name, value)
     yield
-    clear()
+    for cache in caches:
+        cache.cache_clear()
 
 
 @pytest.mark.usefixtures("gpus")
@@ -122,20 +114,15 @@ def test_gpus() -> None:
     assert list(everything["steps are served by"].values()) == [
         "the eager reference", "the kernels", "the kernels", "the eager reference", "unknown",
     ]  # fmt: skip
-    h100 = found["cuda:0"]
-    assert h100["served by"] == "the kernels"
-    assert h100["because"] is None
-    assert h100["memory"] == "80.0 GiB"
-    assert h100["multiprocessors"] == 132
-    assert h100["architecture"] == "sm_90"
-    assert h100["sizes"] == "row sm_90: " + devices.TABLE["sm_90"].reason
-    assert h100["form of a step"] == "two-launch"
+    assert found["cuda:0"].items() >= {
+        "served by": "the kernels", "because": None, "memory": "80.0 GiB", "multiprocessors": 132,
+        "architecture": "sm_90", "sizes": "row sm_90: " + devices.TABLE["sm_90"].reason,
+        "form of a step": "two-launch",
+    }.items()  # fmt: skip
     assert found["cuda:1"]["sizes"].startswith("no row of its own, others with waves of 32: ")
     assert found["cuda:1"]["statistics"] == "float32 blocks"
-    assert found["cuda:2"]["served by"] == "the eager reference"
     assert "needs compute capability 8.0, cuda:2 has 7.0" in found["cuda:2"]["because"]
     assert found["cuda:3"]["name"] == "error: RuntimeError: CUDA error: unknown"
-    assert found["cuda:3"]["served by"] == "unknown"
     assert found["cuda:3"]["sizes"].startswith("error: ")
 
 
@@ -146,13 +133,9 @@ def test_parts_that_are_broken(
         raise OSError("libcuda.so.1: cannot open\nshared object file")
 
     for module, name in (
-        (info.importlib.metadata, "version"),
-        (info, "_driver"),
-        (info, "_import_triton"),
-        (torch.cuda, "device_count"),
-        (info, "why_not"),
-        (info, "tuning_for"),
-    ):
+        (info.importlib.metadata, "version"), (info, "_driver"), (info, "_import_triton"),
+        (torch.cuda, "device_count"), (info, "why_not"), (info, "tuning_for"),
+    ):  # fmt: skip
         monkeypatch.setattr(module, name, broken)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     text = printed(capsys)
@@ -176,11 +159,8 @@ def test_without_triton(there: bool, tmp_path: Path) -> None:
     command = "from bngd_triton.cli import main; sys.exit(main(['info', '--json']))"
     done = subprocess.run(
         [sys.executable, "-c", f"{first}; {others}; {command}"],
-        capture_output=True,
-        text=True,
-        check=True,
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-    )
+        capture_output=True, text=True, check=True, env={**os.environ, "TRITON_INTERPRET": "1"},
+    )  # fmt: skip
     found = json.loads(done.stdout)
     words = "error: OSError: libtriton.so" if there else "not installed"
     assert found["kernels"]["triton imports"] == words

@@ -2,74 +2,31 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import Parameter
 
-from bngd_triton import BNGD
+from bngd_triton import BNGD, fp32_state_dict, load_fp32_state_dict
 from bngd_triton.eager.rounding import widen
 from support.checkpoints import through_a_file
-from support.exact_runs import (
-    assert_bits,
-    bits,
-    exact_gradient,
-    give,
-    make_params,
-    state_of,
-    take_steps,
-)
-from support.narrow_runs import BFLOAT16, FLOAT16, FLOAT32, MODES, narrow, run
+from support.exact_runs import SHAPES, assert_bits, exact_gradient, give, state_of, take_steps
 from support.paths import StepPath
+from support.runs import start
+from support.steps import set_grads
+
+BFLOAT16, FLOAT16, FLOAT32 = torch.bfloat16, torch.float16, torch.float32
+narrow = pytest.mark.parametrize("dtype", [BFLOAT16, FLOAT16], ids=str)
 
 
 def masters(optimizer: BNGD, params: list[Parameter]) -> list[Tensor]:
     """The float32 masters of split parameters; float32 parameters are their own."""
-    found = []
-    for param in params:
-        state = optimizer.state[param]
-        kept = state.get("master_remainder", state.get("master"))
-        found.append(widen(param.detach(), kept).clone())
-    return found
-
-
-def test_small_decay_is_not_lost(path: StepPath) -> None:
-    """(1 - 1e-5) ** 2000 = 0.980, though each step is far below half a unit in the last place."""
-    # 2e-4 is below half an ulp of float16 too
-    steps, rate = {"split": 2000, "stochastic": 400, None: 400}, {"split": 1e-5, None: 5e-5}
-    if path.fused:
-        # kernels agree with the reference in every bit, so fewer and larger steps do for them
-        steps, rate = dict.fromkeys(MODES, 20), dict.fromkeys(MODES, 2e-4)
-    n = 1024
-    for mode in MODES:
-        count, share = steps[mode], rate.get(mode, 5e-5)
-        want = (1 - share) ** count
-        params = [
-            Parameter(torch.ones(n, dtype=dtype, device=path.device))
-            for dtype in (BFLOAT16, FLOAT16)
-        ]
-        optimizer = BNGD(
-            params, lr=share, weight_decay=1.0, momentum=0.0, master_weights=mode, fused=path.fused
-        )
-        for param in params:
-            param.grad = torch.zeros_like(param)
-        for _ in range(count):
-            optimizer.step()
-        for param in params:
-            value = param.detach()
-            if mode is None:
-                assert torch.equal(value, torch.ones_like(value)), "the control"
-            elif mode == "split":
-                # roundings of float32 below 1: at most 2**-25 each
-                (master,) = masters(optimizer, [param])
-                assert float((master - want).abs().max()) <= count * 2.0**-25
-                assert torch.equal(value, master.to(param.dtype))
-            else:
-                # a step goes down by one ulp with probability share / ulp
-                sigma = (count * share * torch.finfo(param.dtype).eps / 2 / n) ** 0.5
-                assert abs(float(value.float().mean()) - want) <= 5 * sigma
+    states = [optimizer.state[param] for param in params]
+    kept = [state.get("master_remainder", state.get("master")) for state in states]
+    return [widen(param.detach(), rest).clone() for param, rest in zip(params, kept)]
 
 
 @narrow
@@ -80,16 +37,17 @@ def test_small_decay_is_not_lost(path: StepPath) -> None:
         (BFLOAT16, {"granularity": "row", "nesterov": True}),
         (FLOAT16, {"granularity": "global", "maximize": True}),
         (BFLOAT16, {"normalizer": "cdf", "momentum": 0.0}),
+        (FLOAT32, {"accumulation_steps": 2, "weight_decay": 0.1}),
     ],
     ids=str,
 )
 def test_split_training_is_float32_training(
     grads: torch.dtype, options: dict[str, Any], dtype: torch.dtype, path: StepPath
 ) -> None:
-    params = make_params(path.device, dtype)
+    params, optimizer = start(path, dtype, SHAPES, lr=1e-3, **options)
     twins = [Parameter(param.detach().float()) for param in params]
-    optimizer, twin = (BNGD(p, lr=1e-3, fused=path.fused, **options) for p in (params, twins))
-    for step in range(3):
+    twin = BNGD(twins, lr=1e-3, fused=path.fused, **options)
+    for step in range(4):
         take_steps(optimizer, params, [step], grads)
         take_steps(twin, twins, [step], FLOAT32)
         assert_bits(masters(optimizer, params), [param.detach() for param in twins])
@@ -99,35 +57,17 @@ def test_split_training_is_float32_training(
 
 @pytest.mark.parametrize("grads", [BFLOAT16, FLOAT16], ids=str)
 def test_narrow_gradients_of_float32_parameters(grads: torch.dtype, path: StepPath) -> None:
-    params, twins = (make_params(path.device) for _ in range(2))
-    optimizer, twin = (BNGD(p, lr=1e-2, fused=path.fused) for p in (params, twins))
+    (params, optimizer), (twins, twin) = (start(path, shapes=SHAPES, lr=1e-2) for _ in range(2))
     take_steps(optimizer, params, range(3), grads)
     take_steps(twin, twins, range(3))
     assert_bits(params, twins)
     assert {tuple(state) for state in optimizer.state.values()} == {("momentum_buffer",)}
 
 
-@narrow
-def test_both_paths_agree_in_every_bit(dtype: torch.dtype, device: torch.device) -> None:
-    """Whatever is kept, with decay, momentum and parameters of any strides."""
-    for mode in MODES:
-        done = []
-        for fused in (False, True):
-            params = make_params(device, dtype)
-            optimizer = BNGD(
-                params, lr=0.01, weight_decay=0.1, granularity="row", master_weights=mode,
-                momentum_dtype=BFLOAT16 if mode is None else None, seed=3, fused=fused,
-            )  # fmt: skip
-            take_steps(optimizer, params, range(2))
-            done.append([*params, *state_of(optimizer, params)])
-        assert_bits(*done)
-
-
 @pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16], ids=str)
 def test_momentum_in_bfloat16(dtype: torch.dtype, path: StepPath) -> None:
-    params, twins = (make_params(path.device, dtype) for _ in range(2))
-    narrow_ = BNGD(params, lr=1e-2, momentum_dtype=BFLOAT16, fused=path.fused)
-    wide = BNGD(twins, lr=1e-2, fused=path.fused)
+    params, narrow_ = start(path, dtype, SHAPES, lr=1e-2, momentum_dtype=BFLOAT16)
+    twins, wide = start(path, dtype, SHAPES, lr=1e-2)
     for seed in range(3):
         take_steps(narrow_, params, [seed])
         take_steps(wide, twins, [seed])
@@ -144,9 +84,8 @@ def test_momentum_in_bfloat16(dtype: torch.dtype, path: StepPath) -> None:
 @narrow
 def test_a_parameter_written_between_steps(dtype: torch.dtype, path: StepPath) -> None:
     """`load_state_dict`, pruning, ...: the new value counts, not the master of the old one."""
-    params = make_params(path.device, dtype)
+    params, optimizer = start(path, dtype, SHAPES, lr=1e-3, momentum=0.0)
     model = torch.nn.ParameterList(params)
-    optimizer = BNGD(params, lr=1e-3, momentum=0.0, fused=path.fused)
     take_steps(optimizer, params, range(3))
     remainders = [value for value in state_of(optimizer, params) if value.dtype == torch.int16]
     assert all((value < 0).any() and (value > 0).any() for value in remainders)
@@ -170,7 +109,7 @@ def test_a_parameter_written_between_steps(dtype: torch.dtype, path: StepPath) -
 @narrow
 def test_master_weights_changed_between_steps(dtype: torch.dtype, path: StepPath) -> None:
     """A master that was given up starts anew from the parameter."""
-    params, optimizer = run("split", dtype, path.fused, path.device)
+    params, optimizer = start(path, dtype, SHAPES, lr=0.01, weight_decay=0.1)
     (group,) = optimizer.param_groups
     for seed, mode in enumerate(["split", None, "split", "stochastic", "split"]):
         group["master_weights"] = mode
@@ -189,18 +128,18 @@ def test_master_weights_changed_between_steps(dtype: torch.dtype, path: StepPath
 
 @narrow
 def test_a_seed_changed_between_steps(dtype: torch.dtype, device: torch.device) -> None:
-    done: dict[int, list[list[Tensor]]] = {11: [], 12: []}
-    for seed, ends in done.items():
-        for fused in (False, True):
-            params, optimizer = run("stochastic", dtype, fused, device)
-            take_steps(optimizer, params, [0, 1])
-            optimizer.param_groups[0]["seed"] = seed
-            take_steps(optimizer, params, [2, 3])
-            ends.append([bits(param) for param in params])
-            assert optimizer.state_dict()["param_groups"][0]["rounding_steps"] == 4
-    for ends in done.values():
-        assert_bits(*ends)
-    assert not torch.equal(done[11][0][0], done[12][0][0])
+    ends = {}
+    options = {"lr": 0.01, "master_weights": "stochastic", "seed": 11}
+    for seed, fused in itertools.product((11, 12), (False, True)):
+        params, optimizer = start(StepPath(fused, device), dtype, SHAPES, **options)
+        take_steps(optimizer, params, [0, 1])
+        optimizer.param_groups[0]["seed"] = seed
+        take_steps(optimizer, params, [2, 3])
+        ends[seed, fused] = params
+        assert optimizer.state_dict()["param_groups"][0]["rounding_steps"] == 4
+    for seed in (11, 12):
+        assert_bits(ends[seed, False], ends[seed, True])
+    assert not torch.equal(ends[11, False][0], ends[12, False][0])
 
 
 def test_parameters_of_an_optimizer_round_apart(path: StepPath) -> None:
@@ -213,13 +152,12 @@ def test_parameters_of_an_optimizer_round_apart(path: StepPath) -> None:
     for param in params:
         param.grad = torch.zeros_like(param)
     optimizer.step()
-    one, other, of_another_group = (param.detach() == 1 for param in params)
-    for more in (other, of_another_group):
-        assert not torch.equal(one, more)
+    assert not torch.equal(params[0], params[1])
+    assert not torch.equal(params[0], params[2])
 
 
 def test_a_model_cast_to_the_other_narrow_type(path: StepPath) -> None:
-    params, optimizer = run("split", FLOAT16, path.fused, path.device)
+    params, optimizer = start(path, FLOAT16, SHAPES)
     model = torch.nn.ParameterList(params)
     take_steps(optimizer, params, [0])
     model.to(BFLOAT16)
@@ -227,3 +165,69 @@ def test_a_model_cast_to_the_other_narrow_type(path: StepPath) -> None:
     assert set(optimizer.state[params[0]]) == {"momentum_buffer", "master_remainder"}
     # so that the checkpoint loads
     optimizer.load_state_dict(through_a_file(optimizer.state_dict()))
+
+
+def make(path: StepPath, dtype: torch.dtype, **options: Any) -> tuple[nn.Module, BNGD]:
+    torch.manual_seed(3)
+    model = nn.Sequential(nn.Linear(7, 9), nn.BatchNorm1d(9), nn.Linear(9, 2)).to(path.device)
+    model[0].to(dtype)
+    return model, BNGD(model.parameters(), 1e-3, weight_decay=0.1, fused=path.fused, **options)
+
+
+def assert_same(got: dict[str, Tensor], want: dict[str, Tensor]) -> None:
+    assert list(got) == list(want)
+    assert_bits(list(got.values()), list(want.values()))
+
+
+def train(model: nn.Module, optimizer: BNGD, seeds: range) -> None:
+    for seed in seeds:
+        set_grads(list(model.parameters()), seed)
+        optimizer.step()
+
+
+@narrow
+def test_float32_weights_go_out_and_come_back(dtype: torch.dtype, path: StepPath) -> None:
+    model, optimizer = make(path, dtype)
+    train(model, optimizer, range(5))
+    weights = fp32_state_dict(model, optimizer)
+    assert {value.dtype for value in weights.values()} == {FLOAT32, torch.int64}
+    # they hold more than the parameters do, which are their roundings
+    assert not torch.equal(weights["0.weight"].to(dtype).float(), weights["0.weight"])
+    torch.testing.assert_close(
+        model[0].weight.float(), weights["0.weight"], rtol=2.0**-8, atol=0, check_dtype=False
+    )
+
+    again, resumed = make(path, dtype)
+    train(again, resumed, range(40, 42))
+    resumed.load_state_dict(optimizer.state_dict())
+    load_fp32_state_dict(again, resumed, weights)
+    assert_same(fp32_state_dict(again, resumed), weights)
+    train(model, optimizer, range(5, 8))
+    train(again, resumed, range(5, 8))
+    assert_same(fp32_state_dict(again, resumed), fp32_state_dict(model, optimizer))
+
+
+def test_a_new_optimizer_takes_float32_weights(path: StepPath) -> None:
+    """Before its first gradient: a float32 model goes on in bfloat16 without losing a bit."""
+    wide, optimizer = make(path, FLOAT32)
+    train(wide, optimizer, range(3))
+    narrow, fresh = make(path, BFLOAT16)
+    load_fp32_state_dict(narrow, fresh, wide.state_dict())
+    assert narrow[0].weight.dtype == BFLOAT16
+    assert_same(fp32_state_dict(narrow, fresh), wide.state_dict())
+
+
+def test_without_a_master_parameters_stay_as_they_are(path: StepPath) -> None:
+    model, optimizer = make(path, BFLOAT16, master_weights=None)
+    train(model, optimizer, range(2))
+    assert_same(fp32_state_dict(model, optimizer), model.state_dict())
+
+
+def test_another_model_is_refused(path: StepPath) -> None:
+    model, optimizer = make(path, BFLOAT16)
+    with pytest.raises(ValueError, match="none of the model's parameters"):
+        fp32_state_dict(make(path, BFLOAT16)[0], optimizer)
+    with pytest.raises(TypeError, match="got Sequential and SGD"):
+        load_fp32_state_dict(model, torch.optim.SGD(model.parameters(), 0.1), {})
+    with pytest.raises(RuntimeError, match="Missing key"):
+        load_fp32_state_dict(model, optimizer, {})

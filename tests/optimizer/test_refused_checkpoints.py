@@ -3,205 +3,142 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 
-from bngd_triton import BNGD
-from support.checkpoints import make_params
+from support.checkpoints import SHAPES
 from support.paths import StepPath
-from support.snapshots import snapshot
-from support.steps import assert_equal, take_steps
+from support.runs import everything, refused, start
+from support.steps import assert_equal, make_params, set_grads, take_steps
+
+BFLOAT16, FLOAT16 = torch.bfloat16, torch.float16
+start = functools.partial(start, shapes=SHAPES)
+Spoil = Callable[[dict[str, Any]], Any]
 
 
 class Refused(NamedTuple):
     desc: str
-    # from a good checkpoint of the same parameters to a bad one
-    spoil: Callable[[dict[str, Any], list[Parameter]], dict[str, Any]]
-    error: type[Exception]
+    # makes a good checkpoint a bad one
+    spoil: Spoil
     match: str
+    error: type[Exception] = ValueError
+    dtype: torch.dtype = torch.float32
 
 
-def of_another_optimizer(
-    kind: type[torch.optim.Optimizer], **options: Any
-) -> Callable[[dict[str, Any], list[Parameter]], dict[str, Any]]:
-    def spoil(_: dict[str, Any], params: list[Parameter]) -> dict[str, Any]:
+def of_another(kind: Any, **options: Any) -> Spoil:
+    def spoil(saved: dict[str, Any]) -> None:
+        params = make_params(torch.device("cpu"), shapes=SHAPES)
         optimizer = kind(params, **options)
-        for param in params:
-            param.grad = torch.ones_like(param)
-        with torch.no_grad():
-            optimizer.step()
-        return optimizer.state_dict()
+        set_grads(params, 0)
+        optimizer.step()
+        saved.update(optimizer.state_dict())
 
     return spoil
 
 
-def with_momentum(
-    change: Callable[[Tensor], Tensor],
-) -> Callable[[dict[str, Any], list[Parameter]], dict[str, Any]]:
-    def spoil(saved: dict[str, Any], _: list[Parameter]) -> dict[str, Any]:
+def with_state(key: str, change: Callable[[Tensor], Any]) -> Spoil:
+    def spoil(saved: dict[str, Any]) -> None:
         state = saved["state"][1]
-        state["momentum_buffer"] = change(state["momentum_buffer"])
-        return saved
+        state[key] = change(state.get(key, state["momentum_buffer"]))
 
     return spoil
 
 
-def with_option(
-    **options: Any,
-) -> Callable[[dict[str, Any], list[Parameter]], dict[str, Any]]:
-    def spoil(saved: dict[str, Any], _: list[Parameter]) -> dict[str, Any]:
-        saved["param_groups"][0].update(options)
-        return saved
-
-    return spoil
+def with_option(**options: Any) -> Spoil:
+    return lambda saved: saved["param_groups"][0].update(options)
 
 
-def with_entry(entry: Any) -> Callable[[dict[str, Any], list[Parameter]], dict[str, Any]]:
-    def spoil(saved: dict[str, Any], _: list[Parameter]) -> dict[str, Any]:
-        saved["state"][1] = entry
-        return saved
-
-    return spoil
+def with_entry(entry: Any) -> Spoil:
+    return lambda saved: saved["state"].update({1: entry})
 
 
-def one_parameter_less(saved: dict[str, Any], _: list[Parameter]) -> dict[str, Any]:
-    saved["param_groups"][0]["params"].pop()
-    return saved
-
-
-def one_group_more(saved: dict[str, Any], _: list[Parameter]) -> dict[str, Any]:
+def one_group_more(saved: dict[str, Any]) -> None:
     saved["param_groups"].append({**saved["param_groups"][0], "params": [9]})
-    return saved
 
 
+MOMENTUM, REST, MASTER = "momentum_buffer", "master_remainder", "master"
+SECOND = r"param_groups\[0\]\['params'\]\[1\]"
+# of a wrapper: torch's loader copies it
+UNCOPYABLE = {MOMENTUM: torch.ones(3, 2, 2, 5), "file": (x for x in "ab")}
 REFUSED = [
+    Refused("SGD", of_another(torch.optim.SGD, lr=0.1), r"param_groups\[0\] .*not a BNGD check"),
+    Refused("SGD_momentum", of_another(torch.optim.SGD, momentum=0.9), "not a BNGD checkpoint"),
+    Refused("AdamW", of_another(torch.optim.AdamW), "not a BNGD checkpoint"),
     Refused(
-        "SGD",
-        of_another_optimizer(torch.optim.SGD, lr=0.1),
-        ValueError,
-        r"param_groups\[0\] .*not a BNGD checkpoint",
+        "momentum_of_another_shape", with_state(MOMENTUM, lambda m: m[:2]),
+        rf"momentum_buffer of {SECOND} has shape \(2, 2, 2, 5\), the parameter \(3, 2, 2, 5\)",
+    ),
+    # it would broadcast
+    Refused("momentum_of_one_entry", with_state(MOMENTUM, Tensor.sum), r"_buffer .* shape \(\)"),
+    # as many entries, elsewhere
+    Refused("momentum_flattened", with_state(MOMENTUM, Tensor.flatten), r"_buffer .*shape \(60,\)"),
+    Refused("integer_momentum", with_state(MOMENTUM, Tensor.long), r"_buffer .* torch\.int64"),
+    Refused("complex_momentum", with_state(MOMENTUM, Tensor.cfloat), r"_buffer .*torch\.complex64"),
+    Refused(
+        "sparse_momentum", with_state(MOMENTUM, Tensor.to_sparse),
+        rf"momentum_buffer of {SECOND} is torch\.sparse_coo; .*to_dense",
     ),
     Refused(
-        "SGD_with_momentum",
-        of_another_optimizer(torch.optim.SGD, lr=0.1, momentum=0.9),
-        ValueError,
-        r"not a BNGD checkpoint",
-    ),
-    Refused("AdamW", of_another_optimizer(torch.optim.AdamW), ValueError, r"not a BNGD checkpoint"),
-    Refused(
-        "momentum_of_another_shape",
-        with_momentum(lambda m: m[:2]),
-        ValueError,
-        r"momentum_buffer of param_groups\[0\]\['params'\]\[1\] has shape \(2, 2, 2, 5\), "
-        r"the parameter \(3, 2, 2, 5\)",
-    ),
-    Refused(
-        # it would broadcast
-        "momentum_of_one_entry",
-        with_momentum(lambda m: m.sum()),
-        ValueError,
-        r"momentum_buffer of .* has shape \(\)",
-    ),
-    Refused(
-        # as many entries, elsewhere
-        "momentum_flattened",
-        with_momentum(lambda m: m.flatten()),
-        ValueError,
-        r"momentum_buffer of .* has shape \(60,\)",
-    ),
-    Refused(
-        "integer_momentum",
-        with_momentum(lambda m: m.long()),
-        ValueError,
-        r"momentum_buffer of .* has dtype torch\.int64",
-    ),
-    Refused(
-        "complex_momentum",
-        with_momentum(lambda m: m.to(torch.complex64)),
-        ValueError,
-        r"momentum_buffer of .* has dtype torch\.complex64",
-    ),
-    Refused("bad_lr", with_option(lr=-1.0), ValueError, r"lr must be >= 0.*, got -1\.0"),
-    Refused("bad_lr_type", with_option(lr="0.1"), TypeError, r"lr must be a number, got '0\.1'"),
-    Refused(
-        "unknown_granularity",
-        with_option(granularity="column"),
-        ValueError,
-        r"granularity must be one of .*, got 'column'",
-    ),
-    Refused(
-        "sparse_momentum",
-        with_momentum(lambda m: m.to_sparse()),
-        ValueError,
-        r"momentum_buffer of param_groups\[0\]\['params'\]\[1\] is torch\.sparse_coo; .*to_dense",
-    ),
-    Refused(
-        "momentum_on_meta",
-        with_momentum(lambda m: m.to("meta")),
-        ValueError,
+        "momentum_on_meta", with_state(MOMENTUM, lambda m: m.to("meta")),
         r"momentum_buffer of .*\[1\] is on the meta device and has no values",
     ),
-    Refused("no_entry", with_entry(None), ValueError, r"the state of .*\[1\] is a NoneType, not"),
+    Refused("no_entry", with_entry(None), r"the state of .*\[1\] is a NoneType, not a dict"),
+    Refused("tensor_entry", with_entry(torch.ones(3)), r"the state of .*\[1\] is a Tensor, not a"),
+    Refused("what_cannot_be_copied", with_entry(UNCOPYABLE), "generator", TypeError),
+    Refused("no_state", lambda saved: saved.pop("state"), r"got a dict of 'param_groups'"),
     Refused(
-        "tensor_entry",
-        with_entry(torch.ones(3)),
-        ValueError,
-        r"the state of .*\[1\] is a Tensor, not a dict",
+        "one_parameter_less", lambda saved: saved["param_groups"][0]["params"].pop(),
+        "doesn't match the size",
     ),
-    Refused(
-        # of a wrapper: torch's loader copies it
-        "what_cannot_be_copied",
-        with_entry({"momentum_buffer": torch.ones(3, 2, 2, 5), "file": (x for x in "ab")}),
-        TypeError,
-        "generator",
-    ),
-    Refused(
-        "no_state",
-        lambda saved, _: {"param_groups": saved["param_groups"]},
-        ValueError,
-        r"a state dict has .* got a dict of 'param_groups'",
-    ),
-    Refused("one_parameter_less", one_parameter_less, ValueError, "doesn't match the size"),
-    Refused("one_group_more", one_group_more, ValueError, "different number of parameter groups"),
+    Refused("one_group_more", one_group_more, "different number of parameter groups"),
+    Refused("bad_lr", with_option(lr=-1.0), r"lr must be >= 0.*, got -1\.0"),
+    Refused("bad_lr_type", with_option(lr="0.1"), r"lr must be a number, got '0\.1'", TypeError),
+    Refused("granularity", with_option(granularity="column"), "granularity must be .* got .column"),
+    Refused("master_weights", with_option(master_weights="all"), "master_weights must be one of"),
+    Refused("momentum_dtype", with_option(momentum_dtype=FLOAT16), "momentum_dtype must be one of"),
+    Refused("seed", with_option(seed=-1), "seed must be >= 0"),
+    Refused("rounding_steps", with_option(rounding_steps="many"), "rounding_steps"),
+    Refused("micro_step", with_option(micro_step=-1), "micro_step"),
+]  # fmt: skip
+REFUSED += [
+    Refused(*case, ValueError, BFLOAT16)
+    for case in (
+        ("rest_of_another_shape", with_state(REST, lambda t: t[:1]), "master_remainder of .*shape"),
+        ("float_rest", with_state(REST, Tensor.float), r"dtype torch\.float32.*int16"),
+        ("wide_rest", with_state(REST, Tensor.int), r"dtype torch\.int32"),
+        ("number", with_state(REST, lambda t: 3), "is a int, not a tensor"),
+        ("master_of_float16", with_state(MASTER, Tensor.float), "holds a master, which belongs"),
+    )
+]
+REFUSED += [
+    Refused(*case, ValueError, FLOAT16)
+    for case in (
+        ("narrow_master", with_state(MASTER, Tensor.half), r"dtype torch\.float16"),
+        ("rest_of_bfloat16", with_state(REST, Tensor.short), "holds a master_remainder"),
+    )
 ]
 
 
 @pytest.mark.parametrize("steps", [0, 2], ids=["new", "stepped"])
 @pytest.mark.parametrize("case", REFUSED, ids=[case.desc for case in REFUSED])
 def test_refused_checkpoints_change_nothing(case: Refused, steps: int, path: StepPath) -> None:
-    source = make_params(path.device)
-    good = BNGD(source, lr=0.1, fused=path.fused)
+    source, good = start(path, case.dtype, lr=0.1)
     take_steps(good, source, [7])
-    bad = case.spoil(copy.deepcopy(good.state_dict()), make_params(path.device))
-
-    params = make_params(path.device)
-    optimizer = BNGD(params, lr=0.2, fused=path.fused)
+    bad = copy.deepcopy(good.state_dict())
+    case.spoil(bad)
+    (params, optimizer), (twins, untouched) = (start(path, case.dtype, lr=0.2) for _ in range(2))
     take_steps(optimizer, params, range(steps))
-    before = snapshot(optimizer, params)
-    with pytest.raises(case.error, match=case.match):
+    with refused(case.error, case.match, optimizer, params):
         optimizer.load_state_dict(bad)
-    assert snapshot(optimizer, params) == before
     # and it goes on as if nothing had been tried
-    twins = make_params(path.device)
-    untouched = BNGD(twins, lr=0.2, fused=path.fused)
     take_steps(untouched, twins, range(steps + 1))
     take_steps(optimizer, params, [steps])
-    assert_equal(params, twins)
-
-
-def test_names_of_parameters_are_in_the_refusal(path: StepPath) -> None:
-    params = make_params(path.device)
-    optimizer = BNGD(zip("abcd", params), fused=path.fused)
-    take_steps(optimizer, params, [0])
-    saved = copy.deepcopy(optimizer.state_dict())
-    saved["state"][2]["momentum_buffer"] = torch.ones(3)
-    with pytest.raises(ValueError, match=r"momentum_buffer of c has shape \(3,\)"):
-        optimizer.load_state_dict(saved)
+    assert_equal(everything(optimizer, params), everything(untouched, twins))
 
 
 def no_memory(*_: Any) -> Any:
@@ -211,51 +148,40 @@ def no_memory(*_: Any) -> Any:
 def test_a_load_that_breaks_off_changes_nothing(
     path: StepPath, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source = make_params(path.device)
-    good = BNGD(source, lr=0.1, accumulation_steps=2, fused=path.fused)
+    source, good = start(path, lr=0.1, accumulation_steps=2)
     take_steps(good, source, [7])
-    params = make_params(path.device)
-    optimizer = BNGD(params, lr=0.2, fused=path.fused)
+    (params, optimizer), (twins, untouched) = (start(path, lr=0.2) for _ in range(2))
     take_steps(optimizer, params, range(4))
-    before, groups = snapshot(optimizer, params), optimizer.param_groups
+    groups = optimizer.param_groups
 
-    def refused(error: type[Exception]) -> None:
-        with pytest.raises(error):
+    def load_and_fail() -> None:
+        with refused(torch.OutOfMemoryError, "no memory left", optimizer, params):
             optimizer.load_state_dict(good.state_dict())
-        assert snapshot(optimizer, params) == before
         assert optimizer.param_groups is groups
-        assert not optimizer._optimizer_load_state_dict_post_hooks
-
-    def stop(*_: Any) -> None:
-        raise ZeroDivisionError
 
     for register in (
         optimizer.register_load_state_dict_pre_hook,
         optimizer.register_load_state_dict_post_hook,
     ):
-        handle = register(stop)
-        with pytest.raises(ZeroDivisionError):
-            optimizer.load_state_dict(good.state_dict())
+        handle = register(no_memory)
+        load_and_fail()
         handle.remove()
-        assert snapshot(optimizer, params) == before
     for name in ("zeros_like", "as_window"):
         with monkeypatch.context() as patch:
             patch.setattr(f"bngd_triton.state_dicts.{name}", no_memory)
-            refused(torch.OutOfMemoryError)
-    twins = make_params(path.device)
-    untouched = BNGD(twins, lr=0.2, fused=path.fused)
+            load_and_fail()
+    # the loader's own hooks do not pile up
+    assert not optimizer._optimizer_load_state_dict_pre_hooks
+    assert not optimizer._optimizer_load_state_dict_post_hooks
     take_steps(untouched, twins, range(5))
     take_steps(optimizer, params, [4])
     assert_equal(params, twins)
 
 
 def test_options_of_checkpoint_and_optimizer_that_do_not_go_together(path: StepPath) -> None:
-    params = make_params(path.device)
-    optimizer = BNGD([{"params": params, "nesterov": True}], fused=path.fused)
+    params, optimizer = start(path, nesterov=True)
     saved = copy.deepcopy(optimizer.state_dict())
     del saved["param_groups"][0]["nesterov"]
     saved["param_groups"][0]["momentum"] = 0.0
-    before = snapshot(optimizer, params)
-    with pytest.raises(ValueError, match=r"nesterov needs momentum > 0"):
+    with refused(ValueError, "nesterov needs momentum > 0", optimizer, params):
         optimizer.load_state_dict(saved)
-    assert snapshot(optimizer, params) == before

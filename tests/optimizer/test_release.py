@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
@@ -11,18 +11,12 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from bngd_triton import BNGD, release_gradients
+from support.exact_runs import assert_bits
 from support.paths import StepPath
+from support.runs import everything, refused
+from support.steps import values
 
 WIDTH = 12
-
-
-class Run(NamedTuple):
-    """What is left of a training run."""
-
-    weights: list[Tensor]
-    state: dict[int, Any]
-    skipped: int
-    scale: float | None
 
 
 def make(path: StepPath, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
@@ -32,15 +26,20 @@ def make(path: StepPath, dtype: torch.dtype = torch.float32, **options: Any) -> 
     return model, BNGD(model.parameters(), fused=path.fused, **options)
 
 
+def backward(model: nn.Module, path: StepPath) -> None:
+    model(torch.ones(2, WIDTH, device=path.device)).sum().backward()
+
+
 def train(
     path: StepPath, *, released: bool, dtype: torch.dtype = torch.float32, scaled: bool = False,
-    spoilt: tuple[int, ...] = (), steps: int = 6, **options: Any,
-) -> Run:  # fmt: skip
+    spoilt: tuple[int, ...] = (), **options: Any,
+) -> tuple[list[Tensor], list[float]]:  # fmt: skip
+    """Parameters and state in the end; the count of skips and the scale."""
     model, optimizer = make(path, dtype, **options)
-    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, steps)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, 6)
     scaler = torch.amp.GradScaler(path.device.type, init_scale=1024.0) if scaled else None
     handle = release_gradients(model, optimizer, grad_scaler=scaler) if released else None
-    for step in range(steps):
+    for step in range(6):
         generator = torch.Generator().manual_seed(step)
         x = torch.randn(8, WIDTH, generator=generator).to(path.device, dtype)
         loss = model(x).square().mean() * (float("inf") if step in spoilt else 1.0)
@@ -55,9 +54,8 @@ def train(
         optimizer.zero_grad()
     if handle is not None:
         handle.remove()
-    weights = [param.detach() for param in model.parameters()]
-    scale = scaler.get_scale() if scaler else None
-    return Run(weights, optimizer.state_dict()["state"], optimizer.skipped, scale)
+    numbers = [optimizer.skipped, scaler.get_scale() if scaler else 1.0]
+    return everything(optimizer, list(model.parameters())), numbers
 
 
 @pytest.mark.parametrize(
@@ -79,28 +77,21 @@ def train(
 )
 def test_weights_are_those_without_release(how: dict[str, Any], path: StepPath) -> None:
     plain, released = (train(path, released=on, **how) for on in (False, True))
-    for a, b in zip(plain.weights, released.weights):
-        assert torch.equal(a, b)
-    for key, entry in plain.state.items():
-        for name, value in entry.items():
-            assert torch.equal(value, released.state[key][name]), name
-    assert plain.skipped == released.skipped
-    assert plain.scale == released.scale
+    assert_bits(plain[0], released[0])
+    assert plain[1] == released[1]
 
 
 def peak(path: StepPath, *, released: bool) -> tuple[int, int]:
     """Bytes that a backward pass and a step allocate at most, and those of the gradients."""
-    layers = [nn.Linear(256, 256, bias=False) for _ in range(8)]
-    model = nn.Sequential(*layers).to(path.device)
+    model = nn.Sequential(*(nn.Linear(256, 256, bias=False) for _ in range(8)))
     optimizer = BNGD(model.parameters(), fused=path.fused)
     if released:
         release_gradients(model, optimizer)
-    x = torch.randn(2, 256, device=path.device)
     for _ in range(2):
         optimizer.zero_grad()
         gc.collect()
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
-            model(x).sum().backward()
+            model(torch.randn(2, 256)).sum().backward()
             optimizer.step()
     now = most = 0
     for event in sorted(found.profiler.kineto_results.events(), key=lambda e: e.start_ns()):
@@ -125,12 +116,12 @@ def test_removing_ends_it(path: StepPath) -> None:
     with pytest.raises(RuntimeError, match="released already"):
         release_gradients(model, optimizer)
     handle.remove()
-    before = [param.detach().clone() for param in model.parameters()]
-    model(torch.ones(2, WIDTH, device=path.device)).sum().backward()
-    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters()))
+    before = values(list(model.parameters()))
+    backward(model, path)
+    assert all(map(torch.equal, before, model.parameters()))
     assert all(param.grad is not None for param in model.parameters())
     optimizer.step()
-    assert not any(torch.equal(a, b) for a, b in zip(before, model.parameters()))
+    assert not any(map(torch.equal, before, model.parameters()))
     release_gradients(model, optimizer).remove()
 
 
@@ -138,13 +129,12 @@ def test_a_second_backward_is_refused(path: StepPath) -> None:
     """Released gradients are not summed: it would be a step of its own."""
     model, optimizer = make(path)
     release_gradients(model, optimizer)
-    x = torch.ones(2, WIDTH, device=path.device)
-    model(x).sum().backward()
-    before = [param.detach().clone() for param in model.parameters()]
+    backward(model, path)
+    before = values(list(model.parameters()))
     with pytest.raises(RuntimeError, match=r"has moved since the last optimizer.step\(\)"):
-        model(x).sum().backward()
+        backward(model, path)
     optimizer.step()
-    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters()))
+    assert all(map(torch.equal, before, model.parameters()))
 
 
 def test_a_parameter_without_gradient_closes_its_window(path: StepPath) -> None:
@@ -152,56 +142,48 @@ def test_a_parameter_without_gradient_closes_its_window(path: StepPath) -> None:
     runs = []
     for released in (False, True):
         torch.manual_seed(1)
-        model = nn.ModuleList([nn.Linear(3, 3), nn.Linear(3, 3)]).to(path.device)
+        model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)).to(path.device)
         optimizer = BNGD(model.parameters(), 1e-2, accumulation_steps=2, fused=path.fused)
         if released:
             release_gradients(model, optimizer)
         before = model[1].weight.detach().clone()
         x = torch.randn(4, 3, device=path.device)
-        for parts in (model, model[:1]):
-            y = x
-            for part in parts:
-                y = part(y)
-            y.square().sum().backward()
+        for part in (model, model[:1]):
+            part(x).square().sum().backward()
             optimizer.step()
             optimizer.zero_grad()
         assert not torch.equal(model[1].weight, before)
-        runs.append([param.detach() for param in model.parameters()])
-    assert all(torch.equal(a, b) for a, b in zip(*runs))
+        runs.append(list(model.parameters()))
+    assert_bits(*runs)
 
 
 def test_what_cannot_be_served_is_refused(path: StepPath, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, optimizer = make(path, granularity="global")
-    with pytest.raises(ValueError, match="granularity='global', which needs all gradients"):
-        release_gradients(model, optimizer)
-    model, optimizer = make(path, nonfinite="raise")
-    with pytest.raises(ValueError, match="nonfinite='raise', but other parameters"):
-        release_gradients(model, optimizer)
+    for options, match in (
+        ({"granularity": "global"}, "granularity='global', which needs all gradients"),
+        ({"nonfinite": "raise"}, "nonfinite='raise', but other parameters"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            release_gradients(*make(path, **options))
     model, optimizer = make(path)
     with pytest.raises(ValueError, match=r"\['params'\]\[2\] is not a parameter of the model"):
         release_gradients(model[0], optimizer)
     assert optimizer._release is None
 
-    class DistributedDataParallel(nn.Module):
+    class DistributedDataParallel(nn.Sequential):
         """Stands in for torch's, which needs a process group."""
 
-        def __init__(self, module: nn.Module) -> None:
-            super().__init__()
-            self.module = module
-
-    with pytest.raises(RuntimeError, match="DistributedDataParallel writes the reduced gradient"):
+    match = "DistributedDataParallel writes the reduced gradient"
+    with pytest.raises(RuntimeError, match=match):
         release_gradients(DistributedDataParallel(model), optimizer)
     with pytest.raises(TypeError, match=r"need a torch\.nn\.Module and a BNGD"):
         release_gradients(model, torch.optim.SGD(model.parameters(), 0.1))
 
     # who is wrapped later, or given without the wrapper, is refused in the first backward
     release_gradients(model, optimizer)
-    before = [param.detach().clone() for param in model.parameters()]
     wrapped = DistributedDataParallel(model)
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    with pytest.raises(RuntimeError, match="DistributedDataParallel writes the reduced gradient"):
-        wrapped.module(torch.ones(2, WIDTH, device=path.device)).sum().backward()
-    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters()))
+    with refused(RuntimeError, match, None, list(model.parameters())):
+        backward(wrapped[0], path)
 
 
 def test_a_scaler_that_is_not_known_is_refused(path: StepPath) -> None:
@@ -218,4 +200,4 @@ def test_options_are_checked_again_in_backward(path: StepPath) -> None:
     release_gradients(model, optimizer)
     optimizer.param_groups[0]["granularity"] = "global"
     with pytest.raises(ValueError, match="granularity='global'"):
-        model(torch.ones(2, WIDTH, device=path.device)).sum().backward()
+        backward(model, path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pickle
@@ -26,22 +27,17 @@ class Unknown:
     """What `torch.load` reads with weights_only=False alone."""
 
 
-def assert_same(got: Any, want: Any, where: str = "") -> None:
-    """Equal to the bit, all the way down."""
-    assert type(got) is type(want), where
-    if isinstance(want, dict):
-        assert set(got) == set(want), where
-        for key in want:
-            assert_same(got[key], want[key], f"{where}/{key}")
-    elif isinstance(want, list | tuple):
-        assert len(got) == len(want), where
-        for i, (a, b) in enumerate(zip(got, want)):
-            assert_same(a, b, f"{where}/{i}")
-    elif isinstance(want, Tensor):
-        assert got.dtype == want.dtype, where
-        assert torch.equal(got, want), where
-    else:
-        assert got == want, where
+def plain(value: Any) -> Any:
+    """What `==` compares to the bit, all the way down."""
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value), [plain(item) for item in value]
+    return (value.dtype, value.tolist()) if isinstance(value, Tensor) else (type(value), value)
+
+
+def assert_same(got: Any, want: Any) -> None:
+    assert plain(got) == plain(want)
 
 
 @pytest.mark.slow
@@ -56,18 +52,12 @@ def test_a_killed_run_ends_as_one_that_was_not(way: str, tmp_path: Path) -> None
         capture_output=True, text=True, env=environment, timeout=patience(300),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    counts = json.loads(done.stdout)
-    assert counts["never"] == [0, 0]
-    assert counts["random"][0] >= (6 if way == "eager" else 2)
-    # four of the six stages have begun a file that is not in place yet
-    assert counts["saves"] == [6, 4]
+    # four stages have begun a file that is not in place yet
+    assert json.loads(done.stdout) == [False, False, True, True, True, True, False, False]
     want = load_checkpoint(tmp_path / "never.pt")
     states, groups = want["optimizer"]["state"].values(), want["optimizer"]["param_groups"]
-    assert {key for state in states for key in state} == {
-        "momentum_buffer",
-        "master_remainder",
-        "window",
-    }
+    kept = {key for state in states for key in state}
+    assert kept == {"momentum_buffer", "master_remainder", "window"}
     assert groups[1]["rounding_steps"] > 0
     assert groups[0]["lr"] < groups[0]["initial_lr"]
     for name in ("random", "saves"):
@@ -84,14 +74,12 @@ def path(tmp_path: Path) -> Path:
     return path
 
 
-def content() -> dict[str, Any]:
+def assert_whole(path: Path) -> None:
+    """That checkpoint, and nothing beside it."""
     order = torch.Generator().manual_seed(7).get_state()
-    return {"weights": torch.arange(200.0), "order": order, "step": 3}
-
-
-def test_content(path: Path) -> None:
-    assert_same(load_checkpoint(path), content())
-    assert_same(torch.load(path, weights_only=True), content())
+    content = {"weights": torch.arange(200.0), "order": order, "step": 3}
+    assert_same(load_checkpoint(path), content)
+    assert_same(torch.load(path, weights_only=True), content)
     assert os.listdir(path.parent) == ["run.pt"]
 
 
@@ -104,9 +92,8 @@ def test_objects_are_saved_by_their_state_dicts(tmp_path: Path) -> None:
     schedule.step()
     save_checkpoint(tmp_path / "a.pt", model=model, optimizer=optimizer, schedule=schedule)
     saved = load_checkpoint(tmp_path / "a.pt")
-    assert_same(saved["model"], model.state_dict())
-    assert_same(saved["optimizer"], optimizer.state_dict())
-    assert_same(saved["schedule"], schedule.state_dict())
+    for name, one in (("model", model), ("optimizer", optimizer), ("schedule", schedule)):
+        assert_same(dict(saved[name]), dict(one.state_dict()))
 
 
 @pytest.mark.parametrize("size", [0, 1, 100, 0.3, 0.9, -1])
@@ -128,11 +115,11 @@ def test_a_changed_byte_is_refused_or_changes_nothing(path: Path) -> None:
         damaged[place] ^= 1 << place % 8
         path.write_bytes(damaged)
         try:
-            saved = load_checkpoint(path)
+            load_checkpoint(path)
         except ValueError:
             refused[place] = True
         else:
-            assert_same(saved, content())
+            assert_whole(path)
     assert all(refused[place] for place in refused if start <= place < start + 800)
 
 
@@ -169,55 +156,44 @@ def test_what_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
 def test_what_would_not_load_is_refused_and_the_last_file_stays(path: Path, value: Any) -> None:
     with pytest.raises(ValueError, match=r"run\.pt was not written, since it would not load again"):
         save_checkpoint(path, step=4, other=value)
-    assert_same(load_checkpoint(path), content())
-    assert os.listdir(path.parent) == ["run.pt"]
+    assert_whole(path)
 
 
 def test_nothing_to_save_is_refused(path: Path) -> None:
     with pytest.raises(ValueError, match="there is nothing to save"):
         save_checkpoint(path)
-    assert_same(load_checkpoint(path), content())
+    assert_whole(path)
 
 
-def full(*_: Any) -> None:
+def no_space(*_: Any) -> None:
     raise OSError(28, "No space left on device")
 
 
-class FullDisk:
-    """A file that takes 1000 bytes."""
+class FullDisk(io.BytesIO):
+    """Takes 1000 bytes."""
 
-    def __init__(self, file: Any) -> None:
-        self.file, self.taken = file, 0
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.file, name)
-
-    def write(self, data: bytes) -> int:
-        self.taken += len(data)
-        if self.taken > 1000:
-            full()
-        written: int = self.file.write(data)
-        return written
+    def write(self, data: Any) -> int:
+        if self.tell() + len(data) > 1000:
+            no_space()
+        return super().write(data)
 
 
-def test_a_full_disk_leaves_the_last_file(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = torch.save
-    monkeypatch.setattr(torch, "save", lambda what, file: real(what, FullDisk(file)))
+def save_on_a_full_disk(content: Any, _: Any, save: Callable[..., Any] = torch.save) -> None:
+    save(content, FullDisk())
+
+
+@pytest.mark.parametrize(
+    ("module", "function", "instead"),
+    [(torch, "save", save_on_a_full_disk), (os, "fsync", no_space), (os, "replace", no_space)],
+)
+def test_a_full_disk_leaves_the_last_file(
+    path: Path, monkeypatch: pytest.MonkeyPatch, module: Any, function: str, instead: Any
+) -> None:
+    monkeypatch.setattr(module, function, instead)
     with pytest.raises(OSError, match="No space left"):
         save_checkpoint(path, weights=torch.zeros(10_000))
-    assert_same(load_checkpoint(path), content())
-    assert os.listdir(path.parent) == ["run.pt"]
-
-
-@pytest.mark.parametrize("function", ["fsync", "replace"])
-def test_an_error_on_the_way_leaves_the_last_file(
-    path: Path, monkeypatch: pytest.MonkeyPatch, function: str
-) -> None:
-    monkeypatch.setattr(os, function, full)
-    with pytest.raises(OSError, match="No space left"):
-        save_checkpoint(path, step=4)
-    assert_same(load_checkpoint(path), content())
-    assert os.listdir(path.parent) == ["run.pt"]
+    monkeypatch.undo()
+    assert_whole(path)
 
 
 def test_a_missing_folder_is_named(tmp_path: Path) -> None:

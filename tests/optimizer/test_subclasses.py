@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,16 +14,10 @@ from torch.testing._internal.two_tensor import TwoTensor
 from bngd_triton import BNGD
 from bngd_triton.kernels import fused_step_
 from bngd_triton.kernels.support import why_not
+from support import steps
 from support.paths import StepPath
-from support.steps import (
-    assert_equal,
-    make_grads,
-    make_params,
-    momenta,
-    set_grads,
-    take_steps,
-    values,
-)
+from support.runs import start
+from support.steps import assert_equal, make_grads, make_params, momenta, take_steps, values
 
 
 def twice(tensor: Tensor) -> TwoTensor:
@@ -42,28 +35,14 @@ class NoArithmetic(TwoTensor):
         return super().__torch_dispatch__(func, types, args, kwargs)
 
 
-class MyParam(Parameter):
-    """A class of a user's own, without operations of its own."""
-
-
-def zeros_without_memory() -> Tensor:
-    return torch._efficientzerotensor((3,))  # type: ignore[attr-defined]
-
-
-ODD: dict[str, Callable[[], Tensor]] = {
-    "subclass": lambda: twice(torch.ones(3)),
-    "zeros_without_memory": zeros_without_memory,
-    "functional": lambda: torch._to_functional_tensor(torch.ones(3)),
-    "meta": lambda: torch.ones(3, device="meta"),
-}
-
-
-@pytest.mark.parametrize("desc", ODD)
-def test_kernels_serve_only_plain_memory(desc: str) -> None:
-    assert why_not(ODD[desc]()) is not None
-
-
-def test_kernels_serve_neither_fake_tensors_nor_those_inside_transforms() -> None:
+def test_kernels_serve_only_plain_memory() -> None:
+    odd = {
+        "subclass": twice(torch.ones(3)),
+        "zeros_without_memory": torch._efficientzerotensor((3,)),  # type: ignore[attr-defined]
+        "functional": torch._to_functional_tensor(torch.ones(3)),
+        "meta": torch.ones(3, device="meta"),
+    }
+    assert [desc for desc, tensor in odd.items() if why_not(tensor) is None] == []
     with FakeTensorMode():
         assert "FakeTensor" in str(why_not(torch.ones(3)))
     reasons = []
@@ -78,6 +57,9 @@ def test_kernels_serve_neither_fake_tensors_nor_those_inside_transforms() -> Non
 
 
 def test_classes_without_operations_of_their_own_are_served(device: torch.device) -> None:
+    class MyParam(Parameter):
+        """A class of a user's own."""
+
     for kind in (torch.Tensor, Parameter, torch.nn.Buffer, MyParam):
         plain = torch.ones(3, device=device)
         assert why_not(plain if kind is torch.Tensor else kind(plain)) is None
@@ -98,7 +80,7 @@ def test_classes_without_operations_of_their_own_are_served(device: torch.device
 def test_subclasses_are_stepped_as_what_they_hold(
     dtype: torch.dtype, options: dict[str, Any], device: torch.device
 ) -> None:
-    plain = [Parameter(param.detach().to(dtype)) for param in make_params(device)]
+    plain = make_params(device, dtype)
     odd = [Parameter(twice(param)) for param in plain]
     a = BNGD(plain, lr=0.1, fused=False, **options)
     b = BNGD(odd, lr=0.1, **options)
@@ -122,30 +104,19 @@ def test_fused_refuses_a_subclass_by_name(device: torch.device) -> None:
         fused_step_([plain], [twice(plain)], None, lr=0.1, momentum=0.0)
 
 
-def spoil_gradient(optimizer: BNGD, param: Parameter) -> None:
-    param.grad = twice(torch.randn_like(param))
-
-
-def spoil_momentum(optimizer: BNGD, param: Parameter) -> None:
-    state = optimizer.state[param]
-    state["momentum_buffer"] = twice(state["momentum_buffer"])
-
-
-def spoil_remainder(optimizer: BNGD, param: Parameter) -> None:
-    state = optimizer.state[param]
-    state["master_remainder"] = twice(state["master_remainder"])
-
-
-@pytest.mark.parametrize("steps", [1, 4], ids=["early", "when_steps_repeat"])
-@pytest.mark.parametrize("spoil", [spoil_gradient, spoil_momentum, spoil_remainder])
+@pytest.mark.parametrize("count", [1, 4], ids=["early", "when_steps_repeat"])
+@pytest.mark.parametrize("what", ["gradient", "momentum_buffer", "master_remainder"])
 def test_a_gradient_or_state_that_becomes_a_subclass_is_noticed(
-    spoil: Callable[[BNGD, Parameter], None], steps: int, device: torch.device
+    what: str, count: int, device: torch.device
 ) -> None:
-    params = [Parameter(param.detach().bfloat16()) for param in make_params(device)]
-    optimizer = BNGD(params, lr=0.1, fused=True)
-    take_steps(optimizer, params, range(steps))
-    set_grads(params, 9)
-    spoil(optimizer, params[0])
+    params, optimizer = start(StepPath(True, device), torch.bfloat16, lr=0.1)
+    take_steps(optimizer, params, range(count))
+    steps.set_grads(params, 9)
+    if what == "gradient":
+        params[0].grad = twice(params[0].grad)
+    else:
+        state = optimizer.state[params[0]]
+        state[what] = twice(state[what])
     before = values(params)
     match = r"fused=True cannot serve param_groups\[0\]\['params'\]\[0\] .* is a TwoTensor"
     with pytest.raises(RuntimeError, match=match):
@@ -157,13 +128,12 @@ def test_a_gradient_or_state_that_becomes_a_subclass_is_noticed(
 
 
 def test_state_without_arithmetic_is_refused_before_anything_changes(path: StepPath) -> None:
-    params = make_params(path.device)
-    optimizer = BNGD(params, lr=0.1, fused=path.fused)
+    params, optimizer = start(path, lr=0.1)
     take_steps(optimizer, params, [0])
     state = optimizer.state[params[2]]
     buffer = state["momentum_buffer"]
     state["momentum_buffer"] = NoArithmetic(buffer.clone(), buffer.clone())
-    set_grads(params, 1)
+    steps.set_grads(params, 1)
     before = values(params)
     with pytest.raises(TypeError, match=r"momentum buffer of .*\[2\] is a NoArithmetic, which"):
         optimizer.step()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -13,13 +13,10 @@ from torch.nn import Parameter
 
 from bngd_triton import BNGD
 from bngd_triton.verify.oracle import normalized
-from support.exact_runs import (
-    assert_bits,
-    make_params,
-)
+from support.exact_runs import assert_bits
 from support.paths import StepPath
+from support.steps import assert_close, make_params, momenta, values
 
-FLOAT32 = torch.float32
 # a few roundings of float32 in values below 4, and of erf
 ATOL = {torch.float32: 4e-6, torch.float64: 1e-13}
 
@@ -30,84 +27,70 @@ class Oracle:
     def __init__(self, params: Sequence[Tensor], steps: int, **options: Any) -> None:
         self.params = [param.detach().cpu().double().clone() for param in params]
         self.momenta = [torch.zeros_like(param) for param in self.params]
-        self.steps, self.options = steps, options
-        self.count = 0
+        self.steps, self.options, self.count = steps, options, 0
         by_row = options["granularity"] == "row"
-        self.slices: list[list[tuple[int, Any]]] = []
-        for i, param in enumerate(self.params):
-            rows = range(len(param)) if by_row and param.dim() >= 2 else [...]
-            self.slices += [[(i, row)] for row in rows]
-        if options["granularity"] == "global":
-            self.slices = [[(i, ...) for i in range(len(self.params))]]
+        places: list[tuple[int, Any]] = [
+            (i, row)
+            for i, param in enumerate(self.params)
+            for row in (range(len(param)) if by_row else [...])
+        ]
+        whole = options["granularity"] == "global"
+        self.slices = [places] if whole else [[place] for place in places]
         self.seen = [False] * len(self.slices)
 
-    def ghat(self, members: list[tuple[int, Any]], grads: Sequence[Tensor | None]) -> Tensor | None:
+    def ghat(self, slice_: list[tuple[int, Any]], grads: Sequence[Tensor | None]) -> Tensor | None:
         """One slice's normalised gradient; None without one, or if it is not finite."""
-        if any(grads[i] is None for i, _ in members):
+        if any(grads[i] is None for i, _ in slice_):
             return None
-        flat = torch.cat([grads[i].detach().cpu().double()[at].reshape(-1) for i, at in members])
+        flat = torch.cat([grads[i].cpu().double()[at].reshape(-1) for i, at in slice_])
         if not flat.isfinite().all():
             return None
-        centred = self.options["granularity"] == "global" or grads[members[0][0]].dim() >= 2
-        return normalized(flat, 1e-8, self.options["normalizer"], float(centred))
+        return normalized(flat, 1e-8, self.options["normalizer"], 1.0)
 
     def step(self, grads: Sequence[Tensor | None], lr: float, found: bool) -> None:
-        momentum = self.options["momentum"]
-        self.count += 1
-        for s, members in enumerate(self.slices):
-            ghat = self.ghat(members, grads)
-            if ghat is not None and not found:
-                sizes = [self.params[i][at].numel() for i, at in members]
-                for (i, at), part in zip(members, ghat.split(sizes)):
-                    if not self.seen[s]:
-                        self.momenta[i][at] *= momentum
-                    share = (1 - momentum) / self.steps
-                    self.momenta[i][at] += share * part.view(self.params[i][at].shape)
+        past, self.count = self.options["momentum"], self.count + 1
+        closing = self.count >= self.steps
+        for s, slice_ in enumerate(self.slices):
+            params = [self.params[i][at] for i, at in slice_]
+            momenta = [self.momenta[i][at] for i, at in slice_]
+            ghat = None if found else self.ghat(slice_, grads)
+            if ghat is not None:
+                parts = ghat.split([param.numel() for param in params])
+                for momentum, part in zip(momenta, parts):
+                    momentum *= 1.0 if self.seen[s] else past
+                    momentum += (1 - past) / self.steps * part.view(momentum.shape)
                 self.seen[s] = True
-            if self.count == self.steps and self.seen[s]:
-                for i, at in members:
-                    self.params[i][at] *= 1 - lr * self.options["weight_decay"]
-                    self.params[i][at] -= lr * self.momenta[i][at]
+            if closing and self.seen[s]:
+                for param, momentum in zip(params, momenta):
+                    param *= 1 - lr * self.options["weight_decay"]
+                    param -= lr * momentum
                 self.seen[s] = False
-        if self.count == self.steps:
-            self.count = 0
+        self.count = 0 if closing else self.count
 
 
 Grads = list[Any]
 
 
-def whole(grads: Grads) -> None:
-    """Leave them as they are."""
-
-
-def nan_in_a_row(grads: Grads) -> None:
-    for grad in (grads[0], grads[2]):
-        grad[2, 1] = math.nan
-
-
-def inf_everywhere(grads: Grads) -> None:
-    for grad in grads:
-        grad.view(-1)[0] = math.inf
-
-
-def missing(grads: Grads) -> None:
-    grads[1] = None
-
-
-def all_missing(grads: Grads) -> None:
-    grads[:] = [None] * len(grads)
+def spoil(grads: Grads, fault: str) -> None:
+    if fault == "nan":
+        for grad in (grads[0], grads[2]):
+            grad[2, 1] = math.nan
+    elif fault == "inf":
+        for grad in grads:
+            grad[0, 0] = math.inf
+    elif fault == "missing":
+        grads[1] = None
+    elif fault == "none":
+        grads[:] = [None] * len(grads)
 
 
 # micro-batches in a row; "found" is a GradScaler's overflow. Every fault meets the first, a middle
 # and the last place of a window of 2 and of 4
-SCENARIO: list[Callable[[Grads], None] | str] = [
-    whole, missing, missing, missing,
-    nan_in_a_row, whole, nan_in_a_row, whole,
-    whole, whole, inf_everywhere, nan_in_a_row,
-    inf_everywhere, inf_everywhere, inf_everywhere, inf_everywhere,
-    "found", whole, whole, "found",
-    all_missing, whole, missing, all_missing,
-    "found", "found", missing, whole,
+SCENARIO = [
+    "whole", "missing", "missing", "missing", "nan", "whole", "nan", "whole",
+    "whole", "whole", "inf", "nan", "inf", "inf", "inf", "inf",
+    "found", "whole", "whole", "found", "none", "whole", "missing", "none",
+    "found", "found", "missing", "whole",
 ]  # fmt: skip
 
 
@@ -119,7 +102,7 @@ def random_grads(params: Sequence[Tensor], seed: int) -> Grads:
     ]
 
 
-def oracle_params(device: torch.device, dtype: torch.dtype = FLOAT32) -> list[Parameter]:
+def oracle_params(device: torch.device, dtype: torch.dtype = torch.float32) -> list[Parameter]:
     # rows of all but the last fit the kernels' tiles
     return make_params(device, dtype, shapes=[(4, 6), (3, 7), (3, 2100)])
 
@@ -130,47 +113,36 @@ CASES: list[tuple[int, dict[str, Any]]] = [
     (4, {"granularity": "row"}),
     (4, {"granularity": "global", "momentum": 0.5}),
 ]
-cases = pytest.mark.parametrize(("steps", "options"), CASES, ids=str)
 
 
-@cases
-def test_windows_follow_the_definition(steps: int, options: dict[str, Any], path: StepPath) -> None:
-    follow(FLOAT32, steps, options, path)
-
-
-@cases
-def test_windows_in_float64(steps: int, options: dict[str, Any], device: torch.device) -> None:
-    follow(torch.float64, steps, options, StepPath(False, device))
-
-
-def follow(dtype: torch.dtype, steps: int, options: dict[str, Any], path: StepPath) -> None:
-    """Train through the scenario beside the oracle."""
+@pytest.mark.parametrize("dtype", ATOL, ids=str)
+@pytest.mark.parametrize(("steps", "options"), CASES, ids=str)
+def test_windows_follow_the_definition(
+    steps: int, options: dict[str, Any], dtype: torch.dtype, path: StepPath
+) -> None:
+    if path.fused and dtype is torch.float64:
+        pytest.skip("the kernels have no float64")
     options = {"normalizer": "zscore", "momentum": 0.9, "weight_decay": 0.1, **options}
     params = oracle_params(path.device, dtype)
     oracle = Oracle(params, steps, **options)
     optimizer = BNGD(params, accumulation_steps=steps, fused=path.fused, **options)
     for i, fault in enumerate(SCENARIO):
         grads = random_grads(params, i)
-        if callable(fault):
-            if options["granularity"] == "global" and fault is missing:
-                fault = nan_in_a_row
-            fault(grads)
+        if options["granularity"] == "global" and fault == "missing":
+            fault = "nan"
+        spoil(grads, fault)
         # a scheduler that steps with every micro-batch
         lr = optimizer.param_groups[0]["lr"] = 0.1 / (1 + i)
         for param, grad in zip(params, grads):
             param.grad = grad
         optimizer.found_inf = torch.tensor(float(fault == "found"), device=path.device)
-        before = [param.detach().clone() for param in params]
+        before = values(params)
         optimizer.step()
         oracle.step(grads, lr, fault == "found")
         if oracle.count:
-            assert_bits([param.detach() for param in params], before)
-        for param, want in zip(params, oracle.params):
-            got = param.detach().cpu().double()
-            torch.testing.assert_close(got, want, rtol=0, atol=ATOL[dtype], msg=f"micro-batch {i}")
-    for param, want in zip(params, oracle.momenta):
-        got = optimizer.state[param]["momentum_buffer"].cpu().double()
-        torch.testing.assert_close(got, want, rtol=0, atol=ATOL[dtype])
+            assert_bits(params, before)
+        assert_close(params, oracle.params, ATOL[dtype])
+    assert_close(momenta(optimizer, params), oracle.momenta, ATOL[dtype])
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
@@ -189,32 +161,36 @@ def test_an_exploded_micro_batch_counts_as_one(steps: int, momentum: float, path
             optimizer.step()
         done.append([param.detach() for param in params])
     plain, scaled, *others = done
-    for a, b in zip(plain, scaled):
-        torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+    torch.testing.assert_close(scaled, plain, rtol=0, atol=1e-6)
     for other in others:
         for a, b in zip(plain, other):
             change = float((a - b).square().mean().sqrt())
             assert 0 < change <= 2 * 0.1 * (1 - momentum) / steps * (1 + 1e-5)
 
 
-def test_another_number_of_micro_batches(path: StepPath) -> None:
+@pytest.mark.parametrize("granularity", ["tensor", "row"])
+def test_a_window_given_up_leaves_nothing_behind(granularity: str, path: StepPath) -> None:
+    """Neither its count nor, where the single step finds no gradient, what was seen of it."""
+    options = {"granularity": granularity, "normalizer": "zscore"}
+    options |= {"momentum": 0.9, "weight_decay": 0.1}
     params = oracle_params(path.device)[:2]
-    options = {"granularity": "row", "normalizer": "zscore", "momentum": 0.9, "weight_decay": 0.1}
     oracle = Oracle(params, 2, **options)
     optimizer = BNGD(params, 0.1, accumulation_steps=2, fused=path.fused, **options)
-    seed = 0
-    # from the third on, a window is given up when a single step comes
-    for steps, micro_batches in ((2, 2), (3, 3), (1, 2), (4, 4), (1, 1), (2, 2)):
+    runs = ((2, 2), (3, 4), (1, 2), (4, 4), (2, 1), (1, 1), (4, 3), (2, 1), (2, 2))
+    grads = iter(random_grads(params, seed) for seed in range(sum(count for _, count in runs)))
+    for steps, count in runs:
         optimizer.param_groups[0]["accumulation_steps"] = oracle.steps = steps
-        for _ in range(micro_batches):
-            grads = random_grads(params, seed)
-            seed += 1
-            for param, grad in zip(params, grads):
+        for _ in range(count):
+            found = next(grads)
+            if steps == 1:
+                found[0] = None
+                oracle.count, oracle.seen = 0, [False] * len(oracle.seen)
+            for param, grad in zip(params, found):
                 param.grad = grad
             optimizer.step()
-            oracle.step(grads, 0.1, False)
-    for param, want in zip(params, oracle.params):
-        torch.testing.assert_close(param.detach().cpu().double(), want, rtol=0, atol=4e-6)
+            oracle.step(found, 0.1, False)
+    assert_close(params, oracle.params)
+    assert_close(momenta(optimizer, params), oracle.momenta)
 
 
 @pytest.mark.parametrize(("before", "after"), [("tensor", "row"), ("row", "tensor")])

@@ -10,30 +10,16 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from bngd_triton.verify.tolerances import LRE, ULP, ulps
+from support import sharded_steps
+from support.processes import needs_gloo
 from support.sharded_model import NAMES, SHAPES
-from support.sharded_steps import (
-    APART,
-    CUTTING,
-    GRANULARITIES,
-    LAYOUTS,
-    Group,
-    Raised,
-    Run,
-    Scaled,
-    raising,
-    runs,
-    scaled,
-)
-from support.sharded_visits import alone, visited
+from support.sharded_steps import APART, LAYOUTS, Group, Run, alone, runs, visited
 
 pytestmark = [
-    pytest.mark.skipif(
-        not (dist.is_available() and dist.is_gloo_available()), reason="this torch has no gloo"
-    ),
+    needs_gloo,
     pytest.mark.skipif(torch.cuda.is_available(), reason="gloo ranks run kernels interpreted"),
 ]
 
@@ -67,11 +53,14 @@ def test_weights_are_those_of_one_process(world: int, run: Run) -> None:
 
 
 @pytest.mark.parametrize(("world", "run"), RUNS)
-def test_statistics_are_those_of_the_whole_tensor(world: int, run: Run) -> None:
+def test_statistics_are_those_of_the_whole_tensor_and_state_lies_as_it_does(
+    world: int, run: Run
+) -> None:
     for name in run.groups:
         want = alone(run)[name]
         for rank in visited(world):
             got = rank.trained[run.layout, run.fused][name]
+            assert got.placed, f"state of {name} does not lie as its parameter does"
             for i, (ours, rows) in enumerate(zip(got.statistics, got.rows)):
                 theirs = want.statistics[i][rows]
                 # kernels finish rows that nobody has another part of as tiles, in float32
@@ -82,70 +71,52 @@ def test_statistics_are_those_of_the_whole_tensor(world: int, run: Run) -> None:
                 assert torch.equal(ours[:, 2], theirs[:, 2])
 
 
-def test_slices_were_skipped() -> None:
-    skipped = [int(one[:, 2].sum()) for one in alone(Run("fsdp", False))["tensor"].statistics]
-    assert dict(zip(NAMES, skipped)) == {
-        **dict.fromkeys(NAMES, 0), "up.weight": 1, "down.weight": 1, "norm.bias": 1
-    }  # fmt: skip
-
-
-@pytest.mark.parametrize(("world", "run"), RUNS)
-def test_state_lies_as_its_parameter_does(world: int, run: Run) -> None:
-    for rank in visited(world):
-        for name in run.groups:
-            assert rank.trained[run.layout, run.fused][name].placed, name
-
-
 @pytest.mark.parametrize("world", WORLDS)
 def test_local_statistics_would_be_found_out(world: int) -> None:
     want = alone(APART)
     for name in APART.groups:
         ranks = [rank.apart[name] for rank in visited(world)]
-        off = max(ulps(joined(ranks, i), whole.flatten())
-                  for i, whole in enumerate(want[name].values))  # fmt: skip
-        assert off > 1000 * ULP, name
+        off = [ulps(joined(ranks, i), one.flatten()) for i, one in enumerate(want[name].values)]
+        assert max(off) > 1000 * ULP, name
 
 
 @pytest.mark.parametrize(("world", "layout"), PLACES)
 def test_one_collective_per_cutting_mesh_dimension(world: int, layout: str) -> None:
     for rank in visited(world):
-        assert rank.commands[layout] == CUTTING[layout]
+        assert rank.commands[layout] == sharded_steps.CUTTING[layout]
 
 
 @functools.cache
-def raising_alone(granularity: str) -> Raised:
-    return raising("whole", 1, granularity, False)
+def raising_alone(granularity: str) -> list[Tensor]:
+    return sharded_steps.raising("whole", 1, granularity, False).values
 
 
 @pytest.mark.parametrize(("world", "layout"), PLACES)
-@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("granularity", sharded_steps.GRANULARITIES)
 def test_raises_on_every_rank_and_changes_nothing(
     world: int, layout: str, granularity: str
 ) -> None:
     for fused in (False, True):
         if (layout, fused, granularity) not in visited(world)[0].raised:
             continue
-        for rank in visited(world):
-            raised = rank.raised[layout, fused, granularity]
-            assert "has an inf or a NaN, here or on another rank" in raised.message
-            assert raised.unchanged
-        assert_alike([rank.raised[layout, fused, granularity].values for rank in visited(world)],
-                     layout, world, raising_alone(granularity).values)  # fmt: skip
+        raised = [rank.raised[layout, fused, granularity] for rank in visited(world)]
+        for words, unchanged in (one.tried for one in raised):
+            assert "has an inf or a NaN, here or on another rank" in words
+            assert unchanged
+        assert_alike([one.values for one in raised], layout, world, raising_alone(granularity))
 
 
 @functools.cache
-def scaled_alone() -> Scaled:
-    return scaled("whole", 1, False)
+def scaled_alone() -> list[Tensor]:
+    return sharded_steps.scaled("whole", 1, False).values
 
 
 @pytest.mark.parametrize("world", WORLDS)
 @pytest.mark.parametrize("fused", [False, True])
 def test_an_overflow_on_one_rank_skips_the_step_on_all(world: int, fused: bool) -> None:
-    for rank in visited(world):
-        assert rank.scaled[fused].unchanged
-        assert rank.scaled[fused].scale == 4.0
-    assert_alike([rank.scaled[fused].values for rank in visited(world)],
-                 "fsdp", world, scaled_alone().values)  # fmt: skip
+    ranks = [rank.scaled[fused] for rank in visited(world)]
+    assert [rank.tried for rank in ranks] == [("", True)] * world
+    assert_alike([rank.values for rank in ranks], "fsdp", world, scaled_alone())
 
 
 def assert_alike(
@@ -178,12 +149,15 @@ def test_replicas_round_alike_and_shards_apart(world: int) -> None:
 @pytest.mark.parametrize("world", WORLDS)
 def test_refuses_global_micro_batches(world: int) -> None:
     for rank in visited(world):
-        assert "granularity='global' with accumulation_steps > 1" in rank.refused
+        words, unchanged = rank.tried["global micro-batches"]
+        assert "granularity='global' with accumulation_steps > 1" in words
+        assert unchanged
 
 
 @pytest.mark.parametrize("world", WORLDS)
 def test_refuses_an_overflow_of_which_some_ranks_are_not_told(world: int) -> None:
     for rank in visited(world):
-        words, unchanged = rank.scaled_refused
+        words, unchanged = rank.tried["replicated first"]
         assert "param_groups[0]['params'][0] is cut, and param_groups[0]['params'][7]" in words
         assert unchanged
+        assert rank.tried["cut first"] == ("", False)

@@ -1,8 +1,7 @@
-"""Parameters that checkpoints are saved from and loaded into."""
+"""How tests save and load a run."""
 
 from __future__ import annotations
 
-import functools
 import io
 from collections.abc import Sequence
 from typing import Any
@@ -10,10 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from support import steps
-
 # the second is channels_last
-make_params = functools.partial(steps.make_params, shapes=[(4, 3), (3, 2, 2, 5), (5,), ()])
+SHAPES: list[tuple[int, ...]] = [(4, 3), (3, 2, 2, 5), (5,), ()]
 
 
 def through_a_file(state_dict: Any) -> Any:
@@ -24,7 +21,7 @@ def through_a_file(state_dict: Any) -> Any:
     return torch.load(file, weights_only=True)
 
 
+@torch.no_grad()
 def load_params(params: Sequence[Tensor], saved: Sequence[Tensor]) -> None:
-    with torch.no_grad():
-        for param, value in zip(params, saved):
-            param.copy_(value)
+    for param, value in zip(params, saved):
+        param.copy_(value)

@@ -25,6 +25,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 
 from bngd_triton import BNGD
+from bngd_triton.eager.rounding import widen
 from bngd_triton.tensors import local
 from support import processes
 from support.checkout import EXAMPLES
@@ -39,18 +40,20 @@ GROUPS: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
     "narrow": (F32, {"momentum_dtype": BF16, "granularity": "row"}),
     "stochastic": (BF16, {"master_weights": "stochastic", "normalizer": "cdf"}),
 }
-NESTED = StateDictOptions()
-FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
-FORMS = {"nested": NESTED, "flat": FLAT}
+FORMS = {
+    "nested": StateDictOptions(),
+    "flat": StateDictOptions(flatten_optimizer_state_dict=True),
+}
 
 
 class Run(NamedTuple):
-    """A model on some ranks, or whole; the values of its parameters are not yet any good."""
+    """A model on some ranks, or whole."""
 
     model: nn.Module
     optimizer: BNGD
     parts: list[Parts]
-    mesh: DeviceMesh | None
+    # for what saves and loads
+    group: dict[str, Any]
 
     def train(self, start: int, stop: int) -> None:
         for step in range(start, stop):
@@ -61,21 +64,16 @@ class Run(NamedTuple):
 
     def save(self, folder: Path, form: str) -> None:
         weights, state = get_state_dict(self.model, self.optimizer, options=FORMS[form])
-        dcp.save({"model": weights, "optimizer": state}, checkpoint_id=folder, **self.place())
+        dcp.save({"model": weights, "optimizer": state}, checkpoint_id=folder, **self.group)
 
     def load(self, folder: Path, form: str) -> None:
         weights, state = get_state_dict(self.model, self.optimizer, options=FORMS[form])
         saved = {"model": weights, "optimizer": state}
-        dcp.load(saved, checkpoint_id=folder, **self.place())
+        dcp.load(saved, checkpoint_id=folder, **self.group)
         set_state_dict(
             self.model, self.optimizer, options=FORMS[form],
             model_state_dict=saved["model"], optim_state_dict=saved["optimizer"],
         )  # fmt: skip
-
-    def place(self) -> dict[str, Any]:
-        if self.mesh is None:
-            return {"no_dist": True}
-        return {"process_group": self.mesh.get_group()}
 
     @torch.no_grad()
     def snapshot(self) -> Snapshot:
@@ -84,12 +82,11 @@ class Run(NamedTuple):
             for name, param in self.model.named_parameters()
             for key, tensor in {**self.optimizer.state.get(param, {}), "value": param}.items()
         }
-        places = {
-            name: index
-            for (name, _), index in zip(
-                self.model.named_parameters(), [i for part in self.parts for i in part.indices]
-            )
-        }
+        for name, _ in self.model.named_parameters():
+            rest = kept.get(f"{name} master_remainder")
+            kept[f"{name} float32"] = widen(kept[f"{name} value"], rest).float()
+        indices = [index for part in self.parts for index in part.indices]
+        places = {name: i for (name, _), i in zip(self.model.named_parameters(), indices)}
         groups = self.optimizer.state_dict()["param_groups"]
         return Snapshot(kept, places, [{**group, "params": None} for group in groups])
 
@@ -102,8 +99,8 @@ class Snapshot(NamedTuple):
     groups: list[dict[str, Any]]
 
 
-def made(mesh: DeviceMesh | None, value: float = 1.0) -> Run:
-    """A model of constant weights; `initial_values` are those that are trained."""
+def made(mesh: DeviceMesh | None, *, blank: bool = False) -> Run:
+    """A model of initial weights, or of weights that are to be loaded."""
 
     def cut(block: nn.Module) -> None:
         if mesh is not None:
@@ -114,33 +111,25 @@ def made(mesh: DeviceMesh | None, value: float = 1.0) -> Run:
         model[name] = Block().to(dtype)
         cut(model[name])
         parts.append(Parts(list(model[name].parameters()), indices(cut)))
-        parts[-1].place([torch.full_like(whole, value) for whole in initial()])
+        parts[-1].place([torch.full_like(w, 3.0) if blank else w for w in initial()])
     groups = [
         {"params": list(model[name].named_parameters()), **options}
         for name, (_, options) in GROUPS.items()
     ]
-    return Run(model, BNGD(groups, lr=1e-2, fused=False), parts, mesh)
-
-
-def started(mesh: DeviceMesh | None) -> Run:
-    run = made(mesh)
-    for part in run.parts:
-        part.place(initial())
-    return run
+    group = {"process_group": mesh.get_group()} if mesh else {"no_dist": True}
+    return Run(model, BNGD(groups, lr=1e-2, fused=False), parts, group)
 
 
 class Result(NamedTuple):
     """What one rank saw."""
 
     uninterrupted: Snapshot
+    # asked for its state before the first step, and saved on the way
     saving: Snapshot
-    # whether asking a fresh optimizer for its state changed nothing, and what it then counts
-    fresh: bool
-    counts: list[dict[str, Any]]
+    # by the form of the checkpoint
     resumed: dict[str, Snapshot]
+    # by the number of ranks in between
     back: dict[str, Snapshot]
-    # the place in the window after a first micro-batch with lr 0 and a gradient of zeros
-    after_warm_up: int
 
 
 def visit(folder: Path) -> Result:
@@ -148,19 +137,16 @@ def visit(folder: Path) -> Result:
     rank = dist.get_rank()
 
     def resume(mesh: DeviceMesh | None, path: str, form: str, start: int, stop: int) -> Run:
-        run = made(mesh, value=3.0)
+        run = made(mesh, blank=True)
         run.load(folder / path, form)
         run.train(start, stop)
         return run
 
-    uninterrupted = started(meshes[4])
+    uninterrupted = made(meshes[4])
     uninterrupted.train(0, LAST)
 
-    saving = started(meshes[4])
-    before = saving.snapshot().kept
+    saving = made(meshes[4])
     get_optimizer_state_dict(saving.model, saving.optimizer)
-    fresh = saving.snapshot()
-    same = all(torch.equal(fresh.kept[key], value) for key, value in before.items())
     saving.train(0, SAVED)
     for form in FORMS:
         saving.save(folder / f"four {form}", form)
@@ -178,21 +164,7 @@ def visit(folder: Path) -> Result:
         "two": resume(meshes[4], "two", "nested", HANDED, LAST).snapshot(),
         "one": resume(meshes[4], "one", "flat", HANDED, LAST).snapshot(),
     }
-    return Result(
-        uninterrupted.snapshot(), saving.snapshot(), same, fresh.groups, resumed, back,
-        warmed_up(meshes[4]),
-    )  # fmt: skip
-
-
-def warmed_up(mesh: DeviceMesh) -> int:
-    """A first micro-batch with lr 0 whose gradients are all 0."""
-    run = made(mesh)
-    for group in run.optimizer.param_groups:
-        group["lr"] = 0.0
-    for part in run.parts:
-        part.give([torch.zeros_like(whole) for whole in initial()])
-    run.optimizer.step()
-    return int(run.optimizer.param_groups[0]["micro_step"])
+    return Result(uninterrupted.snapshot(), saving.snapshot(), resumed, back)
 
 
 @functools.cache

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -22,9 +22,11 @@ def make_model(device: torch.device) -> torch.nn.Sequential:
     ).to(device)
 
 
-def train(model: torch.nn.Module, optimizer: torch.optim.Optimizer, steps: int = 1) -> list[Tensor]:
+def train(
+    model: torch.nn.Module, optimizer: torch.optim.Optimizer, seeds: Iterable[int] = (0,)
+) -> list[Tensor]:
     device = next(model.parameters()).device
-    for seed in range(steps):
+    for seed in seeds:
         generator = torch.Generator().manual_seed(seed)
         optimizer.zero_grad()
         model(torch.randn(4, 7, generator=generator).to(device)).square().mean().backward()

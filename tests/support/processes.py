@@ -28,6 +28,11 @@ LIMIT = 120.0
 LOG_LINES = 20
 
 
+needs_gloo = pytest.mark.skipif(
+    not (dist.is_available() and dist.is_gloo_available()), reason="this torch has no gloo"
+)
+
+
 class WorkerError(RuntimeError):
     """A worker raised; the message is its traceback."""
 

@@ -13,18 +13,17 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
-from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from bngd_triton.sharding import exchange, placements
 from bngd_triton.sharding.exchange import Exchange, Share, local_table
 from support import processes
-from support.sharded_cases import CASES, GRID, RUNS, S0, S1, SPOILT, TWO, Case, R, whole
+from support.host_reads import HostReads
+from support.sharded_cases import CASES, RUNS, S0, S1, SPOILT, TWO, Case, R, whole
+from support.sharded_model import mesh_of
 
 
 class Found(NamedTuple):
@@ -34,8 +33,6 @@ class Found(NamedTuple):
     mean: list[float]
     std: list[float]
     table: Tensor
-    # mesh dimensions over which a slice is cut
-    cut: tuple[int, ...]
 
 
 class Collective(NamedTuple):
@@ -55,24 +52,9 @@ class Result(NamedTuple):
     reads: int
     repeated: bool
     rows: dict[str, Tensor]
-    # whether rows have the right index, and whether a write to a part reaches the parameter
-    placed: dict[str, bool]
-    eager: dict[str, tuple[float, float]]
-    # of the model, which has no case
-    gradients: dict[str, Tensor]
     refusals: dict[str, str]
     # slices that travel, and what carries them
     transformer: dict[str, tuple[int, list[Collective]]]
-
-
-class HostReads(TorchDispatchMode):
-    """Counts values read on the host, each of which would wait for a GPU."""
-
-    count = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        self.count += func is torch.ops.aten._local_scalar_dense.default
-        return func(*args, **(kwargs or {}))
 
 
 @contextlib.contextmanager
@@ -117,16 +99,12 @@ def sharded(case: Case, mesh: DeviceMesh) -> tuple[Tensor, Tensor]:
 def share_of(name: str, param: Tensor, grad: Tensor, granularity: str) -> Share:
     """As a step would have it of a group of all."""
     share = placements.share_of(name, param, grad, granularity)
+    if isinstance(param, DTensor):
+        innermost_first = param.device_mesh.get_all_groups()[::-1]
+        names = [group.group_name for group in innermost_first]
+        places = [names.index(group.group_name) for group in share.groups]
+        assert places == sorted(places)
     return share._replace(union=0) if granularity == "global" else share
-
-
-def cutting(param: Tensor, share: Share) -> tuple[int, ...]:
-    """The mesh dimensions of a share's process groups, which must be innermost first."""
-    mesh = getattr(param, "device_mesh", None)
-    dims = {mesh.get_group(i).group_name: i for i in range(mesh.ndim)} if mesh else {}
-    cut = [dims[group.group_name] for group in share.groups]
-    assert cut == sorted(cut, reverse=True)
-    return tuple(sorted(cut))
 
 
 @torch.no_grad()
@@ -140,29 +118,11 @@ def global_rows(param: Tensor) -> Tensor:
     return distribute_tensor(rows, param.device_mesh, kept, src_data_rank=None).to_local()
 
 
-def model_on(mesh: DeviceMesh) -> nn.Module:
-    """FSDP over tensor parallelism, with gradients: `_StridedShard`, and a layer without TP."""
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(6, 10), nn.GELU(), nn.Linear(10, 3), nn.LayerNorm(3))
-    parallelize_module(model, mesh["tp"], {"0": ColwiseParallel(), "2": RowwiseParallel()})
-    fully_shard(model, mesh=mesh["dp"])
-    x = torch.randn(4, 6) * (1 + mesh.get_local_rank("dp"))
-    model(x).square().mul(torch.arange(3.0)).sum().backward()
-    return model
-
-
 def visit(world: int) -> Result:
     """Everything that is asked of one world, on one rank."""
     cases = {case.desc: case for case in CASES[world] + SPOILT[world]}
-    meshes = {case.mesh: None for case in cases.values()}
-    on = {shape: init_device_mesh("cpu", shape, mesh_dim_names=("dp", "tp")[: len(shape)])
-          for shape in meshes}  # fmt: skip
+    on = {case.mesh: mesh_of(case.mesh) for case in cases.values()}
     tensors = {desc: sharded(case, on[case.mesh]) for desc, case in cases.items()}
-    gradients = {}
-    if GRID in on:
-        for name, param in model_on(on[GRID]).named_parameters():
-            tensors[f"model {name}"] = (param, param.grad)
-            gradients[f"model {name}"] = param.grad.full_tensor()
     parts = {desc: placements.local_parts(desc, *pair) for desc, pair in tensors.items()}
 
     found: dict[tuple[str, str], Found] = {}
@@ -170,7 +130,7 @@ def visit(world: int) -> Result:
     commands: dict[str, int] = {}
     reads, repeated = HostReads(), True
     for run, (granularity, takes) in RUNS.items():
-        names = [desc for desc in tensors if desc not in cases or takes(cases[desc])]
+        names = [desc for desc in tensors if takes(cases[desc])]
         shares = [share_of(d, *tensors[d], granularity) for d in names]
         plan = Exchange(shares)
         log: list[Collective] = []
@@ -188,37 +148,12 @@ def visit(world: int) -> Result:
             down = -torch.as_tensor(m.exponent)
             std = (m.m2 / max(1, m.n)).sqrt()
             assert m.mean.shape == (share.slices, 1)
-            found[run, desc] = Found(
-                m.n,
-                torch.ldexp(m.mean, down).flatten().tolist(),
-                torch.ldexp(std, down).flatten().tolist(),
-                table,
-                cutting(tensors[desc][0], share),
-            )
+            mean, std = (torch.ldexp(value, down).flatten().tolist() for value in (m.mean, std))
+            found[run, desc] = Found(m.n, mean, std, table)
 
-    rows, placed, eager = {}, {}, {}
-    for desc, (param, grad) in tensors.items():
-        if param.dim():
-            rows[desc] = global_rows(param)
-            shape = (-1, *[1] * (param.dim() - 1))
-            spread = rows[desc].view(shape).expand(parts[desc][0].shape).contiguous()
-            if isinstance(param, DTensor):
-                spread = placements.like(param, spread).full_tensor()
-            placed[desc] = torch.equal(
-                spread, torch.arange(param.shape[0]).view(shape).expand(param.shape)
-            )
-        with torch.no_grad():
-            before = (param.full_tensor() if isinstance(param, DTensor) else param).clone()
-            parts[desc][0].add_(1)
-            after = param.full_tensor() if isinstance(param, DTensor) else param
-        placed[f"{desc}, written"] = torch.equal(after, before + 1)
-        if desc in cases and cases[desc].eager and isinstance(grad, DTensor):
-            values = grad.redistribute(param.device_mesh, param.placements).double()
-            statistics = (values.mean(), values.std(correction=0))
-            mean, std = (float(value.full_tensor()) for value in statistics)
-            eager[desc] = (mean, std)
+    rows = {d: global_rows(param) for d, (param, _) in tensors.items() if param.dim()}
     return Result(
-        found, collectives, commands, reads.count, repeated, rows, placed, eager, gradients,
+        found, collectives, commands, reads.count, repeated, rows,
         refused(on[TWO]) if world == 2 else {}, transformer_on(on[(world,)]),
     )  # fmt: skip
 

@@ -6,7 +6,10 @@ process.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -17,11 +20,11 @@ from torch.distributed.tensor.debug import CommDebugMode
 from bngd_triton import BNGD
 from bngd_triton.eager.rounding import widen
 from bngd_triton.options import Options
-from bngd_triton.sharding import placements
+from bngd_triton.sharding import exchange, placements
 from bngd_triton.state import WINDOW, master_of
 from bngd_triton.tensors import local
+from support import processes
 from support.sharded_model import (
-    SHAPES,
     Block,
     Parts,
     gradients,
@@ -156,68 +159,67 @@ def commands(layout: str, world: int) -> int:
     return counter.get_total_counts()
 
 
-class Raised(NamedTuple):
-    message: str
+def own(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Copies of what this rank holds."""
+    return [local(tensor.detach()).clone() for tensor in tensors]
+
+
+class Attempt(NamedTuple):
+    """The error of a call, if there was one, and whether it left all tensors alone."""
+
+    words: str
     unchanged: bool
-    # after a good step that follows
+
+
+def attempt(act: Callable[[], Any], params: Sequence[Tensor], optimizer: BNGD) -> Attempt:
+    tensors = [*params, *(t for state in optimizer.state.values() for t in state.values())]
+    before, words = own(tensors), ""
+    try:
+        act()
+    except (FloatingPointError, RuntimeError) as error:
+        words = str(error)
+    return Attempt(words, all(map(torch.equal, before, own(tensors))))
+
+
+def start(layout: str, world: int, **options: Any) -> tuple[BNGD, Parts]:
+    held = parts(layout, world, F32)
+    optimizer = BNGD(held.params, lr=LR, weight_decay=0.1, **options)
+    held.place(initial())
+    return optimizer, held
+
+
+class Outcome(NamedTuple):
+    """What was tried, and the values after a good step that follows."""
+
+    tried: Attempt
     values: list[Tensor]
 
 
-def raising(layout: str, world: int, granularity: str, fused: bool) -> Raised:
+def raising(layout: str, world: int, granularity: str, fused: bool) -> Outcome:
     """A NaN that one rank holds, under ``nonfinite="raise"``."""
-    held = parts(layout, world, F32)
-    optimizer = BNGD(
-        held.params, lr=LR, granularity=granularity, nonfinite="raise", weight_decay=0.1,
-        fused=fused,
-    )  # fmt: skip
-    held.place(initial())
+    options = {"granularity": granularity, "nonfinite": "raise"}
+    optimizer, held = start(layout, world, fused=fused, **options)
     held.give(gradients(0))
     optimizer.step()
-    before = snapshot(optimizer, held)
     held.give(gradients(5))
-    message = ""
-    try:
-        optimizer.step()
-    except FloatingPointError as error:
-        message = str(error)
-    after = snapshot(optimizer, held)
+    tried = attempt(optimizer.step, held.params, optimizer)
     held.give(gradients(1))
     optimizer.step()
-    return Raised(message, all(map(torch.equal, before, after)), snapshot(optimizer, held))
+    return Outcome(tried, own(held.params))
 
 
-@torch.no_grad()
-def snapshot(optimizer: BNGD, held: Parts) -> list[Tensor]:
-    tensors = [*held.params, *(t for state in optimizer.state.values() for t in state.values())]
-    return [local(tensor).clone() for tensor in tensors]
-
-
-class Scaled(NamedTuple):
-    unchanged: bool
-    scale: float
-    values: list[Tensor]
-
-
-def scaled(layout: str, world: int, fused: bool) -> Scaled:
+def scaled(layout: str, world: int, fused: bool) -> Outcome:
     """A GradScaler's overflow that one rank holds, then a step without."""
-    held = parts(layout, world, F32)
-    optimizer = BNGD(held.params, lr=LR, weight_decay=0.1, fused=fused)
-    held.place(initial())
-    before = [local(param.detach()).clone() for param in held.params]
+    optimizer, held = start(layout, world, fused=fused)
     scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
-    unchanged = False
+    tried = []
     for step in (5, 1):
         scale = float(scaler.scale(torch.ones(())))
-        given = gradients(step)
-        if step == 5:
-            given = [grad.nan_to_num(torch.inf) for grad in given]
-        held.give([grad * scale for grad in given])
-        scaler.step(optimizer)
+        held.give([grad.nan_to_num(torch.inf) * scale for grad in gradients(step)])
+        tried.append(attempt(lambda: scaler.step(optimizer), held.params, optimizer))
         scaler.update()
-        if step == 5:
-            after = [local(param.detach()) for param in held.params]
-            unchanged = all(map(torch.equal, before, after))
-    return Scaled(unchanged, scaler.get_scale(), snapshot(optimizer, held)[: len(SHAPES)])
+    assert scaler.get_scale() == 4.0
+    return Outcome(tried[0], own(held.params))
 
 
 def rounded(layout: str, world: int, fused: bool) -> tuple[int, Tensor]:
@@ -232,38 +234,86 @@ def rounded(layout: str, world: int, fused: bool) -> tuple[int, Tensor]:
     return placements.ordinal(module.weight), local(module.weight.detach()).clone()
 
 
-def scaled_refused(world: int) -> tuple[str, bool]:
-    """A GradScaler over a replicated parameter, then a sharded one; and the other way round."""
+def scaled_over(world: int, *order: str) -> Attempt:
+    """A GradScaler over replicated and sharded parameters, in an order."""
     mesh = mesh_of((world,))
     model = nn.ModuleDict({"replicated": Block(), "cut": Block()})
     distribute_module(model["replicated"], mesh)
     fully_shard(model["cut"], mesh=mesh)
-    words = ""
-    for first, second in (("cut", "replicated"), ("replicated", "cut")):
-        params = [*model[first].parameters(), *model[second].parameters()]
-        optimizer = BNGD(params, fused=False)
-        for param in params:
-            param.grad = torch.ones_like(param)
-        before = [local(param.detach()).clone() for param in params]
-        scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
-        scaler.scale(torch.ones(()))
-        try:
-            scaler.step(optimizer)
-        except RuntimeError as error:
-            words = str(error)
-        same = all(torch.equal(local(p.detach()), old) for p, old in zip(params, before))
-        if first == "cut":
-            assert not words
-            assert not same
-    return words, same
+    params = [param for name in order for param in model[name].parameters()]
+    optimizer = BNGD(params, fused=False)
+    for param in params:
+        param.grad = torch.ones_like(param)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    scaler.scale(torch.ones(()))
+    return attempt(lambda: scaler.step(optimizer), params, optimizer)
 
 
-def refused(layout: str, world: int) -> str:
-    held = parts(layout, world, F32)
-    optimizer = BNGD(held.params, granularity="global", accumulation_steps=2)
+def global_micro_batch(world: int) -> Attempt:
+    optimizer, held = start("fsdp", world, granularity="global", accumulation_steps=2)
     held.give(gradients(0))
+    return attempt(optimizer.step, held.params, optimizer)
+
+
+class Result(NamedTuple):
+    """What one rank returns; keys are a layout and whether kernels were used, then as it says."""
+
+    trained: dict[tuple[str, bool], dict[str, Group]]
+    # without an exchange
+    apart: dict[str, Group]
+    commands: dict[str, int]
+    raised: dict[tuple[str, bool, str], Outcome]
+    scaled: dict[bool, Outcome]
+    rounded: dict[tuple[str, bool], tuple[int, Tensor]]
+    tried: dict[str, Attempt]
+
+
+def visit(world: int) -> Result:
+    layouts, paths = LAYOUTS[world], (False, True)
+    with mock.patch.object(exchange.Exchange, "run", lambda self, tables: list(tables)):
+        apart = train(APART, world)
+    raised = {
+        (name, fused, how): raising(name, world, how, fused)
+        for name in layouts
+        for how in GRANULARITIES
+        for fused in paths[: 1 + (name == layouts[-1] and how == "row")]
+    }
+    round_in = [(name, fused) for name in ROUNDED if name in layouts for fused in paths]
+    return Result(
+        {(run.layout, run.fused): train(run, world) for run in runs(world)},
+        apart,
+        {name: commands(name, world) for name in layouts},
+        raised,
+        {fused: scaled("fsdp", world, fused) for fused in paths},
+        {(name, fused): rounded(name, world, fused) for name, fused in round_in},
+        {
+            "global micro-batches": global_micro_batch(world),
+            "cut first": scaled_over(world, "cut", "replicated"),
+            "replicated first": scaled_over(world, "replicated", "cut"),
+        },
+    )
+
+
+@functools.cache
+def tried(world: int) -> list[Result] | Exception:
     try:
-        optimizer.step()
-    except NotImplementedError as error:
-        return str(error)
-    return ""
+        return processes.run(world, visit, world)
+    except Exception as error:
+        # a world that fails does so once, not for every test: ranks may wait long for each other
+        return error
+
+
+def visited(world: int) -> list[Result]:
+    found = tried(world)
+    if isinstance(found, Exception):
+        raise found
+    return found
+
+
+@functools.cache
+def alone(run: Run) -> dict[str, Group]:
+    """The same in one process, on whole parameters, without kernels.
+
+    Kernels finish a small whole tensor as a tile, whose statistics are float32.
+    """
+    return train(run._replace(layout="whole", fused=False), 1)
