@@ -10,8 +10,6 @@ counter that elects a slice's last program and, in the single launch, on the fla
 wait for; and wait for all threads between the read of a window and its write.
 """
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import functools
@@ -23,18 +21,16 @@ import sys
 import tempfile
 import time
 import types
-from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from support.compiled_cases import ALWAYS, BUDGETS, PINNED, SIMPLE_KERNELS, Case, cases, find_loose
-from support.machine_code import VERSION, Report, inspect
+from support.compiled_cases import ALWAYS, BUDGETS, PINNED, SIMPLE_KERNELS, cases, find_loose
+from support.machine_code import VERSION, inspect
 
 KERNELS = Path(str(importlib.util.find_spec("bngd_triton.kernels").origin)).parent  # type: ignore[union-attr]
 
@@ -66,7 +62,7 @@ ARGUMENTS = {
 
 
 @functools.cache
-def load_kernels(folder: Path) -> dict[str, Any]:
+def load_kernels(folder):
     """The modules of a kernels folder, which need not be the installed one."""
     package = types.ModuleType("bngd_triton.aot_kernels")
     package.__path__ = [str(folder)]
@@ -82,7 +78,7 @@ def load_kernels(folder: Path) -> dict[str, Any]:
     }
 
 
-def build(case: Case, tuning: Any, modules: dict[str, Any]) -> Any:
+def build(case, tuning, modules):
     """Compile one case as `launch` would; pointer arguments are not assumed to be aligned."""
     usual = case.kernel, {}, tuning.update_warps if case.kernel == "update" else tuning.warps
     module, own, warps = SIMPLE_KERNELS.get(case.kernel, usual)
@@ -108,7 +104,7 @@ def build(case: Case, tuning: Any, modules: dict[str, Any]) -> Any:
     return triton.compile(source, target=TARGETS[case.target], options=options)
 
 
-def run(folder: Path, case: Case) -> tuple[Case, Report | None, list[str]]:
+def run(folder, case):
     """Compile and check one case."""
     modules = load_kernels(folder)
     begin = time.perf_counter()
@@ -123,12 +119,12 @@ def run(folder: Path, case: Case) -> tuple[Case, Report | None, list[str]]:
     return case, report, report.complaints(case, modules["devices"].RELEASES_WAIT_FROM)
 
 
-def widths_text(widths: Counter[int]) -> str:
+def widths_text(widths):
     """Like ``8x16 1x4``: count x width in bytes."""
     return " ".join(f"{widths[width]}x{width}" for width in sorted(widths, reverse=True)) or "-"
 
 
-def main() -> int:
+def main():
     """Compile everything, print a line for each and a summary."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="fp32 and bf16, the shorter ones")

@@ -1,10 +1,6 @@
 """Kernels run on the GPU where there is one, in Triton's interpreter elsewhere."""
 
-from __future__ import annotations
-
 import os
-from collections.abc import Callable, Iterator
-from typing import Any
 
 import pytest
 import torch
@@ -21,7 +17,7 @@ torch.backends.cudnn.allow_tf32 = False
 
 
 @pytest.fixture(autouse=True)
-def _alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def _alone(monkeypatch):
     torch.manual_seed(0)
     # `bngd verify --device cpu` sets it: put back after the test
     name = "TRITON_INTERPRET"
@@ -31,13 +27,13 @@ def _alone(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
 
 
-def pytest_configure() -> None:
+def pytest_configure():
     # nothing is captured yet
     time_limits.stderr = os.dup(2)
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(items):
     # a start of three ranks and what they do takes both cores for 5 to 15 s
     for item in items:
         callspec = getattr(item, "callspec", None)
@@ -46,7 +42,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture
-def device() -> Iterator[torch.device]:
+def device():
     """Where both paths run; on a GPU for a limited time."""
     if INTERPRETED:
         yield torch.device("cpu")
@@ -56,20 +52,20 @@ def device() -> Iterator[torch.device]:
 
 
 @pytest.fixture(params=["eager", "fused"])
-def path(request: pytest.FixtureRequest, device: torch.device) -> StepPath:
+def path(request, device):
     """Runs a test once with the eager reference and once with the kernels."""
     return StepPath(request.param == "fused", device)
 
 
 @pytest.fixture
-def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def launched(monkeypatch):
     """The names of the kernels launched."""
     from bngd_triton.kernels.launcher import Launch
 
     names: list[str] = []
     launch = Launch.__call__
 
-    def noting(self: Launch, *args: Any, **more: Any) -> None:
+    def noting(self, *args, **more):
         names.append(self._kernel.fn.__name__)
         launch(self, *args, **more)
 
@@ -78,20 +74,20 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 @pytest.fixture
-def layouts(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
+def layouts(monkeypatch):
     """Counts how often a step was laid out or checked in full since the last call."""
     from bngd_triton.engine.step import Stepper
 
     laid_out: list[Stepper] = []
     full = Stepper.lay_out_and_step
 
-    def counting(self: Stepper, *args: Any) -> None:
+    def counting(self, *args):
         laid_out.append(self)
         full(self, *args)
 
     monkeypatch.setattr(Stepper, "lay_out_and_step", counting)
 
-    def since() -> int:
+    def since():
         count = len(laid_out)
         laid_out.clear()
         return count

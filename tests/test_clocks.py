@@ -1,14 +1,10 @@
 """The seeds of stochastic rounding go on counting when clocks are made anew."""
 
-from __future__ import annotations
-
-import torch
-
 from bngd_triton.clocks import Clocks
 
 
-def test_a_group_that_joins_does_not_turn_the_clocks_back(device: torch.device) -> None:
-    def group(seed: int) -> dict[str, object]:
+def test_a_group_that_joins_does_not_turn_the_clocks_back(device):
+    def group(seed):
         return {"seed": seed, "rounding_steps": 0, "master_weights": "stochastic"}
 
     clocks, groups = Clocks(), [group(3)]

@@ -4,7 +4,6 @@ import json
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +14,7 @@ from support.compiling import python
 pytestmark = pytest.mark.slow
 
 
-def test_host_time_is_measured_without_a_device(tmp_path: Path) -> None:
+def test_host_time_is_measured_without_a_device(tmp_path):
     out = tmp_path / "host.json"
     command = [sys.executable, "-m", "bench.host", "--tensors", "20", "--repeats", "3"]
     done = subprocess.run([*command, "--out", str(out)], capture_output=True, text=True, cwd=ROOT)
@@ -30,7 +29,7 @@ def test_host_time_is_measured_without_a_device(tmp_path: Path) -> None:
         assert min(row["step"], row["SGD"], row["step, new rates"]) > 1
 
 
-def test_microbenchmarks_run() -> None:
+def test_microbenchmarks_run():
     pytest.importorskip("pytest_benchmark")
     command = [sys.executable, "-m", "pytest", "bench/bench_micro.py", "--benchmark-disable", "-q"]
     # every function and optimizer at its smallest sizes; larger ones take the same way
@@ -45,7 +44,7 @@ def test_microbenchmarks_run() -> None:
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no distributed")
-def test_host_time_of_shards(tmp_path: Path) -> None:
+def test_host_time_of_shards(tmp_path):
     out = tmp_path / "shards.json"
     command = [sys.executable, "-m", "bench.host", "--tensors", "8", "--repeats", "3", "--sharded"]
     done = subprocess.run([*command, "--out", str(out)], cwd=ROOT, capture_output=True, text=True)
@@ -54,12 +53,12 @@ def test_host_time_of_shards(tmp_path: Path) -> None:
     assert row["step"] < row["laid out anew"]
 
 
-def written(folder: Path) -> dict[str, int]:
+def written(folder):
     """When each kernel was compiled."""
     return {str(p.relative_to(folder)): p.stat().st_mtime_ns for p in folder.rglob("*.cubin")}
 
 
-def test_a_carried_cache_serves_every_kernel(tmp_path: Path) -> None:
+def test_a_carried_cache_serves_every_kernel(tmp_path):
     there, here = tmp_path / "there", tmp_path / "here"
     code, printed = python("-m", "bench.precompile", "--out", str(there), "--only", "fp32")
     assert code == 0, printed

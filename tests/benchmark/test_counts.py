@@ -1,10 +1,7 @@
 """docs/performance.md shows the committed counts, and the kernels still give them."""
 
-from __future__ import annotations
-
 import json
 import re
-from typing import Any
 
 import pytest
 
@@ -22,11 +19,11 @@ SINGLE, SPLIT_UPDATE = ("fp32, one launch", "single"), ("bf16 split", "update")
 SPLIT_TILES = ("bf16 split, rows of 768", "tiles")
 
 
-def rows_of(length: int) -> tuple[str, str]:
+def rows_of(length):
     return f"fp32, rows of {length}", "tiles"
 
 
-def counted(kernel: tuple[str, str], what: str) -> float:
+def counted(kernel, what):
     """A figure of a kernel as docs/performance.md has it."""
     row = KERNELS[kernel]
     if what == "float64":
@@ -40,7 +37,7 @@ def counted(kernel: tuple[str, str], what: str) -> float:
     return float(figures[what] if what in figures else row[what])
 
 
-def test_the_page_shows_the_committed_counts() -> None:
+def test_the_page_shows_the_committed_counts():
     text = page.PAGE.read_text()
     assert page.filled(text, json.loads(RESULT.read_text())) == text
 
@@ -61,18 +58,16 @@ def test_the_page_shows_the_committed_counts() -> None:
     ],
     ids=str,
 )
-def test_what_the_kernels_take_stays_within_its_target(
-    kernel: tuple[str, str], what: str, most: float
-) -> None:
+def test_what_the_kernels_take_stays_within_its_target(kernel, what, most):
     assert round(counted(kernel, what), 2) <= most
 
 
 @pytest.mark.parametrize("step", RESULT_ROWS["steps"], ids=lambda step: step["workload"])
-def test_a_step_by_row_takes_little_more_than_its_bytes(step: dict[str, Any]) -> None:
+def test_a_step_by_row_takes_little_more_than_its_bytes(step):
     assert step["modelled_us"] <= 1.15 * step["memory_us"]
 
 
-def test_the_targets_of_steps_are_of_these_workloads() -> None:
+def test_the_targets_of_steps_are_of_these_workloads():
     assert [step["workload"] for step in RESULT_ROWS["steps"]] == list(whole_steps.STEPS)
 
 
@@ -89,9 +84,7 @@ def test_the_targets_of_steps_are_of_these_workloads() -> None:
         ("a NaN is made", [(SPLIT_UPDATE, "instructions"), (SPLIT_TILES, "instructions")]),
     ],
 )
-def test_the_ledger_says_what_was_counted_last(
-    change: str, after: list[tuple[tuple[str, str], str]]
-) -> None:
+def test_the_ledger_says_what_was_counted_last(change, after):
     ledger = (ROOT / "docs" / "kernels.md").read_text()
     (line,) = re.findall(rf"^\| {change}.*\|$", ledger, re.M)
     cell = re.sub(r"\([^)]*\)", "", line.split(" | ")[-1])
@@ -105,11 +98,11 @@ def test_the_ledger_says_what_was_counted_last(
 @pytest.mark.parametrize(
     ("registers", "programs"), [(32, 16), (39, 12), (48, 10), (64, 8), (80, 6), (168, 3), (255, 2)]
 )
-def test_programs_share_the_registers_of_a_processor(registers: int, programs: int) -> None:
+def test_programs_share_the_registers_of_a_processor(registers, programs):
     assert h200.programs(registers) == programs
 
 
 @pytest.mark.slow
-def test_the_kernels_still_give_the_committed_counts() -> None:
+def test_the_kernels_still_give_the_committed_counts():
     code, printed = python("-m", "bench.counts", "--check")
     assert code == 0, printed

@@ -1,7 +1,5 @@
 """Figures in README and docs are those of the committed results, no more."""
 
-from __future__ import annotations
-
 import json
 from typing import Any
 
@@ -18,12 +16,12 @@ CPU = json.loads((RESULTS / "cpu" / "one-thread.json").read_text())["rows"]
 HOST = [json.loads(file.read_text())["rows"] for file in (RESULTS / "host").glob("run-*.json")]
 
 
-def table(*rows: list[str]) -> str:
+def table(*rows):
     """Lines as they stand on a page."""
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
-def test_accuracies_on_the_exploding_network() -> None:
+def test_accuracies_on_the_exploding_network():
     rows = []
     for arm, run in enumerate(DEMO[0]["exploding"]):
         finals = [seed["exploding"][arm]["accuracies"][-1] for seed in DEMO]
@@ -32,7 +30,7 @@ def test_accuracies_on_the_exploding_network() -> None:
     assert table(*rows) in (DOCS / "demo.md").read_text()
 
 
-def test_accuracies_by_loss_scale() -> None:
+def test_accuracies_by_loss_scale():
     finals: dict[float, dict[str, list[Any]]] = {}
     for run in (run for seed in DEMO for run in seed["loss_scale"]):
         row = finals.setdefault(run["loss_scale"], {})
@@ -45,7 +43,7 @@ def test_accuracies_by_loss_scale() -> None:
     assert table(*rows) in (DOCS / "demo.md").read_text()
 
 
-def test_a_step_on_a_cpu() -> None:
+def test_a_step_on_a_cpu():
     """The table, the range of it in README, and the aims; the last case has 3000 tensors."""
     arms = [name for name in next(iter(CPU.values())) if name != "SGD fused"]
     cells = [[case, *(f"{row[arm]['ratio']:.1f}" for arm in arms)] for case, row in CPU.items()]
@@ -59,7 +57,7 @@ def test_a_step_on_a_cpu() -> None:
 
 
 @pytest.mark.parametrize(("groups", "name"), [(1, "1 group"), (28, "28 groups")])
-def test_time_of_a_repeated_step_on_the_host(groups: int, name: str) -> None:
+def test_time_of_a_repeated_step_on_the_host(groups, name):
     assert len(HOST) == 3
     cells = [f"in {name}"]
     for gradients in ("kept", "new", "moved"):

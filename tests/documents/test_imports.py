@@ -1,11 +1,8 @@
 """Which part of the house imports which, that there is no circle, and what `kernels` is alone."""
 
-from __future__ import annotations
-
 import ast
 import graphlib
 import importlib.util
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -36,7 +33,7 @@ PATHS = {
 }
 
 
-def imports(module: str, lazy: bool) -> Iterator[str]:
+def imports(module, lazy):
     """Modules of the house, and Triton, that a module imports: when it is loaded, or ever."""
     path = PATHS[module]
     todo: list[ast.AST] = [ast.parse(path.read_text())]
@@ -56,14 +53,14 @@ def imports(module: str, lazy: bool) -> Iterator[str]:
             todo.extend(ast.iter_child_nodes(node))
 
 
-def part(module: str) -> str:
+def part(module):
     """The entry of `ORDER` that a module belongs to."""
     inside = module.removeprefix("bngd_triton.")
     return inside.split(".")[0]
 
 
 @pytest.mark.parametrize("module", PATHS)
-def test_imports_go_down_only(module: str) -> None:
+def test_imports_go_down_only(module):
     at = ORDER.index(part(module))
     for other in set(imports(module, lazy=False)) & set(PATHS):
         assert part(other) == part(module) or ORDER.index(part(other)) < at, other
@@ -72,7 +69,7 @@ def test_imports_go_down_only(module: str) -> None:
     assert triton == module.startswith(("bngd_triton.kernels.device.", "bench.driver"))
 
 
-def test_there_is_no_circle_even_of_imports_within_functions() -> None:
+def test_there_is_no_circle_even_of_imports_within_functions():
     edges = {(module, name) for module in PATHS for name in imports(module, lazy=True)}
     graph: dict[str, set[str]] = {module: set() for module in PATHS}
     for module, name in edges:
@@ -81,7 +78,7 @@ def test_there_is_no_circle_even_of_imports_within_functions() -> None:
     graphlib.TopologicalSorter(graph).prepare()
 
 
-def test_the_folder_kernels_is_empty_under_its_bare_name() -> None:
+def test_the_folder_kernels_is_empty_under_its_bare_name():
     # as where a checkout's root is on sys.path, and a library looks for Hugging Face's `kernels`
     spec = importlib.util.spec_from_file_location("kernels", kernels.__file__)
     assert spec is not None

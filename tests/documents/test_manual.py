@@ -1,12 +1,9 @@
 """README and pages that speak of code: tests, public names, options, commands and links."""
 
-from __future__ import annotations
-
 import ast
 import inspect
 import re
 from dataclasses import fields
-from pathlib import Path
 from typing import get_type_hints
 
 import pytest
@@ -23,7 +20,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def test_every_fault_is_shown_by_a_test_that_exists() -> None:
+def test_every_fault_is_shown_by_a_test_that_exists():
     page = (DOCS / "faults.md").read_text()
     rows = re.findall(r"^\| (?!fault|---)(.*) \|$", page, re.M)
     assert len(rows) > 50
@@ -35,7 +32,7 @@ def test_every_fault_is_shown_by_a_test_that_exists() -> None:
         assert name in tests, row
 
 
-def test_every_public_name_is_in_the_api() -> None:
+def test_every_public_name_is_in_the_api():
     named = set(re.findall(r"^::: (\S+)$", (DOCS / "api.md").read_text(), re.M))
     public = {f"bngd_triton.{name}" for name in bngd_triton.__all__}
     public |= {f"bngd_triton.kernels.{name}" for name in kernels.__all__}
@@ -47,7 +44,7 @@ def test_every_public_name_is_in_the_api() -> None:
     assert named == public
 
 
-def test_the_site_has_every_page() -> None:
+def test_the_site_has_every_page():
     site = ROOT / "mkdocs.yml"
     if not site.exists():
         pytest.skip("mkdocs.yml is in the checkout only")
@@ -55,7 +52,7 @@ def test_the_site_has_every_page() -> None:
     assert sorted(pages) == sorted(page.name for page in DOCS.glob("*.md"))
 
 
-def test_both_commands_stand_on_lines_of_their_own() -> None:
+def test_both_commands_stand_on_lines_of_their_own():
     lines = (ROOT / "README.md").read_text().splitlines()
     setup = "python3 -m venv .venv && .venv/bin/pip install -q -c constraints.txt -e"
     assert f"{setup} '.[demo]' && .venv/bin/bngd demo" in lines[:40]
@@ -64,7 +61,7 @@ def test_both_commands_stand_on_lines_of_their_own() -> None:
     )
 
 
-def anchors(page: Path) -> set[str]:
+def anchors(page):
     """Of the headings, as the repository and the manual make them."""
     headings = re.findall(r"^#+ (.*)$", page.read_text(), re.M)
     plain = [re.sub(r"[^\w -]", "", text).lower().replace(" ", "-") for text in headings]
@@ -73,7 +70,7 @@ def anchors(page: Path) -> set[str]:
 
 @pytest.mark.skipif(not (ROOT / "bngd_triton").is_dir(), reason="pages link to the whole checkout")
 @pytest.mark.parametrize("page", sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]), ids=str)
-def test_files_that_a_page_links_to_exist(page: Path) -> None:
+def test_files_that_a_page_links_to_exist(page):
     links = re.findall(r"\]\((?!http)([^)#\s]*)(#[^)\s]*)?\)", page.read_text())
     # `compiled[grid](...)` is code
     links = [(link, place) for link, place in links if link != "..."]
@@ -82,7 +79,7 @@ def test_files_that_a_page_links_to_exist(page: Path) -> None:
     assert [(file, place) for file, place in places if place not in anchors(file)] == []
 
 
-def test_every_option_is_in_the_table_and_in_the_docstrings() -> None:
+def test_every_option_is_in_the_table_and_in_the_docstrings():
     names = {field.name for field in fields(Options)}
     readme = (ROOT / "README.md").read_text()
     table = [row.split("|")[1] for row in readme.splitlines() if row.startswith("| `")]

@@ -1,7 +1,5 @@
 """The code of README and of every page of docs/ runs as the page stands, from top to bottom."""
 
-from __future__ import annotations
-
 import builtins
 import contextlib
 import importlib.util
@@ -9,7 +7,6 @@ import os
 import re
 import symtable
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -33,17 +30,17 @@ ALWAYS = {*sys.stdlib_module_names, "torch", "bngd_triton"}
 WITH_CODE = [page for page in PAGES if page.exists() and blocks(page.read_text())]
 
 
-def needs(block: str) -> set[str]:
+def needs(block):
     """The packages that the block's first line asks for."""
     first = re.match(r"# needs (.*)\n", block)
     return set(first[1].split(" and ")) if first else set()
 
 
-def imported(block: str) -> set[str]:
+def imported(block):
     return set(re.findall(r"^\s*(?:from|import) (\w+)", block, re.M))
 
 
-def names(table: symtable.SymbolTable) -> Iterator[symtable.Symbol]:
+def names(table):
     """Of a block's namespace, in functions and classes too."""
     module = table.get_type() == "module"
     yield from (name for name in table.get_symbols() if module or name.is_global())
@@ -51,14 +48,12 @@ def names(table: symtable.SymbolTable) -> Iterator[symtable.Symbol]:
         yield from names(inner)
 
 
-def test_pages_with_code_are_found() -> None:
+def test_pages_with_code_are_found():
     assert {page.stem for page in WITH_CODE} >= {"README", "first-steps", "training", "distributed"}
 
 
 @pytest.mark.parametrize("page", WITH_CODE, ids=lambda page: page.stem)
-def test_the_code_of_a_page_runs(
-    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch):
     """What a package is missing for is left to the test below, and to tests/integrations."""
     if "torch.distributed" in page.read_text() and not dist.is_gloo_available():
         pytest.skip("this torch has no gloo")
@@ -76,7 +71,7 @@ def test_the_code_of_a_page_runs(
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the page itself runs it")
-def test_the_graph_of_the_training_page_is_rehearsed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_graph_of_the_training_page_is_rehearsed(monkeypatch):
     """Without a GPU a replay is an iteration, which must leave gradients where they were."""
     setup, *_ = found = blocks((DOCS / "training.md").read_text())
     (code,) = [block for block in found if "graph.replay" in block]
@@ -84,7 +79,7 @@ def test_the_graph_of_the_training_page_is_rehearsed(monkeypatch: pytest.MonkeyP
     exec(setup, scope)
     where: list[torch.Tensor] = []
 
-    def replay() -> None:
+    def replay():
         where[:] = where or [param.grad for param in scope["net"].parameters()]
         scope["iteration"]()
         assert all(old is param.grad for old, param in zip(where, scope["net"].parameters()))
@@ -104,7 +99,7 @@ def test_the_graph_of_the_training_page_is_rehearsed(monkeypatch: pytest.MonkeyP
     assert scope["optimizer"].param_groups[0]["lr"] == pytest.approx(0.0, abs=1e-9)
 
 
-def check_what_is_left(page: str, scope: dict[str, Any]) -> None:
+def check_what_is_left(page, scope):
     """What the text beside the code says of it."""
     for name, value in scope.items():
         if isinstance(value, torch.nn.Module):
@@ -121,7 +116,7 @@ def check_what_is_left(page: str, scope: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("page", WITH_CODE, ids=lambda page: page.stem)
-def test_a_page_defines_what_it_uses_and_says_what_it_needs(page: Path) -> None:
+def test_a_page_defines_what_it_uses_and_says_what_it_needs(page):
     """For every block, those that cannot run here, too."""
     known = set(dir(builtins))
     for block in blocks(page.read_text()):
@@ -132,9 +127,7 @@ def test_a_page_defines_what_it_uses_and_says_what_it_needs(page: Path) -> None:
         assert imported(block) <= ALWAYS | needs(block)
 
 
-def test_figures_of_the_telemetry_page_are_the_example_s(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_figures_of_the_telemetry_page_are_the_example_s(monkeypatch, capsys):
     monkeypatch.syspath_prepend(str(EXAMPLES))
     import find_exploding_layer as example
 

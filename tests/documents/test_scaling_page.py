@@ -1,7 +1,5 @@
 """The formulas and tables of docs/scaling.md: against counted collectives, and worked out anew."""
 
-from __future__ import annotations
-
 import math
 import re
 
@@ -29,14 +27,14 @@ WAYS = {
 }
 
 
-def table(title: str) -> dict[str, list[str]]:
+def table(title):
     """The table whose header starts with `title`: cells by the first one of their line."""
     (text,) = re.findall(rf"^(\| {title} \|.*\n(?:\|.*\n)+)", PAGE.read_text(), re.M)
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()]
     return {first: rest for first, *rest in cells if first != "---"}
 
 
-def worked_out(formula: str, **names: int) -> int:
+def worked_out(formula, **names):
     value = eval(formula.strip("`"), {"ceil": math.ceil, **names})
     assert value == int(value)
     return int(value)
@@ -45,7 +43,7 @@ def worked_out(formula: str, **names: int) -> int:
 @pytest.mark.slow
 @pytest.mark.parametrize("world", WORLDS)
 @pytest.mark.parametrize("way", WAYS)
-def test_formulas_are_what_collectives_carry(world: int, way: str) -> None:
+def test_formulas_are_what_collectives_carry(world, way):
     line, how = WAYS[way]
     slices = worked_out(table("granularity")[line][0], **SMALL)
     collectives, given, received = (
@@ -59,7 +57,7 @@ def test_formulas_are_what_collectives_carry(world: int, way: str) -> None:
         assert sum(each.received for each in log) == received
 
 
-def models() -> dict[str, Transformer]:
+def models():
     found = table("model")
     del found["model"]
     return {
@@ -68,11 +66,11 @@ def models() -> dict[str, Transformer]:
     }
 
 
-def spaced(number: int) -> str:
+def spaced(number):
     return f"{number:,}".replace(",", " ")
 
 
-def test_models() -> None:
+def test_models():
     found = table("model")
     for name, model in models().items():
         shapes = model.shapes()
@@ -85,14 +83,14 @@ def test_models() -> None:
         ]
 
 
-def size_of(number: int) -> str:
+def size_of(number):
     for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if number >= factor:
             return f"{number / factor:.3g} {unit}"
     return f"{number} B"
 
 
-def test_bytes_by_model_and_ranks() -> None:
+def test_bytes_by_model_and_ranks():
     assert f"`40 * T * R` above {spaced(exchange.GATHERED)}" in PAGE.read_text()
     found, ways = table("ranks"), table("way")
     assert found.pop("ranks") == list(models())

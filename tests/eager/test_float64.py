@@ -1,7 +1,5 @@
 """What the reference does for float64, mixed dtypes and tensors of more than one block."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest
@@ -21,19 +19,19 @@ from support.closeness import assert_within
     # eps is in the gradient's units, whatever power of two its statistics were scaled by
     + [(scale, 0.5) for scale in (1e-300, 1e-7, 1e150, 1e300)],
 )
-def test_float64_at_every_scale(scale: float, eps: float) -> None:
+def test_float64_at_every_scale(scale, eps):
     unit = torch.randn(30, 7, dtype=torch.float64)
     ghat = normalize_gradient(unit * scale, eps=eps * scale)
     want = normalized(unit.flatten(), eps, "zscore", 1.0).view(30, 7)
     torch.testing.assert_close(ghat, want, rtol=1e-12, atol=1e-12)
 
 
-def test_subnormal_float64_is_normalised() -> None:
+def test_subnormal_float64_is_normalised():
     ghat = normalize_gradient(torch.randn(30, 7, dtype=torch.float64) * 5e-324, eps=0.0)
     assert abs(float(ghat.square().mean().sqrt()) - 1) < 1e-12
 
 
-def test_rows_of_float64_at_every_scale() -> None:
+def test_rows_of_float64_at_every_scale():
     """Each row has its own power of two, in more than one block of the CPU path."""
     unit = torch.randn(200, 500, dtype=torch.float64)
     scale = torch.logspace(-300, 300, 200, dtype=torch.float64).view(-1, 1)
@@ -43,7 +41,7 @@ def test_rows_of_float64_at_every_scale() -> None:
 
 
 @pytest.mark.parametrize("scale", [1e-300, 1.0, 1e200], ids=lambda c: f"{c:g}")
-def test_global_over_float32_and_float64(scale: float) -> None:
+def test_global_over_float32_and_float64(scale):
     """One power of two for both, from the largest entry."""
     grads = [torch.randn(3, 4), torch.randn(50, dtype=torch.float64) * scale]
     for order in (grads, grads[::-1]):
@@ -55,7 +53,7 @@ def test_global_over_float32_and_float64(scale: float) -> None:
         torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
 
 
-def test_a_spread_of_many_float64_units_is_real() -> None:
+def test_a_spread_of_many_float64_units_is_real():
     """sigma / mu = 1e-13 is a few hundred units of rounding, sigma / mu = 1e-16 less than one."""
     steps = torch.arange(-500, 501, dtype=torch.float64)
     ghat = normalize_gradient(1 + steps * 2.0**-52, eps=0.0, center_1d=True)
@@ -74,9 +72,7 @@ def test_a_spread_of_many_float64_units_is_real() -> None:
     ],
     ids=["fp32 of fp64", "bf16 of fp64", "fp64 of fp32", "fp64 of bf16"],
 )
-def test_arithmetic_is_in_the_wider_dtype(
-    param_dtype: torch.dtype, grad_dtype: torch.dtype, scale: float
-) -> None:
+def test_arithmetic_is_in_the_wider_dtype(param_dtype, grad_dtype, scale):
     param = torch.zeros(6, 7, dtype=param_dtype)
     grad = (torch.randn(6, 7, dtype=torch.float64) * scale).to(grad_dtype)
     want = -normalized(grad.double().flatten(), 0.0, "zscore", 1.0).view(6, 7)
@@ -86,7 +82,7 @@ def test_arithmetic_is_in_the_wider_dtype(
 
 
 @pytest.mark.parametrize("granularity", ["tensor", "row", "global"])
-def test_a_step_in_blocks_is_a_step_of_the_whole(granularity: str) -> None:
+def test_a_step_in_blocks_is_a_step_of_the_whole(granularity):
     """Each block of a large parameter moves by its own gradient and its own momentum."""
     param, grad, buffer = torch.randn(3, 300, 500).unbind()
     grad = grad * 1e-3 + 1
@@ -100,7 +96,7 @@ def test_a_step_in_blocks_is_a_step_of_the_whole(granularity: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_a_tensor_lr_gives_the_bits_of_a_float(dtype: torch.dtype) -> None:
+def test_a_tensor_lr_gives_the_bits_of_a_float(dtype):
     """The decay is formed in float64 and rounded once, in both."""
     found = []
     rate = torch.tensor(0.7, dtype=dtype)

@@ -1,7 +1,5 @@
 """Rounding to bfloat16 and float16: remainders, masters, and stochastic rounding."""
 
-from __future__ import annotations
-
 import dataclasses
 from typing import Any
 
@@ -9,7 +7,6 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from bngd_triton import reference
 from bngd_triton.eager.rounding import hash_positions, new_master, store_, widen
@@ -35,7 +32,7 @@ KINDS: dict[str, tuple[torch.dtype, torch.dtype | None, Any]] = {
 }
 
 
-def every_kind() -> Tensor:
+def every_kind():
     """Float32 of every sign, exponent and upper mantissa: subnormals, infinities, NaNs, ..."""
     upper = torch.arange(2**16).view(-1, 1) << 16
     return (upper | LOWER).flatten().to(torch.int32).view(FLOAT32)
@@ -62,7 +59,7 @@ def _widen_kernel(
     tl.store(out_ptr + at, wide)
 
 
-def same_values(got: Tensor, want: Tensor) -> bool:
+def same_values(got, want):
     """Equal bits, but for the payload of a NaN."""
     numbers = ~want.isnan()
     return torch.equal(got.isnan(), ~numbers) and torch.equal(
@@ -70,7 +67,7 @@ def same_values(got: Tensor, want: Tensor) -> bool:
     )
 
 
-def test_a_split_master_is_exact() -> None:
+def test_a_split_master_is_exact():
     x = every_kind()
     param, rest = torch.empty(x.shape, dtype=BFLOAT16), torch.empty(x.shape, dtype=torch.int16)
     store_(param, rest, x, None)
@@ -86,7 +83,7 @@ def test_a_split_master_is_exact() -> None:
 
 @pytest.mark.filterwarnings("ignore:overflow encountered in cast:RuntimeWarning")
 @pytest.mark.parametrize("kind", KINDS)
-def test_kernels_narrow_as_the_reference_does(kind: str, device: torch.device) -> None:
+def test_kernels_narrow_as_the_reference_does(kind, device):
     dtype, master_dtype, code = KINDS[kind]
     x = every_kind().to(device)
     hashed = HASHES.repeat(x.numel() // len(HASHES) + 1)[: x.numel()].to(device)
@@ -105,7 +102,7 @@ def test_kernels_narrow_as_the_reference_does(kind: str, device: torch.device) -
 
 
 @pytest.mark.parametrize("kind", ["remainder", "float16 master", "bfloat16 master"])
-def test_a_parameter_written_by_others_is_believed(kind: str, device: torch.device) -> None:
+def test_a_parameter_written_by_others_is_believed(kind, device):
     """Any parameter beside any master: its own value, or for a remainder half an ulp from it."""
     dtype, master_dtype, code = KINDS[kind]
     param = torch.arange(2**16).to(torch.int16).view(dtype).repeat_interleave(8).to(device)
@@ -132,7 +129,7 @@ def test_a_parameter_written_by_others_is_believed(kind: str, device: torch.devi
     assert same_values(wide[compared], got[compared])
 
 
-def test_a_new_master_holds_the_parameter() -> None:
+def test_a_new_master_holds_the_parameter():
     for dtype, master_dtype in ((BFLOAT16, torch.int16), (FLOAT16, FLOAT32)):
         param = torch.randn(64).to(dtype)
         master = new_master(param, torch.zeros(64, dtype=master_dtype))
@@ -146,7 +143,7 @@ VALUES = {
 }
 
 
-def neighbours(value: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def neighbours(value, dtype):
     """The nearest representable values around a float32, towards zero first."""
     size = value.abs()
     at = bits(size.to(dtype))
@@ -156,7 +153,7 @@ def neighbours(value: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("dtype", [BFLOAT16, FLOAT16], ids=str)
-def test_stochastic_rounding_is_unbiased(dtype: torch.dtype) -> None:
+def test_stochastic_rounding_is_unbiased(dtype):
     hashed = hash_positions(torch.tensor(7), 3, torch.arange(4096))
     for value in VALUES[dtype]:
         exact, rounded = torch.tensor(value, dtype=FLOAT32), torch.empty(4096, dtype=dtype)
@@ -171,7 +168,7 @@ def test_stochastic_rounding_is_unbiased(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", [BFLOAT16, FLOAT16], ids=str)
-def test_stochastic_rounding_gives_one_of_the_neighbours(dtype: torch.dtype) -> None:
+def test_stochastic_rounding_gives_one_of_the_neighbours(dtype):
     """Representable values stay, NaN stays NaN, and nothing within range becomes infinite."""
     x = every_kind()
     low, high = neighbours(x, dtype)
@@ -203,9 +200,7 @@ APART = {
 }
 
 
-def coins(
-    fused: bool, place: int, step: int, seed: int, dtype: torch.dtype, device: torch.device
-) -> Tensor:
+def coins(fused, place, step, seed, dtype, device):
     """What 4096 fair decisions of a step came to, each -1 or 1."""
     params = [torch.ones(4096, dtype=dtype, device=device) for _ in range(place + 1)]
     grads = [torch.zeros_like(param) for param in params]
@@ -219,7 +214,7 @@ def coins(
 
 @pytest.mark.parametrize("dtype", [BFLOAT16, FLOAT16], ids=str)
 @pytest.mark.parametrize("which", APART)
-def test_rounding_of_two_is_independent(which: str, dtype: torch.dtype, path: Any) -> None:
+def test_rounding_of_two_is_independent(which, dtype, path):
     one, other = (coins(path.fused, *at, dtype, path.device) for at in APART[which])
     # sums of 4096 independent signs: 5 sigma is 5 / 64
     for sample in (one, other, one * other, one[1:] * one[:-1], one[64:] * one[:-64]):
@@ -229,13 +224,11 @@ def test_rounding_of_two_is_independent(which: str, dtype: torch.dtype, path: An
 
 @pytest.mark.parametrize("granularity", ["tensor", "row"])
 @pytest.mark.parametrize("dtype", [BFLOAT16, FLOAT16], ids=str)
-def test_rounding_is_the_same_for_any_size_of_work(
-    dtype: torch.dtype, granularity: str, device: torch.device
-) -> None:
+def test_rounding_is_the_same_for_any_size_of_work(dtype, granularity, device):
     """Rows in tiles, in slices, channels_last and transposed, as in the eager reference."""
     shapes = [(3, 350), (2, 12, 3, 3), (6, 4), (900,), (), (5, 7)]
 
-    def run(step_: Any, **options: Any) -> list[Tensor]:
+    def run(step_, **options):
         params = [param.detach() for param in make_params(device, dtype, shapes=shapes)]
         grads = [torch.zeros_like(param) for param in params]
         step_(

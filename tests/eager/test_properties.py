@@ -1,10 +1,7 @@
 """What the definition guarantees for any gradient, on both paths."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
@@ -15,7 +12,6 @@ from bngd_triton.kernels import fused_normalize_gradient
 from bngd_triton.verify.oracle import normalized, oracle_step
 from bngd_triton.verify.tolerances import EPS, GHAT, ghat_bound
 from support.closeness import assert_within
-from support.paths import StepPath
 
 Make = Callable[[], Tensor]
 BIG = 3.4e38
@@ -36,7 +32,7 @@ GRADIENTS: dict[str, Make] = {
 }
 
 
-def ghat_of(path: StepPath, grad: Tensor, **options: Any) -> Tensor:
+def ghat_of(path, grad, **options):
     function = fused_normalize_gradient if path.fused else normalize_gradient
     return function(grad.to(path.device), **options).cpu()
 
@@ -50,7 +46,7 @@ gradients = pytest.mark.parametrize("name", GRADIENTS)
     [{"eps": 0.0}, {}, {"eps": 0.0, "centering": 0.0}, {"eps": 0.0, "normalizer": "cdf"}],
     ids=["eps 0", "defaults", "RMS", "cdf"],
 )
-def test_equals_float64(path: StepPath, name: str, options: dict[str, Any]) -> None:
+def test_equals_float64(path, name, options):
     """At every scale float32 has: no overflow where the definition has none."""
     full = {"eps": 1e-8, "normalizer": "zscore", "centering": 1.0} | options
     # three times as long: beyond a tile of the kernels, where a second launch normalises
@@ -61,13 +57,13 @@ def test_equals_float64(path: StepPath, name: str, options: dict[str, Any]) -> N
         assert_within("ghat", ghat_of(path, grad, **options), want, bound)
 
 
-def split_mean(grad: Tensor) -> Tensor:
+def split_mean(grad):
     """The mean is subtracted as two float32: what is left of it is 2**-48 of mean / sigma."""
     return 2.0**-48 * (grad.double().mean() / grad.double().std(correction=0)).abs()
 
 
 @gradients
-def test_step_is_bounded(path: StepPath, name: str) -> None:
+def test_step_is_bounded(path, name):
     """RMS of a step <= lr from the first step on; entries <= sqrt(3) * lr under the CDF."""
     lr = 2.0**-6
     for options in ({}, {"granularity": "row"}, {"momentum": 0.0, "nesterov": False}):
@@ -85,7 +81,7 @@ def test_step_is_bounded(path: StepPath, name: str) -> None:
 
 @gradients
 @pytest.mark.parametrize("granularity", ["tensor", "row"])
-def test_powers_of_two_change_no_bit(path: StepPath, name: str, granularity: str) -> None:
+def test_powers_of_two_change_no_bit(path, name, granularity):
     grad = GRADIENTS[name]()
     want = ghat_of(path, grad, eps=0.0, granularity=granularity)
     for exponent in (-100, -7, 1, 30, 100):
@@ -95,7 +91,7 @@ def test_powers_of_two_change_no_bit(path: StepPath, name: str, granularity: str
         assert torch.equal(ghat_of(path, scaled, eps=0.0, granularity=granularity), want), exponent
 
 
-def test_weights_do_not_depend_on_the_loss_scale(path: StepPath) -> None:
+def test_weights_do_not_depend_on_the_loss_scale(path):
     grads = torch.randn(5, 20, 9, device=path.device)
     found = []
     for scale in (1.0, 2.0**-60, 2.0**60):
@@ -108,7 +104,7 @@ def test_weights_do_not_depend_on_the_loss_scale(path: StepPath) -> None:
     assert torch.equal(found[0], found[2])
 
 
-def test_other_factors_change_only_rounding(path: StepPath) -> None:
+def test_other_factors_change_only_rounding(path):
     grad = torch.randn(40, 33)
     want = ghat_of(path, grad, eps=0.0).double()
     for factor in (3.0, 1e-20, 0.7e15):
@@ -119,7 +115,7 @@ def test_other_factors_change_only_rounding(path: StepPath) -> None:
 
 @gradients
 @pytest.mark.parametrize("granularity", ["tensor", "row"])
-def test_centred_slices_keep_their_sum(path: StepPath, name: str, granularity: str) -> None:
+def test_centred_slices_keep_their_sum(path, name, granularity):
     grad = GRADIENTS[name]()
     ghat = ghat_of(path, grad, eps=0.0, granularity=granularity).double()
     # rows of equal entries are not centred
@@ -130,7 +126,7 @@ def test_centred_slices_keep_their_sum(path: StepPath, name: str, granularity: s
 
 
 @gradients
-def test_angle_to_the_gradient(path: StepPath, name: str) -> None:
+def test_angle_to_the_gradient(path, name):
     """cos(g, ghat) = 1 / kappa, kappa = sqrt(1 + mu^2 / sigma^2)."""
     grad = GRADIENTS[name]()
     g = grad.double() / grad.abs().max().double()
@@ -144,9 +140,7 @@ def test_angle_to_the_gradient(path: StepPath, name: str) -> None:
 @pytest.mark.parametrize("eps", [0.0, 0.5])
 @pytest.mark.parametrize("value", [0.0, 1e-45, -0.3, 3e38], ids=str)
 @pytest.mark.parametrize("shape", [(), (1,), (1, 1), (5,), (4, 7), (300, 2)], ids=str)
-def test_slices_without_spread(
-    path: StepPath, normalizer: str, eps: float, value: float, shape: tuple[int, ...]
-) -> None:
+def test_slices_without_spread(path, normalizer, eps, value, shape):
     """g / (|g| + eps), uncentred, under every normalizer; 0 for zeros; never NaN."""
     grad = torch.full(shape, value)
     stored = abs(float(torch.tensor(value).double()))
@@ -158,7 +152,7 @@ def test_slices_without_spread(
         assert torch.equal(ghat, grad.sign())
 
 
-def test_nearly_equal_values_are_a_real_spread(path: StepPath) -> None:
+def test_nearly_equal_values_are_a_real_spread(path):
     """sigma / mu = 1e-7 is no reason to stop centring."""
     grad = torch.tensor([10000001.0, 10000003.0, 10000002.0])
     ghat = ghat_of(path, grad, eps=0.0, center_1d=True)
@@ -167,7 +161,7 @@ def test_nearly_equal_values_are_a_real_spread(path: StepPath) -> None:
     assert torch.equal(ghat_of(path, constant, eps=0.0, center_1d=True), torch.ones(1001))
 
 
-def test_zero_gradients_move_by_decay_and_past_momentum_only(path: StepPath) -> None:
+def test_zero_gradients_move_by_decay_and_past_momentum_only(path):
     weight = torch.ones(3, 4, device=path.device)
     optimizer = BNGD([weight], 0.5, momentum=0.5, weight_decay=0.1, fused=path.fused)
     weight.grad = torch.zeros_like(weight)
@@ -175,14 +169,14 @@ def test_zero_gradients_move_by_decay_and_past_momentum_only(path: StepPath) -> 
     assert torch.equal(weight.cpu(), torch.full((3, 4), 1 - 0.05))
 
 
-def test_same_bits_run_after_run(path: StepPath) -> None:
+def test_same_bits_run_after_run(path):
     grad = torch.randn(70, 71)
     first = ghat_of(path, grad)
     for _ in range(3):
         assert torch.equal(ghat_of(path, grad), first)
 
 
-def test_dtype_and_layout_of_ghat(path: StepPath) -> None:
+def test_dtype_and_layout_of_ghat(path):
     for dtype in (torch.float16, torch.bfloat16, torch.float32):
         grad = torch.randn(6, 5, 4, 3).to(dtype).to(memory_format=torch.channels_last)
         ghat = ghat_of(path, grad, granularity="row")
@@ -195,7 +189,7 @@ def test_dtype_and_layout_of_ghat(path: StepPath) -> None:
 
 
 @pytest.mark.parametrize("value", [torch.inf, torch.nan], ids=str)
-def test_nonfinite_ghat(path: StepPath, value: float) -> None:
+def test_nonfinite_ghat(path, value):
     grad = torch.randn(4, 5)
     grad[1, 2] = value
     assert ghat_of(path, grad).isnan().all()
@@ -206,7 +200,7 @@ def test_nonfinite_ghat(path: StepPath, value: float) -> None:
         ghat_of(path, grad, nonfinite="raise")
 
 
-def test_article_cdf_is_no_optimizer() -> None:
+def test_article_cdf_is_no_optimizer():
     """All-positive whatever the gradient, and quadratic in 1 / sigma."""
     grad = torch.randn(10_000, dtype=torch.float64) * 1e-2
     update = article_cdf(grad)
@@ -221,7 +215,7 @@ def test_article_cdf_is_no_optimizer() -> None:
     torch.testing.assert_close(article_cdf(g), want)
 
 
-def test_article_variant(path: StepPath) -> None:
+def test_article_variant(path):
     """Plain standardised gradient descent: no momentum, vectors centred too."""
     params = [torch.randn(shape, device=path.device) for shape in ((3, 4), (3,), (1,))]
     optimizer = BNGD.article(params, lr=0.1)
@@ -247,9 +241,7 @@ def test_article_variant(path: StepPath) -> None:
     ],
     ids=str,
 )
-def test_entries_without_gradient_move_where_they_are_centred(
-    options: dict[str, Any], still: str, path: StepPath
-) -> None:
+def test_entries_without_gradient_move_where_they_are_centred(options, still, path):
     """Rows that a batch did not use, and entries that are masked, as the README says."""
     param = torch.nn.Parameter(torch.randn(6, 5, device=path.device))
     optimizer = BNGD([param], lr=0.1, eps=0.0, fused=path.fused, **options)

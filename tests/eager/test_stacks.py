@@ -1,7 +1,5 @@
 """Small tensors of one shape are stacked: each fares as it would alone, and as in float64."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest
@@ -27,7 +25,7 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-def trained(options: dict[str, Any], *, lay_out_anew: bool) -> list[torch.Tensor]:
+def trained(options, *, lay_out_anew):
     """Parameters, state and statistics after steps in which some slices are skipped."""
     more = dict(options)
     dtype = more.pop("dtype", torch.float32)
@@ -56,9 +54,7 @@ def trained(options: dict[str, Any], *, lay_out_anew: bool) -> list[torch.Tensor
 
 
 @pytest.mark.parametrize("options", CASES.values(), ids=CASES)
-def test_stacked_tensors_fare_as_each_alone(
-    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_stacked_tensors_fare_as_each_alone(options, monkeypatch):
     stacked = trained(options, lay_out_anew=False)
     anew = trained(options, lay_out_anew=True)
     monkeypatch.setattr(eager_runs, "SMALL", 0)
@@ -74,9 +70,7 @@ def test_stacked_tensors_fare_as_each_alone(
 
 @pytest.mark.parametrize("granularity", ["tensor", "row", "global"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_the_bits_do_not_depend_on_the_number_of_threads(
-    dtype: torch.dtype, granularity: str
-) -> None:
+def test_the_bits_do_not_depend_on_the_number_of_threads(dtype, granularity):
     """Rows beyond a block, slices of several pieces, and blocks that torch gives to threads."""
     before = torch.get_num_threads()
     runs = []

@@ -4,8 +4,6 @@ The sets are NIST's Statistical Reference Datasets for univariate summary statis
 that need no file. What is exact is taken from the data as stored in float32.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from fractions import Fraction
@@ -21,7 +19,7 @@ from bngd_triton.verify.tolerances import LRE, LRE_FLOAT64, MEAN
 from support.exact_statistics import exact
 
 
-def _pi_digits() -> list[float]:
+def _pi_digits():
     with mpmath.workdps(5010):
         return [float(digit) for digit in str(+mpmath.pi) if digit != "."][:5000]
 
@@ -36,16 +34,16 @@ NIST: dict[str, list[float]] = {
 Backend = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
-def eager(values: Tensor) -> tuple[Tensor, Tensor]:
+def eager(values):
     found = moments.moments(values.view(1, -1))
     return found.mean.view(()), (found.m2 / found.n).sqrt().view(())
 
 
-def kernel(wide: bool, block: int) -> Backend:
+def kernel(wide, block):
     # 5 000 entries are one slice of a large block; of a small one 20, each of two trips or tiles
     tuning = Tuning(wide=wide, block=block, unroll=2, span=4 * block, merge=4)
 
-    def run(values: Tensor) -> tuple[Tensor, Tensor]:
+    def run(values):
         found = segment_statistics([values], tuning=tuning)
         return found.mean, found.std
 
@@ -61,30 +59,30 @@ BACKENDS: dict[str, Backend] = {
 }
 
 
-def lre(got: float, want: float) -> float:
+def lre(got, want):
     """Log relative error: the number of correct decimal digits."""
     return math.inf if got == want else -math.log10(abs(got - want) / abs(want))
 
 
-def assert_exact(mean: float, std: float, values: Tensor, digits: float) -> None:
+def assert_exact(mean, std, values, digits):
     """As exact arithmetic has them, to so many digits of the deviation; without spread, exactly."""
     want_mean, want_std = exact(values)
     assert lre(std, want_std) >= digits if want_std else std == 0
     assert abs(Fraction(mean) - want_mean) <= Fraction(want_std * MEAN)
 
 
-def check(backend: str, values: Tensor) -> None:
+def check(backend, values):
     mean, std = map(float, BACKENDS[backend](values))
     assert_exact(mean, std, values, LRE if "float32" in backend else LRE_FLOAT64)
 
 
 @pytest.mark.parametrize("name", NIST)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_nist(backend: str, name: str, device: torch.device) -> None:
+def test_nist(backend, name, device):
     check(backend, torch.tensor(NIST[name], dtype=torch.float32, device=device))
 
 
-def test_the_textbook_formula_fails() -> None:
+def test_the_textbook_formula_fails():
     """``E[x^2] - E[x]^2`` in float32, the control."""
     values = torch.tensor(NIST["NumAcc3 x 10"], dtype=torch.float32)
     std = (values.square().mean() - values.mean().square()).clamp_min(0).sqrt()
@@ -95,7 +93,7 @@ def test_the_textbook_formula_fails() -> None:
 @pytest.mark.parametrize(
     "scale", [1e-45, 1e-40, 1e-30, 1e-10, 1.0, 1e10, 1e30, 1e38], ids=lambda c: f"{c:g}"
 )
-def test_range(backend: str, scale: float, device: torch.device) -> None:
+def test_range(backend, scale, device):
     """From subnormals, whose squares no float32 holds, to the largest numbers."""
     values = torch.randn(1000, dtype=torch.float64) * scale * 0.7 + scale
     check(backend, values.float().to(device))
@@ -117,7 +115,7 @@ HARD: dict[str, Callable[[], Tensor]] = {
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("desc", HARD)
-def test_hard_data(backend: str, desc: str, device: torch.device) -> None:
+def test_hard_data(backend, desc, device):
     check(backend, HARD[desc]().float().to(device))
 
 
@@ -125,9 +123,7 @@ def test_hard_data(backend: str, desc: str, device: torch.device) -> None:
 # 2 200 are nine slices of the small block, merged in three trips
 @pytest.mark.parametrize("n", [1, 2, 16, 17, 2200])
 @pytest.mark.parametrize("value", [0.0, 0.1, -1e-45, 3.4e38, -7.7], ids=str)
-def test_equal_values_have_no_spread(
-    backend: str, n: int, value: float, device: torch.device
-) -> None:
+def test_equal_values_have_no_spread(backend, n, value, device):
     values = torch.full((n,), value, dtype=torch.float32, device=device)
     mean, std = BACKENDS[backend](values)
     assert float(mean) == float(values[0])
@@ -135,7 +131,7 @@ def test_equal_values_have_no_spread(
 
 
 @pytest.mark.parametrize("wide", [True, False], ids=["lanes", "tiles"])
-def test_a_slice_knows_nothing_of_its_neighbours(wide: bool, device: torch.device) -> None:
+def test_a_slice_knows_nothing_of_its_neighbours(wide, device):
     """Each of several slices: their partial results lie side by side."""
     tensors = [
         torch.full((1500,), 1e30),
@@ -150,7 +146,7 @@ def test_a_slice_knows_nothing_of_its_neighbours(wide: bool, device: torch.devic
 
 
 @pytest.mark.parametrize("wide", [True, False], ids=["lanes", "tiles"])
-def test_granularities(wide: bool, device: torch.device) -> None:
+def test_granularities(wide, device):
     tensors = [torch.randn(3, 50, device=device) + 2, torch.randn(70, device=device).half()]
     tuning = Tuning(wide=wide, block=32, unroll=1, span=32, merge=4)
     wants = {
@@ -168,7 +164,7 @@ def test_granularities(wide: bool, device: torch.device) -> None:
         assert ((found.mean - mean).abs() <= MEAN * std).all()
 
 
-def test_any_layout(device: torch.device) -> None:
+def test_any_layout(device):
     base = torch.randn(6, 5, 4, device=device)
     for view in (base.permute(2, 0, 1), base[:, ::2], base[1:, 2:4, 1], base.mT[:, :, 1:]):
         for granularity in ("tensor", "row"):
@@ -189,6 +185,6 @@ def test_any_layout(device: torch.device) -> None:
     ],
     ids=["empty list", "empty tensor", "integers", "float64"],
 )
-def test_errors(tensors: list[Tensor], error: type[Exception], message: str) -> None:
+def test_errors(tensors, error, message):
     with pytest.raises(error, match=message):
         segment_statistics(tensors)

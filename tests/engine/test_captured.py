@@ -1,29 +1,22 @@
 """Steps in CUDA graphs and in compiled functions."""
 
-from __future__ import annotations
-
 import gc
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 from torch.nn import Parameter
 
 from bngd_triton import BNGD, release_gradients
 from bngd_triton.engine.step import inputs_of
 from bngd_triton.kernels import launch
-from bngd_triton.kernels.fused_step import FusedStep
 from bngd_triton.verify.tolerances import CDF
 from support import capture
 from support.exact_runs import exact_gradient, give, make_params, state_of, take_steps
 from support.snapshots import snapshot
 
 
-def test_capture_refuses_what_it_could_not_replay(
-    device: torch.device, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_capture_refuses_what_it_could_not_replay(device, monkeypatch):
     """As in a CUDA graph: nothing may be uploaded, and nothing changes when that is refused."""
     param = Parameter(torch.randn(60, 5, device=device))
     optimizer = BNGD([param], 1e-2, fused=True)
@@ -44,9 +37,7 @@ def test_capture_refuses_what_it_could_not_replay(
     del held
 
 
-def test_capture_needs_a_step_before_and_every_gradient(
-    device: torch.device, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_capture_needs_a_step_before_and_every_gradient(device, monkeypatch):
     params = [Parameter(torch.randn(16, device=device)) for _ in range(2)]
     optimizer = BNGD([("weight", params[0]), ("head", params[1])], fused=True)
     params[0].grad = torch.randn_like(params[0])
@@ -69,9 +60,7 @@ CHANGES: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=str)
-def test_sync_hyperparameters_reaches_a_replay(
-    change: dict[str, Any], device: torch.device
-) -> None:
+def test_sync_hyperparameters_reaches_a_replay(change, device):
     """A replay runs the launches alone; options reach it through the device table."""
     params, twins = make_params(device), make_params(device)
     optimizer = BNGD(params, 1e-2, granularity="tensor", fused=True)
@@ -97,7 +86,7 @@ def test_sync_hyperparameters_reaches_a_replay(
     torch.testing.assert_close(state_of(optimizer, params), state_of(eager, twins), **same)
 
 
-def captured(optimizer: BNGD) -> FusedStep:
+def captured(optimizer):
     """The step that a graph holds from now on."""
     with pytest.MonkeyPatch.context() as patch:
         capture.pretend(patch)
@@ -105,31 +94,29 @@ def captured(optimizer: BNGD) -> FusedStep:
     return optimizer._stepper.captured[-1].prepared
 
 
-def replayed(optimizer: BNGD) -> None:
+def replayed(optimizer):
     """What a graph's replay does: the captured launches, and nothing on the host."""
     for device in optimizer._stepper.captured[-1].prepared._devices:
         launch.update(device.plan, device.held[-1])
 
 
-def other_gradients(params: list[Parameter], optimizer: BNGD) -> None:
+def other_gradients(params, optimizer):
     """An odd last batch."""
     for place, param in enumerate(params):
         give(param, exact_gradient(param, 300 + place))
 
 
-def one_gradient_less(params: list[Parameter], optimizer: BNGD) -> None:
+def one_gradient_less(params, optimizer):
     params[1].grad = None
 
 
-def another_group(params: list[Parameter], optimizer: BNGD) -> None:
+def another_group(params, optimizer):
     """One that the graph does not know of; the seeds' table is made anew."""
     optimizer.add_param_group({"params": [Parameter(torch.ones(3, device=params[0].device))]})
 
 
 @pytest.mark.parametrize("between", [other_gradients, one_gradient_less, another_group])
-def test_an_ordinary_step_leaves_a_captured_one_as_it_is(
-    between: Callable[[list[Parameter], BNGD], None], device: torch.device
-) -> None:
+def test_an_ordinary_step_leaves_a_captured_one_as_it_is(between, device):
     runs = []
     for fused in (True, False):
         params = make_params(device)
@@ -155,9 +142,7 @@ def test_an_ordinary_step_leaves_a_captured_one_as_it_is(
     torch.testing.assert_close(*runs, rtol=0.0, atol=0.0)
 
 
-def test_gradients_of_a_captured_step_find_it_again(
-    device: torch.device, layouts: Callable[[], int]
-) -> None:
+def test_gradients_of_a_captured_step_find_it_again(device, layouts):
     """Eager steps between replays, on the graph's gradients and on others, in turns."""
     params = make_params(device)
     optimizer = BNGD(params, 1e-2, granularity="tensor", fused=True)
@@ -179,7 +164,7 @@ def test_gradients_of_a_captured_step_find_it_again(
     assert [one.prepared for one in optimizer._stepper.captured] == [held, own]
 
 
-def test_a_sync_reaches_every_captured_step_that_can_follow(device: torch.device) -> None:
+def test_a_sync_reaches_every_captured_step_that_can_follow(device):
     params = make_params(device)
     optimizer = BNGD(params, 1e-2, granularity="tensor", fused=True)
     take_steps(optimizer, params, range(2))
@@ -196,9 +181,7 @@ def test_a_sync_reaches_every_captured_step_that_can_follow(device: torch.device
         optimizer.sync_hyperparameters()
 
 
-def test_gradient_release_cannot_be_captured(
-    device: torch.device, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_gradient_release_cannot_be_captured(device, monkeypatch):
     model = torch.nn.Linear(4, 3, device=device)
     optimizer = BNGD(model.parameters(), fused=True)
     release_gradients(model, optimizer)
@@ -209,12 +192,12 @@ def test_gradient_release_cannot_be_captured(
     assert torch.equal(model.weight, before)
 
 
-def test_compiled_training_step(device: torch.device) -> None:
+def test_compiled_training_step(device):
     """torch.compile breaks its graph at `step`, and compiles once under any schedule."""
     torch._dynamo.reset()
     compiled: list[torch.fx.GraphModule] = []
 
-    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
+    def backend(graph, inputs):
         compiled.append(graph)
         return graph.forward
 
@@ -223,7 +206,7 @@ def test_compiled_training_step(device: torch.device) -> None:
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 8)
 
     @torch.compile(backend=backend)
-    def train(x: Tensor) -> Tensor:
+    def train(x):
         loss = model(x).square().mean()
         loss.backward()
         optimizer.step()

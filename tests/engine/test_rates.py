@@ -1,10 +1,7 @@
 """Learning rates that are tensors on the device: one launch brings them to the table of options."""
 
-from __future__ import annotations
-
 import gc
 import weakref
-from typing import Any
 
 import pytest
 import torch
@@ -21,7 +18,7 @@ from support.steps import make_params, take_steps
 
 
 @pytest.fixture
-def rates_on_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+def rates_on_a_device(monkeypatch):
     """Tensor rates are left to the kernel, as on a GPU."""
     for module in (tables, fused_step):
         monkeypatch.setattr(module, "on_a_device", lambda lr: isinstance(lr, Tensor))
@@ -31,16 +28,14 @@ def rates_on_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
 DTYPES = (*RATE_DTYPES, torch.float8_e5m2)
 
 
-def laid_out(groups: list[Options], device: torch.device) -> tuple[FusedStep, Any]:
+def laid_out(groups, device):
     """A step of one tensor, and what of it is on the device."""
     one = member(*(torch.randn(16, device=device) for _ in range(3)))
     step = FusedStep([one], groups)
     return step, step._devices[0]
 
 
-def test_rates_on_a_device_are_those_of_floats_in_one_launch(
-    device: torch.device, launched: list[str], rates_on_a_device: None
-) -> None:
+def test_rates_on_a_device_are_those_of_floats_in_one_launch(device, launched, rates_on_a_device):
     """Bit for bit, `lr` and its product with the decay, in the row of its group only."""
     rates = [torch.tensor(0.1, device=device).to(dtype) for dtype in DTYPES]
     groups = [Options(lr, weight_decay=0.3) for lr in (0.7, *rates)]
@@ -57,8 +52,8 @@ def test_rates_on_a_device_are_those_of_floats_in_one_launch(
 
 
 def test_a_run_with_rates_on_a_device_has_the_bits_of_one_with_floats(
-    device: torch.device, launched: list[str], rates_on_a_device: None
-) -> None:
+    device, launched, rates_on_a_device
+):
     runs = []
     for on_a_device in (False, True):
         params = make_params(device)
@@ -76,9 +71,7 @@ def test_a_run_with_rates_on_a_device_has_the_bits_of_one_with_floats(
     assert all(map(torch.equal, *runs))
 
 
-def test_a_rate_may_become_another_tensor_or_a_number(
-    device: torch.device, launched: list[str], rates_on_a_device: None
-) -> None:
+def test_a_rate_may_become_another_tensor_or_a_number(device, launched, rates_on_a_device):
     """What a captured launch reads is changed in place: a replay goes by it too."""
     _, part = laid_out([Options()], device)
     moved, *rates = (torch.tensor(lr, device=device) for lr in (0.3, 0.1, 0.2, 0.0, 0.4))
@@ -96,7 +89,7 @@ def test_a_rate_may_become_another_tensor_or_a_number(
         launched.clear()
 
 
-def test_a_rate_lives_as_long_as_it_is_read(device: torch.device) -> None:
+def test_a_rate_lives_as_long_as_it_is_read(device):
     lr = torch.tensor(0.1, device=device)
     kept = weakref.ref(lr)
     table = torch.zeros(1, tables.OPTION_COLUMNS, dtype=torch.float64, device=device)
@@ -110,9 +103,7 @@ def test_a_rate_lives_as_long_as_it_is_read(device: torch.device) -> None:
     assert kept() is None
 
 
-def test_another_rate_is_refused_in_a_capture(
-    device: torch.device, monkeypatch: pytest.MonkeyPatch, rates_on_a_device: None
-) -> None:
+def test_another_rate_is_refused_in_a_capture(device, monkeypatch, rates_on_a_device):
     first, second = (Options(torch.tensor(0.1, device=device)) for _ in range(2))
     step, _ = laid_out([first], device)
     step.write([first], [True])
@@ -122,9 +113,7 @@ def test_another_rate_is_refused_in_a_capture(
         step.write([second], [True])
 
 
-def test_a_decay_set_after_a_capture_reaches_a_rate_on_a_device(
-    device: torch.device, rates_on_a_device: None
-) -> None:
+def test_a_decay_set_after_a_capture_reaches_a_rate_on_a_device(device, rates_on_a_device):
     """A replay repeats what the host queued: with the options of the table."""
     rate = torch.tensor(0.1, device=device)
     _, part = laid_out([Options(rate)], device)

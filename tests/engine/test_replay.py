@@ -1,10 +1,6 @@
 """Steps that repeat the one before: replayed, and never by mistake."""
 
-from __future__ import annotations
-
 import sys
-from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
@@ -17,19 +13,12 @@ from support.steps import set_grads
 
 
 @pytest.fixture(params=["torch's guards", "in Python"])
-def _ways(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+def _ways(request, monkeypatch):
     if request.param == "in Python":
         monkeypatch.setitem(sys.modules, "torch._C._dynamo.guards", None)
 
 
-def compare(
-    device: torch.device,
-    layouts: Callable[[], int],
-    steps: int,
-    before: Callable[[int, list[Parameter], BNGD], None],
-    laid_out: Callable[[int, BNGD], bool],
-    **options: Any,
-) -> None:
+def compare(device, layouts, steps, before, laid_out, **options):
     """Kernels and reference agree in steps with something `before` each, laid out in some only."""
     done = []
     for params, optimizer in pair(device, **options):
@@ -46,12 +35,7 @@ def compare(
 @pytest.mark.usefixtures("_ways")
 @pytest.mark.parametrize("stay", [False, True], ids=["new gradients", "gradients that stay"])
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
-def test_a_change_is_noticed(
-    change: Callable[[list[Parameter], BNGD], None],
-    stay: bool,
-    device: torch.device,
-    layouts: Callable[[], int],
-) -> None:
+def test_a_change_is_noticed(change, stay, device, layouts):
     done = []
     for params, optimizer in pair(device):
         set_grads(params, 0)
@@ -69,7 +53,7 @@ def test_a_change_is_noticed(
     torch.testing.assert_close(*done, rtol=0, atol=1e-6)
 
 
-def test_an_empty_parameter_that_grows(device: torch.device, layouts: Callable[[], int]) -> None:
+def test_an_empty_parameter_that_grows(device, layouts):
     params = [Parameter(torch.randn(n, device=device)) for n in (8, 0)]
     optimizer = BNGD(params, momentum=0.0, fused=True)
     set_grads(params, 0)
@@ -83,7 +67,7 @@ def test_an_empty_parameter_that_grows(device: torch.device, layouts: Callable[[
     assert params[1].abs().max() > 0
 
 
-def test_state_of_the_users_own(device: torch.device, layouts: Callable[[], int]) -> None:
+def test_state_of_the_users_own(device, layouts):
     param = Parameter(torch.randn(8, device=device))
     optimizer = BNGD([param], fused=True)
     optimizer.state["epoch"] = 3  # type: ignore[index]
@@ -95,9 +79,7 @@ def test_state_of_the_users_own(device: torch.device, layouts: Callable[[], int]
 
 @pytest.mark.parametrize("flatten", [None, False])
 @pytest.mark.parametrize("by", ["conversion", "loading"])
-def test_modules_are_changed_by_swapping(
-    by: str, flatten: bool | None, device: torch.device, layouts: Callable[[], int]
-) -> None:
+def test_modules_are_changed_by_swapping(by, flatten, device, layouts):
     """torch refuses to swap tensors that have weak references."""
     model = torch.nn.Linear(4, 3, device=device)
     optimizer = BNGD(model.parameters(), fused=True, flatten=flatten)
@@ -123,18 +105,16 @@ def test_modules_are_changed_by_swapping(
     assert not torch.equal(model.weight, before)
 
 
-def test_a_late_gradient_is_noticed(device: torch.device, layouts: Callable[[], int]) -> None:
-    def without(step: int, params: list[Parameter], optimizer: BNGD) -> None:
+def test_a_late_gradient_is_noticed(device, layouts):
+    def without(step, params, optimizer):
         if step < 2:
             params[2].grad = None
 
     compare(device, layouts, 4, without, lambda step, _: step in (0, 2))
 
 
-def test_an_option_changed_alone_or_with_the_rate(
-    device: torch.device, layouts: Callable[[], int]
-) -> None:
-    def change(step: int, params: list[Parameter], optimizer: BNGD) -> None:
+def test_an_option_changed_alone_or_with_the_rate(device, layouts):
+    def change(step, params, optimizer):
         first, second = optimizer.param_groups
         if step in (2, 3):
             first["lr"] = 1e-2 / step
@@ -154,9 +134,7 @@ def test_an_option_changed_alone_or_with_the_rate(
     ("name", "value", "error"),
     [("lr", True, TypeError), ("eps", True, TypeError), ("lr", -1.0, ValueError)],
 )
-def test_a_bad_option_between_steps_is_refused(
-    name: str, value: Any, error: type[Exception], device: torch.device
-) -> None:
+def test_a_bad_option_between_steps_is_refused(name, value, error, device):
     """Also one that equals the good one before it, as True equals 1."""
     param = Parameter(torch.randn(16, device=device))
     optimizer = BNGD([param], lr=1.0, eps=1.0, fused=True)
@@ -172,13 +150,11 @@ def test_a_bad_option_between_steps_is_refused(
 
 
 @pytest.mark.parametrize("shift", [1, 2, 3])
-def test_unaligned_gradients_that_move_are_replayed(
-    shift: int, device: torch.device, layouts: Callable[[], int]
-) -> None:
+def test_unaligned_gradients_that_move_are_replayed(shift, device, layouts):
     """As views of a DDP bucket behind a parameter of odd length."""
     held = []
 
-    def move(step: int, params: list[Parameter], optimizer: BNGD) -> None:
+    def move(step, params, optimizer):
         for param in params[1:] if step < 5 else []:
             held.append(torch.empty(param.numel() + shift, device=device))
             param.grad = held[-1][shift:].view_as(param).copy_(param.grad)
@@ -187,7 +163,7 @@ def test_unaligned_gradients_that_move_are_replayed(
     compare(device, layouts, 6, move, lambda step, o: step == 0 or (step == 5 and bool(o.fused)))
 
 
-def test_gradients_are_not_held(device: torch.device) -> None:
+def test_gradients_are_not_held(device):
     params = [Parameter(torch.randn(16, device=device)) for _ in range(2)]
     optimizer = BNGD(params, fused=True)
     for _ in range(3):
@@ -213,7 +189,7 @@ def test_gradients_are_not_held(device: torch.device) -> None:
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_another_kind(other: torch.Tensor, desc: str) -> None:
+def test_another_kind(other, desc):
     one, two = torch.ones(3, 3), torch.ones(2)
     same = same_kinds([one, two])
     assert same(torch.zeros(3, 3), torch.zeros(2))

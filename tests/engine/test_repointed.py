@@ -1,7 +1,5 @@
 """Parameters and gradients whose memory, strides or dtype change between steps."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,19 +11,18 @@ from torch.nn import Parameter
 from bngd_triton import BNGD
 from bngd_triton.verify.oracle import oracle_step
 from support import steps
-from support.paths import StepPath
 
 
 class Run:
     """An optimizer and the oracle, which goes on from where the parameters are said to be."""
 
-    def __init__(self, params: list[Parameter], fused: bool | None, **options: Any) -> None:
+    def __init__(self, params, fused, **options):
         self.params, self.options = params, {"lr": 0.1, **options}
         self.optimizer = BNGD(params, fused=fused, **self.options)
         self.expected: Sequence[Tensor] = steps.values(params)
         self.buffers: Sequence[Any] = [None] * len(params)
 
-    def step(self, grads: Sequence[Tensor]) -> None:
+    def step(self, grads):
         """With gradients of any dtype."""
         for param, grad in zip(self.params, grads):
             param.grad = grad.to(param.dtype)
@@ -35,12 +32,12 @@ class Run:
         self.expected, self.buffers = oracle_step(*before, **self.options)
         self.optimizer.step()
 
-    def check(self, **bound: float) -> None:
+    def check(self, **bound):
         steps.assert_close(self.params, self.expected, **bound)
         steps.assert_close(steps.momenta(self.optimizer, self.params), self.buffers)
 
 
-def test_a_swapped_storage_is_noticed(path: StepPath) -> None:
+def test_a_swapped_storage_is_noticed(path):
     run = Run(steps.make_params(path.device), path.fused)
     run.step(steps.make_grads(run.params, 0))
     old = [param.data for param in run.params]
@@ -52,7 +49,7 @@ def test_a_swapped_storage_is_noticed(path: StepPath) -> None:
     steps.assert_equal(old, frozen)
 
 
-def test_new_values_assigned_to_data_are_used(path: StepPath) -> None:
+def test_new_values_assigned_to_data_are_used(path):
     run = Run(steps.make_params(path.device), path.fused)
     run.step(steps.make_grads(run.params, 0))
     run.expected = [torch.randn_like(param) for param in run.params]
@@ -63,7 +60,7 @@ def test_new_values_assigned_to_data_are_used(path: StepPath) -> None:
 
 
 @pytest.mark.parametrize("granularity", ["tensor", "row"])
-def test_other_strides_at_the_same_address_are_noticed(granularity: str, path: StepPath) -> None:
+def test_other_strides_at_the_same_address_are_noticed(granularity, path):
     # square, so that the transposed view has the same shape, address and entries
     param = Parameter(torch.randn(6, 6, device=path.device))
     run = Run([param], path.fused, granularity=granularity)
@@ -77,9 +74,7 @@ def test_other_strides_at_the_same_address_are_noticed(granularity: str, path: S
 
 
 @pytest.mark.parametrize("granularity", ["tensor", "row"])
-def test_a_gradient_of_other_strides_at_the_same_address_is_noticed(
-    granularity: str, path: StepPath
-) -> None:
+def test_a_gradient_of_other_strides_at_the_same_address_is_noticed(granularity, path):
     param = Parameter(torch.randn(6, 6, device=path.device))
     run = Run([param], path.fused, granularity=granularity)
     memory = torch.randn(6, 6, device=path.device)
@@ -95,7 +90,7 @@ SHIFTS: list[Callable[[Tensor], Tensor]] = [
 ]
 
 
-def test_gradients_that_change_memory_in_every_step(path: StepPath) -> None:
+def test_gradients_that_change_memory_in_every_step(path):
     run, kept = Run(steps.make_params(path.device), path.fused), []
     for seed, shift in enumerate(SHIFTS * 2):
         # kept alive, so that no address is used twice
@@ -105,7 +100,7 @@ def test_gradients_that_change_memory_in_every_step(path: StepPath) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
-def test_a_gradient_of_another_dtype_is_noticed(dtype: torch.dtype, path: StepPath) -> None:
+def test_a_gradient_of_another_dtype_is_noticed(dtype, path):
     # the kernels do not read float64: those gradients need the choice left open
     run = Run(steps.make_params(path.device), None if dtype == torch.float64 else path.fused)
     for seed, its_dtype in enumerate((torch.float32, dtype, torch.float32)):
@@ -114,7 +109,7 @@ def test_a_gradient_of_another_dtype_is_noticed(dtype: torch.dtype, path: StepPa
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_a_model_cast_to_another_dtype_steps_on(dtype: torch.dtype, path: StepPath) -> None:
+def test_a_model_cast_to_another_dtype_steps_on(dtype, path):
     model = torch.nn.Linear(5, 4).to(path.device)
     run = Run(list(model.parameters()), path.fused)
     run.step(steps.make_grads(run.params, 0))
@@ -129,7 +124,7 @@ def test_a_model_cast_to_another_dtype_steps_on(dtype: torch.dtype, path: StepPa
     assert all(buffer.dtype == torch.float32 for buffer in steps.momenta(run.optimizer, run.params))
 
 
-def test_a_gradient_wider_than_the_kernels_is_refused_by_name(device: torch.device) -> None:
+def test_a_gradient_wider_than_the_kernels_is_refused_by_name(device):
     param = Parameter(torch.ones(3, device=device))
     optimizer = BNGD([("bias", param)], lr=0.1, fused=True)
     param.grad = torch.ones_like(param)
@@ -140,7 +135,7 @@ def test_a_gradient_wider_than_the_kernels_is_refused_by_name(device: torch.devi
     assert not optimizer.state
 
 
-def test_momentum_wider_than_the_kernels_is_served(device: torch.device) -> None:
+def test_momentum_wider_than_the_kernels_is_served(device):
     # a float64 model trained eagerly, then cast: its momentum stays float64
     model = torch.nn.Linear(5, 4).to(device, torch.float64)
     run = Run(list(model.parameters()), None)

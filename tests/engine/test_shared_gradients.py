@@ -1,7 +1,5 @@
 """Gradients that lie where a step writes are those from before the step."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import pytest
@@ -11,14 +9,13 @@ from torch.nn import Parameter
 
 from bngd_triton import BNGD, reference
 from bngd_triton.kernels import fused_step_
-from support.paths import StepPath
 from support.steps import assert_equal, momenta, take_steps, values
 
 # above a block of the eager step, 32767 entries, and above the kernels' chunks
 SHAPE = (190, 190)
 
 
-def make(path: StepPath) -> list[Parameter]:
+def make(path):
     generator = torch.Generator().manual_seed(1)
     memory = torch.randn(190 * 190 + 64, generator=generator).to(path.device)
     other = torch.randn(SHAPE, generator=generator).to(path.device)
@@ -26,7 +23,7 @@ def make(path: StepPath) -> list[Parameter]:
     return [Parameter(other), Parameter(memory[32:-32].view(SHAPE))]
 
 
-def shifted(tensor: Tensor, by: int) -> Tensor:
+def shifted(tensor, by):
     return tensor.detach().as_strided(SHAPE, (190, 1), tensor.storage_offset() + by)
 
 
@@ -48,7 +45,7 @@ WHEN = {"early": (2, 0), "when_steps_repeat": (1, 2), "in_the_functions": (1, 0)
     # before a step there is no momentum
     [(name, when) for name in SHARING for when in WHEN if name != "momentum" or WHEN[when][1]],
 )
-def test_a_step_reads_gradients_before_it_writes(sharing: str, when: str, path: StepPath) -> None:
+def test_a_step_reads_gradients_before_it_writes(sharing, when, path):
     groups, before = WHEN[when]
     step_ = fused_step_ if path.fused else reference.step_
     runs = []
@@ -73,7 +70,7 @@ def test_a_step_reads_gradients_before_it_writes(sharing: str, when: str, path: 
     assert_equal(*runs)
 
 
-def test_gradients_apart_are_not_copied(path: StepPath, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gradients_apart_are_not_copied(path, monkeypatch):
     params = make(path)
     optimizer = BNGD(params, lr=0.1, granularity="tensor", fused=path.fused)
     monkeypatch.setattr(Tensor, "clone", None)

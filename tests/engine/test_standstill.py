@@ -1,9 +1,7 @@
 """One warning of a run in which nothing moves any more, without waiting for the device."""
 
-from __future__ import annotations
-
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -11,7 +9,6 @@ import torch
 from torch.nn import Parameter
 
 from bngd_triton import BNGD, release_gradients, standstill
-from support.paths import StepPath
 from support.steps import SHAPES, make_params, set_grads
 
 NAN = torch.nan
@@ -20,7 +17,7 @@ EVERY = 4
 
 
 @pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+def quick(monkeypatch):
     """Look often, so that a run of a few steps says as much as one of many."""
     monkeypatch.setattr(standstill, "EVERY", EVERY)
 
@@ -28,7 +25,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 quickly = pytest.mark.usefixtures("quick")
 
 
-def warned(step: Callable[[], Any]) -> int:
+def warned(step):
     """How often a call says that nothing moves."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -36,9 +33,7 @@ def warned(step: Callable[[], Any]) -> int:
     return sum("moved nothing" in str(one.message) for one in caught)
 
 
-def said(
-    path: StepPath, bad: Iterable[int], where: Any = ..., shapes: Any = SHAPES, **options: Any
-) -> list[int]:
+def said(path, bad, where=..., shapes=SHAPES, **options):
     """In which steps of a run there was a warning, when every gradient of some was NaN."""
     params = make_params(path.device, shapes=shapes)
     optimizer = BNGD(params, lr=0.1, fused=path.fused, **options)
@@ -71,9 +66,7 @@ RUNS: dict[str, tuple[Sequence[int], dict[str, Any], range]] = {
 
 @quickly
 @pytest.mark.parametrize(("bad", "options", "when"), RUNS.values(), ids=RUNS)
-def test_a_run_that_moves_nothing_is_warned_of_once(
-    bad: Sequence[int], options: dict[str, Any], when: range, path: StepPath
-) -> None:
+def test_a_run_that_moves_nothing_is_warned_of_once(bad, options, when, path):
     """In which steps every gradient is skipped, and in which of them a warning is due."""
     found = said(path, bad, **options)
     assert len(found) == bool(when)
@@ -81,10 +74,10 @@ def test_a_run_that_moves_nothing_is_warned_of_once(
 
 
 @quickly
-def test_nothing_waits_for_an_answer(path: StepPath, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_waits_for_an_answer(path, monkeypatch):
     """On a GPU answers come some steps later."""
 
-    def there(answer: Any) -> bool:
+    def there(answer):
         answer.asked = getattr(answer, "asked", 0) + 1
         return bool(answer.asked > 3)
 
@@ -97,7 +90,7 @@ def test_nothing_waits_for_an_answer(path: StepPath, monkeypatch: pytest.MonkeyP
 
 
 @quickly
-def test_a_parameter_that_no_longer_has_a_gradient_does_not_hide_it(path: StepPath) -> None:
+def test_a_parameter_that_no_longer_has_a_gradient_does_not_hide_it(path):
     params = make_params(path.device)
     spare = Parameter(torch.ones(3, device=path.device))
     optimizer = BNGD([*params, spare], lr=0.1, fused=path.fused)
@@ -110,7 +103,7 @@ def test_a_parameter_that_no_longer_has_a_gradient_does_not_hide_it(path: StepPa
 
 
 @quickly
-def test_a_parameter_that_moves_beside_one_that_is_skipped_is_not_warned_of(path: StepPath) -> None:
+def test_a_parameter_that_moves_beside_one_that_is_skipped_is_not_warned_of(path):
     params = make_params(path.device, shapes=[(5,), (4, 3)])
     optimizer = BNGD(params, lr=0.1, fused=path.fused)
     for seed in range(4 * EVERY):
@@ -126,9 +119,7 @@ def test_a_parameter_that_moves_beside_one_that_is_skipped_is_not_warned_of(path
     [(2.0**24, 24, 0), (2.0**16, 70, 1)],
     ids=["looks_for_its_scale", "without_end"],
 )
-def test_overflows_without_end_are_warned_of_once(
-    scale: float, overflows: int, warnings: int, path: StepPath
-) -> None:
+def test_overflows_without_end_are_warned_of_once(scale, overflows, warnings, path):
     """Those of a scaler that looks for its scale are not."""
     param = Parameter(torch.ones(4, 3, device=path.device))
     optimizer = BNGD([param], lr=0.1, fused=path.fused)
@@ -147,7 +138,7 @@ def test_overflows_without_end_are_warned_of_once(
 
 @quickly
 @pytest.mark.parametrize(("factor", "warnings"), [(NAN, 1), (1.0, 0)])
-def test_with_gradient_release(factor: float, warnings: int, path: StepPath) -> None:
+def test_with_gradient_release(factor, warnings, path):
     model = torch.nn.Linear(3, 2).to(path.device)
     optimizer = BNGD(model.parameters(), lr=0.1, fused=path.fused)
     release_gradients(model, optimizer)
@@ -159,7 +150,7 @@ def test_with_gradient_release(factor: float, warnings: int, path: StepPath) -> 
 
 
 @quickly
-def test_released_gradients_of_which_some_overflow_are_not_warned_of(path: StepPath) -> None:
+def test_released_gradients_of_which_some_overflow_are_not_warned_of(path):
     """A scaler's overflow then skips a tensor, not the step."""
     model = torch.nn.Linear(3, 2).to(path.device)
     optimizer = BNGD(model.parameters(), lr=0.1, fused=path.fused)

@@ -1,7 +1,5 @@
 """What the frameworks need before they are imported: no network, a torchvision that loads."""
 
-from __future__ import annotations
-
 import importlib
 import importlib.util
 import os

@@ -1,14 +1,10 @@
 """Accelerate's gradient accumulation divides by N, which the z-score does not see."""
 
-from __future__ import annotations
-
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from bngd_triton import BNGD
 
@@ -18,28 +14,28 @@ OPTIONS: dict[str, Any] = {"lr": 1e-2, "granularity": "row", "eps": 0.0}
 
 
 @pytest.fixture(autouse=True)
-def _fresh_state() -> Iterator[None]:
+def _fresh_state():
     accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
     yield
     accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
 
 
-def model() -> nn.Module:
+def model():
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
 
 
-def batches(count: int) -> list[tuple[Tensor, Tensor]]:
+def batches(count):
     torch.manual_seed(1)
     return [(torch.randn(4, 6), torch.randn(4, 3)) for _ in range(count)]
 
 
-def prepared(accelerator: Any) -> Any:
+def prepared(accelerator):
     net = model()
     return accelerator.prepare(net, BNGD(net.parameters(), **OPTIONS))
 
 
-def train(accelerator: Any, net: Any, optimizer: Any, data: list[tuple[Tensor, Tensor]]) -> None:
+def train(accelerator, net, optimizer, data):
     for x, y in data:
         with accelerator.accumulate(net):
             accelerator.backward(nn.functional.mse_loss(net(x), y))
@@ -47,7 +43,7 @@ def train(accelerator: Any, net: Any, optimizer: Any, data: list[tuple[Tensor, T
             optimizer.zero_grad()
 
 
-def test_accumulation_is_the_sum_of_micro_batches() -> None:
+def test_accumulation_is_the_sum_of_micro_batches():
     want = model()
     plain = BNGD(want.parameters(), **OPTIONS)
     data = batches(3 * MICRO_BATCHES)
@@ -65,7 +61,7 @@ def test_accumulation_is_the_sum_of_micro_batches() -> None:
         assert torch.equal(ours, theirs)
 
 
-def test_saved_state(tmp_path: Path) -> None:
+def test_saved_state(tmp_path):
     data = batches(6)
     accelerator = accelerate.Accelerator(cpu=True)
     net, optimizer = prepared(accelerator)
@@ -80,7 +76,7 @@ def test_saved_state(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["BNGD", "fused SGD"])
-def test_accelerate_does_not_notice_an_overflow(kind: str) -> None:
+def test_accelerate_does_not_notice_an_overflow(kind):
     """As docs/integrations.md says; the scale tells."""
     from accelerate.optimizer import AcceleratedOptimizer
 

@@ -1,15 +1,11 @@
 """Every section of docs/integrations.md trains as it says, after the page's first block alone."""
 
-from __future__ import annotations
-
 import re
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from torch import nn
 
 from bngd_triton import BNGD
 from support.checkout import DOCS, blocks
@@ -21,7 +17,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def snippets() -> dict[str, str]:
+def snippets():
     """The page's code by heading, of which each has one block."""
     sections = re.split(r"^## ", PAGE.read_text(), flags=re.M)[1:]
     found = {section.partition("\n")[0]: blocks(section) for section in sections}
@@ -29,7 +25,7 @@ def snippets() -> dict[str, str]:
     return {heading: code[0] for heading, code in found.items() if code}
 
 
-def preamble() -> dict[str, Any]:
+def preamble():
     """The page's first block: a model, batches and a loss function."""
     torch.manual_seed(0)
     names: dict[str, Any] = {}
@@ -38,20 +34,20 @@ def preamble() -> dict[str, Any]:
     return names
 
 
-def loss(names: dict[str, Any], model: nn.Module) -> float:
+def loss(names, model):
     x, y = names["batches"][0]
     device = next(model.parameters()).device
     return names["loss_fn"](model(x.to(device)), y.to(device)).item()
 
 
-def test_every_snippet_has_a_test() -> None:
+def test_every_snippet_has_a_test():
     assert list(snippets()) == [
         "Transformers", "Lightning", "Accelerate", "timm", "DistributedDataParallel",
         "ZeroRedundancyOptimizer",
     ]  # fmt: skip
 
 
-def test_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_transformers(tmp_path, monkeypatch):
     pytest.importorskip("transformers")
     pytest.importorskip("accelerate")
     # the snippet writes to "out"
@@ -62,7 +58,7 @@ def test_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert names["trainer"].state.global_step == 20
 
 
-def test_lightning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lightning(tmp_path, monkeypatch):
     pytest.importorskip("lightning")
     monkeypatch.chdir(tmp_path)
     names = preamble()
@@ -75,7 +71,7 @@ def test_lightning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert optimizer.param_groups[0]["lr"] == pytest.approx(0.0, abs=1e-9)
 
 
-def test_accelerate() -> None:
+def test_accelerate():
     accelerate = pytest.importorskip("accelerate")
     accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
     names = preamble()
@@ -84,7 +80,7 @@ def test_accelerate() -> None:
     assert loss(names, names["model"]) < before
 
 
-def test_timm() -> None:
+def test_timm():
     pytest.importorskip("timm")
     names = preamble()
     exec(snippets()["timm"], names)
@@ -92,7 +88,7 @@ def test_timm() -> None:
     assert [group["weight_decay"] for group in names["optimizer"].param_groups] == [0.0, 0.05]
 
 
-def run_snippets(sections: list[list[str]]) -> list[tuple[float, float]]:
+def run_snippets(sections):
     """The loss before and after the last snippet of each, on one rank of several."""
     losses = []
     for *first, last in sections:
@@ -108,7 +104,7 @@ def run_snippets(sections: list[list[str]]) -> list[tuple[float, float]]:
 @pytest.mark.skipif(
     not (dist.is_available() and dist.is_gloo_available()), reason="this torch has no gloo"
 )
-def test_distributed() -> None:
+def test_distributed():
     data_parallel = snippets()["DistributedDataParallel"]
     zero = snippets()["ZeroRedundancyOptimizer"]
     for rank in run(2, run_snippets, [[data_parallel], [data_parallel, zero]]):

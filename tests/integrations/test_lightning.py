@@ -1,13 +1,8 @@
 """Lightning's Trainer trains, clips, saves and resumes a BNGD."""
 
-from __future__ import annotations
-
-from pathlib import Path
-from typing import Any
-
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from bngd_triton import BNGD
 
@@ -17,24 +12,24 @@ LR = 0.05
 CLIP = 1e-3
 
 
-def module(make_optimizer: Any) -> Any:
+def module(make_optimizer):
     class Net(lightning.LightningModule):  # type: ignore[misc, name-defined]
-        def __init__(self) -> None:
+        def __init__(self):
             super().__init__()
             torch.manual_seed(0)
             self.net = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
 
-        def training_step(self, batch: tuple[Tensor, Tensor], _: int) -> Tensor:
+        def training_step(self, batch, _):
             x, y = batch
             return nn.functional.mse_loss(self.net(x), y)
 
-        def configure_optimizers(self) -> torch.optim.Optimizer:
+        def configure_optimizers(self):
             return make_optimizer(self.parameters())
 
     return Net()
 
 
-def batches() -> Any:
+def batches():
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(32, 6, generator=generator)
     y = torch.tanh(x[:, :3])
@@ -42,11 +37,11 @@ def batches() -> Any:
     return torch.utils.data.DataLoader(dataset, batch_size=8)
 
 
-def make(params: Any) -> BNGD:
+def make(params):
     return BNGD(params, LR, granularity="row")
 
 
-def fit(folder: Path, make_optimizer: Any, resume: Path | None = None, **options: Any) -> Any:
+def fit(folder, make_optimizer, resume=None, **options):
     net = module(make_optimizer)
     settings = {"max_epochs": 2, "accelerator": "cpu", "devices": 1, "default_root_dir": folder}
     quiet = {
@@ -58,12 +53,12 @@ def fit(folder: Path, make_optimizer: Any, resume: Path | None = None, **options
     return trainer, [param.detach().clone() for param in net.parameters()]
 
 
-def largest_change(ours: list[Tensor], theirs: list[Tensor]) -> float:
+def largest_change(ours, theirs):
     return max(float((a - b).abs().max()) for a, b in zip(ours, theirs, strict=True))
 
 
-def test_clipping_by_norm_changes_nothing(tmp_path: Path) -> None:
-    def change(make_optimizer: Any) -> float:
+def test_clipping_by_norm_changes_nothing(tmp_path):
+    def change(make_optimizer):
         _, free = fit(tmp_path, make_optimizer)
         _, clipped = fit(tmp_path, make_optimizer, gradient_clip_val=CLIP)
         return largest_change(free, clipped)
@@ -79,7 +74,7 @@ def test_clipping_by_norm_changes_nothing(tmp_path: Path) -> None:
     assert change(lambda params: torch.optim.SGD(params, LR)) > 10 * with_eps
 
 
-def test_mixed_precision_without_clipping(tmp_path: Path) -> None:
+def test_mixed_precision_without_clipping(tmp_path):
     _, start = fit(tmp_path, make, max_epochs=0)
     _, end = fit(tmp_path, make, precision="bf16-mixed")
     assert largest_change(start, end) > LR
@@ -88,7 +83,7 @@ def test_mixed_precision_without_clipping(tmp_path: Path) -> None:
         fit(tmp_path, make, precision="bf16-mixed", gradient_clip_val=CLIP)
 
 
-def test_resumes(tmp_path: Path) -> None:
+def test_resumes(tmp_path):
     trainer, half = fit(tmp_path, make, max_epochs=1)
     trainer.save_checkpoint(tmp_path / "half.ckpt")
     _, whole = fit(tmp_path, make)

@@ -1,9 +1,5 @@
 """TensorBoard reads what `GradStatsLogger` writes."""
 
-from __future__ import annotations
-
-from pathlib import Path
-
 import pytest
 import torch
 from torch import nn
@@ -15,7 +11,7 @@ accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_ac
 SummaryWriter = pytest.importorskip("torch.utils.tensorboard").SummaryWriter
 
 
-def train(folder: Path, steps: int, first_step: int = 0) -> GradStatsLogger:
+def train(folder, steps, first_step=0):
     torch.manual_seed(first_step)
     model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 1))
     optimizer = BNGD(model.named_parameters(), granularity="row")
@@ -32,7 +28,7 @@ def train(folder: Path, steps: int, first_step: int = 0) -> GradStatsLogger:
     return logger
 
 
-def test_scalars_and_histograms(tmp_path: Path) -> None:
+def test_scalars_and_histograms(tmp_path):
     log = train(tmp_path, 5).log
     everything = {"scalars": 0, "histograms": 0}
     events = accumulator.EventAccumulator(str(tmp_path), everything).Reload()
@@ -49,7 +45,7 @@ def test_scalars_and_histograms(tmp_path: Path) -> None:
     assert len(events.Tags()["histograms"]) == 4 * 2
 
 
-def test_a_resumed_run_hides_what_the_dead_one_wrote_beyond(tmp_path: Path) -> None:
+def test_a_resumed_run_hides_what_the_dead_one_wrote_beyond(tmp_path):
     train(tmp_path, 9)
     resumed = train(tmp_path, 4, first_step=4).log
     events = accumulator.EventAccumulator(str(tmp_path)).Reload().Scalars("grad_std/0.weight")
@@ -58,7 +54,7 @@ def test_a_resumed_run_hides_what_the_dead_one_wrote_beyond(tmp_path: Path) -> N
     assert [event.value for event in events][2:] == pytest.approx(stds, rel=1e-6)
 
 
-def test_it_closes_its_own_files_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_closes_its_own_files_only(tmp_path, monkeypatch):
     closed = []
     monkeypatch.setattr(SummaryWriter, "close", lambda writer: closed.append(writer))
     optimizer = BNGD([nn.Parameter(torch.ones(2))])

@@ -1,7 +1,5 @@
 """timm makes a BNGD by name, with its own parameter groups."""
 
-from __future__ import annotations
-
 import logging
 
 import pytest
@@ -16,12 +14,12 @@ timm_scheduler = pytest.importorskip("timm.scheduler")
 
 
 @pytest.fixture
-def model() -> torch.nn.Module:
+def model():
     register_timm()
     return timm.create_model("test_vit", num_classes=3, img_size=32, patch_size=8)
 
 
-def step(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> float:
+def step(model, optimizer):
     images, labels = torch.randn(6, 3, 32, 32), torch.arange(6) % 3
     for _ in range(12):
         optimizer.zero_grad()
@@ -31,7 +29,7 @@ def step(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> float:
     return loss.item()
 
 
-def test_trains_with_weight_decay_on_matrices_only(model: torch.nn.Module) -> None:
+def test_trains_with_weight_decay_on_matrices_only(model):
     optimizer = timm_optim.create_optimizer_v2(
         model, "bngd", lr=3e-3, weight_decay=0.05, momentum=0.8, granularity="row", eps=1e-7
     )
@@ -51,7 +49,7 @@ def test_trains_with_weight_decay_on_matrices_only(model: torch.nn.Module) -> No
     assert step(model, optimizer) < 0.5
 
 
-def test_layer_decay(model: torch.nn.Module) -> None:
+def test_layer_decay(model):
     optimizer = timm_optim.create_optimizer_v2(model, "bngd", lr=3e-3, layer_decay=0.5)
     scales = {group["lr_scale"] for group in optimizer.param_groups}
     assert len(scales) > 2
@@ -63,7 +61,7 @@ def test_layer_decay(model: torch.nn.Module) -> None:
     step(model, optimizer)
 
 
-def test_registers_once(caplog: pytest.LogCaptureFixture) -> None:
+def test_registers_once(caplog):
     with caplog.at_level(logging.WARNING):
         register_timm()
         register_timm()

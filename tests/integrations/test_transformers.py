@@ -1,11 +1,7 @@
 """Hugging Face's Trainer makes, schedules, saves and resumes a BNGD."""
 
-from __future__ import annotations
-
 import inspect
 import textwrap
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -18,14 +14,14 @@ pytest.importorskip("accelerate")
 LENGTH = 32
 
 
-def text_blocks() -> list[dict[str, torch.Tensor]]:
+def text_blocks():
     """A module of the standard library as blocks of byte-level ids."""
     ids = torch.tensor(list(inspect.getsource(textwrap).encode()))
     blocks = ids[: len(ids) // LENGTH * LENGTH].view(-1, LENGTH)
     return [{"input_ids": block, "labels": block} for block in blocks]
 
 
-def tiny_gpt2() -> torch.nn.Module:
+def tiny_gpt2():
     torch.manual_seed(0)
     config = transformers.GPT2Config(
         vocab_size=256, n_positions=LENGTH, n_embd=32, n_layer=2, n_head=2,
@@ -34,7 +30,7 @@ def tiny_gpt2() -> torch.nn.Module:
     return transformers.GPT2LMHeadModel(config)
 
 
-def trainer_in(folder: Path) -> Any:
+def trainer_in(folder):
     args = transformers.TrainingArguments(
         str(folder), max_steps=40, save_steps=20, logging_steps=1, weight_decay=0.1,
         use_cpu=True, report_to=[], disable_tqdm=True,
@@ -45,7 +41,7 @@ def trainer_in(folder: Path) -> Any:
     )
 
 
-def test_trains_and_resumes(tmp_path: Path) -> None:
+def test_trains_and_resumes(tmp_path):
     whole = trainer_in(tmp_path / "whole")
     whole.train()
     losses = [entry["loss"] for entry in whole.state.log_history if "loss" in entry]

@@ -19,23 +19,23 @@ OTHER_POLICY = {"evict_first": "evict_last", "evict_last": "evict_first"}
 Rule = Callable[[ast.AST], ast.AST]
 
 
-def run_check(*arguments: str) -> tuple[int, str]:
+def run_check(*arguments):
     return python("tests/aot.py", "--quick", *arguments)
 
 
-def unhinted(node: ast.AST) -> ast.AST:
+def unhinted(node):
     hints = isinstance(node, ast.Call) and ast.unparse(node.func) == "tl.multiple_of"
     return node.args[0] if hints else node  # type: ignore[attr-defined]
 
 
-def swapped(node: ast.AST) -> ast.AST:
+def swapped(node):
     """Asks the caches to keep what is not read again, and not to keep what is."""
     named = isinstance(node, ast.Constant) and isinstance(node.value, str)
     other = OTHER_POLICY.get(node.value) if named else None  # type: ignore[attr-defined]
     return ast.Constant(other) if other else node
 
 
-def unguarded(node: ast.AST) -> ast.AST:
+def unguarded(node):
     """Without the barrier between the read of a window and its write."""
     if not (isinstance(node, ast.FunctionDef) and node.name == "admit"):
         return node
@@ -44,19 +44,19 @@ def unguarded(node: ast.AST) -> ast.AST:
     return ast.parse(text.replace("tl.debug_barrier()", "pass")).body[0]
 
 
-def waiting(node: ast.AST) -> ast.AST:
+def waiting(node):
     """Kernels as they are, for a Triton from which on the wait is demanded."""
     text = ast.unparse(node) if isinstance(node, ast.Assign) else ""
     return ast.parse("RELEASES_WAIT_FROM = (0, 0)").body[0] if "WAIT_FROM =" in text else node
 
 
-def failures(folder: Path, rules: list[Rule], *only: str) -> list[str]:
+def failures(folder, rules, *only):
     """What the check says of kernels that are changed by some rules."""
 
     class Changed(ast.NodeTransformer):
         done = dict.fromkeys(rules, 0)
 
-        def visit(self, node: ast.AST) -> ast.AST:
+        def visit(self, node):
             node = self.generic_visit(node)
             for rule in rules:
                 self.done[rule] += (new := rule(node)) is not node
@@ -74,13 +74,13 @@ def failures(folder: Path, rules: list[Rule], *only: str) -> list[str]:
     return re.findall("^FAIL.*$", printed, re.M)
 
 
-def test_machine_code() -> None:
+def test_machine_code():
     code, printed = run_check()
     assert code == 0, printed
     assert ", 0 failed" in printed
 
 
-def test_missing_and_wrong_hints_are_found(tmp_path: Path) -> None:
+def test_missing_and_wrong_hints_are_found(tmp_path):
     """Two mutants in one compilation: neither changes what the other's check reads."""
     variants = ("update", "lanes", "stream")
     failed = failures(tmp_path, [unhinted, swapped], *variants)
@@ -91,13 +91,13 @@ def test_missing_and_wrong_hints_are_found(tmp_path: Path) -> None:
             assert any(re.match(f"{line}{target} +cache hints ", one) for one in failed), failed
 
 
-def test_a_window_that_is_written_while_it_is_read_is_found(tmp_path: Path) -> None:
+def test_a_window_that_is_written_while_it_is_read_is_found(tmp_path):
     failed = failures(tmp_path, [unguarded], "lanes")
     assert len(failed) == 2
     assert all(" windows " in line and "other threads may yet read" in line for line in failed)
 
 
 @pytest.mark.skipif(VERSION >= (3, 9), reason="this Triton waits")
-def test_a_flag_that_is_raised_too_early_is_found(tmp_path: Path) -> None:
+def test_a_flag_that_is_raised_too_early_is_found(tmp_path):
     failed = failures(tmp_path, [waiting], "single lanes")
     assert all("gfx942" in line and "releases without a wait" in line for line in failed)

@@ -1,9 +1,6 @@
 """The table of sizes: which row a device gets."""
 
-from __future__ import annotations
-
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -17,12 +14,10 @@ CACHED = (devices.architecture_of, tuning_for, releases_wait)
 
 
 @pytest.fixture
-def pretend(monkeypatch: pytest.MonkeyPatch) -> Any:
+def pretend(monkeypatch):
     """Makes `GPU` a device of the given kind."""
 
-    def become(
-        capability: Any = (9, 0), gfx: str | None = None, wave: int = 32, l2: int = 60 << 20
-    ) -> None:
+    def become(capability=(9, 0), gfx=None, wave=32, l2=60 << 20):
         for cached in CACHED:
             cached.cache_clear()
         properties = SimpleNamespace(gcnArchName=gfx, warp_size=wave, L2_cache_size=l2)
@@ -36,7 +31,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 @pytest.mark.parametrize("name", TARGETS)
-def test_what_is_compiled_ahead_of_time_has_a_row_of_its_own(name: str) -> None:
+def test_what_is_compiled_ahead_of_time_has_a_row_of_its_own(name):
     # a program has as many threads whatever the lanes of a wave
     assert TABLE[name].tuning.warps * (64 if name.startswith("gfx") else 32) == 128
     assert TABLE[name].reason
@@ -57,26 +52,23 @@ def test_what_is_compiled_ahead_of_time_has_a_row_of_its_own(name: str) -> None:
     ],
     ids=str,
 )
-def test_float64_lanes_are_for_those_that_run_them_at_full_rate(
-    kind: dict[str, Any], wave: int, wide: bool, pretend: Any
-) -> None:
+def test_float64_lanes_are_for_those_that_run_them_at_full_rate(kind, wave, wide, pretend):
     pretend(wave=wave, **kind)
     assert tuning_for(GPU).wide is wide
     assert tuning_for(GPU).warps * wave == 128
 
 
 @pytest.mark.parametrize(
-    ("l2_mib", "wave_mib"),
-    [(126, 8), (60, 8), (50, 8), (40, 4), (8, 1), (6, 1), (4, 0.5)],
+    ("l2_mib", "wave_mib"), [(126, 8), (60, 8), (50, 8), (40, 4), (8, 1), (6, 1), (4, 0.5)]
 )
-def test_three_waves_fit_the_l2(pretend: Any, l2_mib: int, wave_mib: float) -> None:
+def test_three_waves_fit_the_l2(pretend, l2_mib, wave_mib):
     """Twice, where an L2 in two halves may hold everything twice."""
     pretend(l2=l2_mib << 20)
     assert tuning_for(GPU).wave == wave_mib * 2**20
     assert 6 * tuning_for(GPU).wave <= l2_mib << 20
 
 
-def test_others_and_the_interpreter() -> None:
+def test_others_and_the_interpreter():
     assert tuning_for(torch.device("cpu")) is TABLE["interpreter"].tuning
     assert not tuning_for(torch.device("xpu")).wide
     assert row_for("sm_999") is devices.OTHERS[32]
@@ -94,9 +86,7 @@ def test_others_and_the_interpreter() -> None:
         ("gfx942", "4.0.0", True),
     ],
 )
-def test_on_amd_a_release_waits_from_triton_3_9_on(
-    gfx: str | None, version: str, waits: bool, pretend: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_on_amd_a_release_waits_from_triton_3_9_on(gfx, version, waits, pretend, monkeypatch):
     pytest.importorskip("triton")
     pretend(gfx=gfx)
     monkeypatch.setattr("triton.__version__", version)

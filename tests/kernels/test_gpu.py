@@ -4,12 +4,8 @@ Without one the same lines run in the interpreter, on less and with an ordinary 
 rehearsal, so that the first run on a GPU does not fail for a reason of the test's own.
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
-from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
@@ -31,7 +27,7 @@ WARM, REPLAYS, BATCHES = (3, 6, 10) if GPU else (1, 2, 3)
 PRODUCTS = 2.0**-12
 
 
-def warmed(iteration: Callable[[], Any], graphed: bool) -> Callable[[], Any]:
+def warmed(iteration, graphed):
     """An iteration, or the replay of a graph of it, after some ordinary ones."""
     if not graphed or not GPU:
         for _ in range(WARM):
@@ -50,9 +46,7 @@ def warmed(iteration: Callable[[], Any], graphed: bool) -> Callable[[], Any]:
     return graph.replay
 
 
-def start(
-    shapes: list[tuple[int, ...]], device: torch.device, lr: Any = LR, **options: Any
-) -> tuple[list[nn.Parameter], BNGD]:
+def start(shapes, device, lr=LR, **options):
     """The same parameters and gradients at every call, and generators in the same state."""
     torch.manual_seed(1)
     dtype = options.pop("dtype", torch.float32)
@@ -78,9 +72,7 @@ SHAPES = [(300, 70), (70,), (5,), (3, 2048), (200_000,)] if GPU else [(9, 7), (7
     ],
     ids=str,
 )
-def test_a_captured_step_follows_a_schedule(
-    options: dict[str, Any], device: torch.device, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_captured_step_follows_a_schedule(options, device, monkeypatch):
     """Replays equal ordinary steps bit for bit, at learning rates set after the capture."""
     more = dict(options)
     tuning, tensor_lr = more.pop("tuning", {}), more.pop("tensor_lr", False)
@@ -108,7 +100,7 @@ def test_a_captured_step_follows_a_schedule(
     assert all(map(torch.equal, *runs))
 
 
-def test_ordinary_steps_between_replays_leave_the_graph_as_it_is(device: torch.device) -> None:
+def test_ordinary_steps_between_replays_leave_the_graph_as_it_is(device):
     """An odd last batch has gradients of its own, and one without a gradient another plan."""
     runs = []
     for graphed in (False, True):
@@ -132,7 +124,7 @@ def test_ordinary_steps_between_replays_leave_the_graph_as_it_is(device: torch.d
     assert all(map(torch.equal, *runs))
 
 
-def test_a_whole_training_iteration_is_captured(device: torch.device) -> None:
+def test_a_whole_training_iteration_is_captured(device):
     data = torch.randn(BATCHES, 32, 24, device=device)
     losses = []
     for graphed in (False, True):
@@ -141,7 +133,7 @@ def test_a_whole_training_iteration_is_captured(device: torch.device) -> None:
         optimizer = BNGD(model.parameters(), 1e-2, fused=True)
         x, loss = data[0].clone(), torch.zeros((), device=device)
 
-        def iteration(model=model, optimizer=optimizer, x=x, loss=loss) -> None:
+        def iteration(model=model, optimizer=optimizer, x=x, loss=loss):
             optimizer.zero_grad(set_to_none=False)
             found = (model(x) - x).square().mean()
             found.backward()
@@ -158,9 +150,7 @@ def test_a_whole_training_iteration_is_captured(device: torch.device) -> None:
     assert losses[1][-1] < losses[1][0]
 
 
-def test_a_hundred_runs_give_the_same_bits(
-    device: torch.device, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_hundred_runs_give_the_same_bits(device, monkeypatch):
     """Every other one without hints to the caches."""
     tunings = [dataclasses.replace(tuning_for(device), hints=hints) for hints in (True, False)]
     shapes = [(1000, 1000), (3000,), (64, 3, 3, 3), (300_001,)] if GPU else [(50, 60), (9, 3)]
@@ -175,9 +165,7 @@ def test_a_hundred_runs_give_the_same_bits(
 
 
 @pytest.mark.parametrize("granularity", ["row", "tensor"])
-def test_every_thread_of_a_slice_sees_the_window_that_it_found(
-    granularity: str, device: torch.device
-) -> None:
+def test_every_thread_of_a_slice_sees_the_window_that_it_found(granularity, device):
     """Windows in which each first and last micro-batch counts, bit for bit with the reference."""
     # slices of which several warps hold a part
     if granularity == "row":
@@ -200,9 +188,7 @@ def test_every_thread_of_a_slice_sees_the_window_that_it_found(
     ("small", "programs"),
     [(False, 1), (False, 7), (False, 10_000)] + [(True, n) for n in (1, 2, 7, 132, 1000, 10_000)],
 )
-def test_waiting_programs_always_end(
-    small: bool, programs: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_waiting_programs_always_end(small, programs, device, monkeypatch):
     """The single launch beside a busy stream, against two launches."""
     monkeypatch.setattr(launch, "processors", lambda device: 1)
     torch.manual_seed(4)
@@ -222,7 +208,7 @@ def test_waiting_programs_always_end(
 
 
 @pytest.mark.parametrize("flatten", [False, True])
-def test_parameters_reach_another_process(flatten: bool, device: torch.device) -> None:
+def test_parameters_reach_another_process(flatten, device):
     """CUDA IPC goes by the allocator's blocks, in which flat parameters lie somewhere."""
     (params, optimizer), (twins, other) = (
         start([(300, 7), (70,)], device, flatten=flatten) for _ in range(2)
@@ -239,7 +225,7 @@ def test_parameters_reach_another_process(flatten: bool, device: torch.device) -
     assert all(map(torch.equal, params, twins))
 
 
-def test_more_entries_than_32_bits_can_count(device: torch.device) -> None:
+def test_more_entries_than_32_bits_can_count(device):
     """Every entry of a step over 2.2e9 of them, half of which a signed 32-bit index cannot reach.
 
     In bfloat16: 18 GB of tensors, and what the comparison of a piece takes.

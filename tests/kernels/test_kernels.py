@@ -1,16 +1,13 @@
 """The kernels against the eager reference, and both against float64."""
 
-from __future__ import annotations
-
 import functools
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from bngd_triton import reference
-from bngd_triton.kernels import Tuning, fused_step_
+from bngd_triton.kernels import fused_step_
 from bngd_triton.kernels.device import measure, update
 from bngd_triton.kernels.fused_step import FusedStep
 from bngd_triton.options import Options
@@ -22,9 +19,7 @@ from support.handmade_plans import member, nothing_new
 from support.kernel_cases import FEW, LANES, LR, OPTIONS, SHAPES, TILES, assert_guards, make
 
 
-def check_step(
-    options: dict[str, Any], tuning: Tuning, tensors: tuple[list[Tensor], ...]
-) -> list[int]:
+def check_step(options, tuning, tensors):
     """How many slices reference and kernels skip in a step that is right."""
     params, grads, buffers = tensors
     before = [param.double().cpu() for param in params]
@@ -51,7 +46,7 @@ def check_step(
 
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("tuning", [LANES, TILES], ids=["lanes", "tiles"])
-def test_float32_step(options: dict[str, Any], tuning: Tuning, device: torch.device) -> None:
+def test_float32_step(options, tuning, device):
     everywhere = options in ({}, {"momentum": 0.0}, {"granularity": "row"})
     shapes = SHAPES if everywhere else FEW
     *tensors, guarded = make(torch.float32, torch.float32, device, shapes)
@@ -70,9 +65,7 @@ def test_float32_step(options: dict[str, Any], tuning: Tuning, device: torch.dev
     ids=["bf16", "fp16", "bf16 with fp32 gradients", "fp32 with bf16 gradients"],
 )
 @pytest.mark.parametrize("granularity", ["tensor", "row"])
-def test_other_dtypes(
-    dtype: torch.dtype, grad_dtype: torch.dtype, granularity: str, device: torch.device
-) -> None:
+def test_other_dtypes(dtype, grad_dtype, granularity, device):
     *tensors, guarded = make(dtype, grad_dtype, device, FEW)
     check_step({"granularity": granularity, "weight_decay": 0.1}, LANES, tensors)
     assert_guards(guarded)
@@ -81,9 +74,7 @@ def test_other_dtypes(
 @pytest.mark.parametrize("granularity", ["tensor", "row", "global"])
 @pytest.mark.parametrize("tuning", [LANES, TILES], ids=["lanes", "tiles"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_exact_statistics_give_the_same_bits(
-    granularity: str, tuning: Tuning, dtype: torch.dtype, device: torch.device
-) -> None:
+def test_exact_statistics_give_the_same_bits(granularity, tuning, dtype, device):
     """As the reference's; of centring in part no factor but the deviation is a power of two."""
     options: dict[str, Any] = {"nesterov": True, "weight_decay": 0.1, "centering": 0.7}
     shapes = [(1,), (2,), (18,), (130,), (1010,), (), (6, 8), (3, 272), (2, 3, 4, 5)]
@@ -99,9 +90,7 @@ def test_exact_statistics_give_the_same_bits(
 
 @pytest.mark.parametrize("granularity", ["tensor", "global"])
 @pytest.mark.parametrize("tuning", [LANES, TILES], ids=["lanes", "tiles"])
-def test_order_of_arrival_does_not_change_a_bit(
-    tuning: Tuning, granularity: str, device: torch.device
-) -> None:
+def test_order_of_arrival_does_not_change_a_bit(tuning, granularity, device):
     """One slice over both tensors, or two whose spans arrive interleaved."""
     grads = [torch.randn(n, device=device) for n in (700, 301)]
     options = Options(LR, granularity=granularity, center_1d=True)
@@ -125,9 +114,7 @@ def test_order_of_arrival_does_not_change_a_bit(
     assert torch.equal(found[0], found[2])
 
 
-def test_updates_start_where_the_statistics_ended(
-    device: torch.device, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_updates_start_where_the_statistics_ended(device, monkeypatch):
     """Programs start in the order of their numbers: what was read last is still in L2."""
     if device.type != "cpu":
         pytest.skip("compiled programs cannot be watched")
@@ -136,11 +123,11 @@ def test_updates_start_where_the_statistics_ended(
     prepared = FusedStep(members, [Options(LR)], LANES)
     (batch,) = prepared._devices[0].plan.batches
 
-    def watch(module: Any, name: str, table: Tensor) -> list[list[int]]:
+    def watch(module, name, table):
         seen: list[list[int]] = []
         do = getattr(module, name)
 
-        def noting(row: Any, *args: Any) -> Any:
+        def noting(row, *args):
             at = (row.handle.data.item() - table.data_ptr()) // table[0].nbytes
             seen.append(table[at, :3].tolist())
             return do(row, *args)
@@ -167,9 +154,7 @@ def test_updates_start_where_the_statistics_ended(
         pytest.param(torch.nan, TILES, id="nan, tiles"),
     ],
 )
-def test_nonfinite(
-    granularity: str, nonfinite: str, value: float, tuning: Tuning, device: torch.device
-) -> None:
+def test_nonfinite(granularity, nonfinite, value, tuning, device):
     """In a tile, in the last entries of a slice, and in one of many spans."""
     shapes = [(5, 20), (2, 300), (1001,), (40,), (3, 7)]
     params, grads, buffers, _ = make(torch.float32, torch.float32, device, shapes)
@@ -184,7 +169,7 @@ def test_nonfinite(
 
 @pytest.mark.parametrize("nonfinite", ["skip", "propagate"])
 @pytest.mark.parametrize("tuning", [LANES, TILES], ids=["lanes", "tiles"])
-def test_nan_among_equal_entries(nonfinite: str, tuning: Tuning, device: torch.device) -> None:
+def test_nan_among_equal_entries(nonfinite, tuning, device):
     """Equal but for a NaN, which an extreme drops: zeros where units are dead, for instance."""
     grads = [torch.full((n,), value, device=device) for n in (3, 40, 300) for value in (0.0, 2.0)]
     grads += [grad.clone() for grad in grads]

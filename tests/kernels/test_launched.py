@@ -11,7 +11,7 @@ from support.compiling import python
 # every kernel is compiled, 15 s for each
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["cuda", "hip"])
-def test_launches_agree_with_tritons(backend: str) -> None:
+def test_launches_agree_with_tritons(backend):
     code, printed = python("tests/support/fake_launches.py", backend)
     assert code == 0, printed
     assert "launches agree" in printed

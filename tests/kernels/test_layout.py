@@ -1,7 +1,5 @@
 """Steps on tensors of any memory layout, against a float64 computation that goes by index."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -12,7 +10,6 @@ from torch.nn import Parameter
 
 from bngd_triton import BNGD
 from bngd_triton.verify.oracle import oracle_step
-from support.paths import StepPath
 
 LR = 0.1
 STEPS = 2
@@ -31,15 +28,15 @@ class Layout(NamedTuple):
     grad: Callable[[Tensor], Tensor]
 
 
-def contiguous(x: Tensor) -> Tensor:
+def contiguous(x):
     return x.clone()
 
 
-def channels_last(x: Tensor) -> Tensor:
+def channels_last(x):
     return x.clone(memory_format=torch.channels_last)
 
 
-def permuted(*dims: int) -> Callable[[Tensor], Tensor]:
+def permuted(*dims):
     """Memory in the order of `dims`, the shape unchanged."""
     inverse = [dims.index(i) for i in range(len(dims))]
     return lambda x: x.permute(dims).contiguous().permute(inverse)
@@ -48,10 +45,10 @@ def permuted(*dims: int) -> Callable[[Tensor], Tensor]:
 transposed = permuted(1, 0)
 
 
-def strided(step: int, dim: int) -> Callable[[Tensor], Tensor]:
+def strided(step, dim):
     """Every `step`-th entry of a larger tensor along `dim`, with other values between."""
 
-    def make(x: Tensor) -> Tensor:
+    def make(x):
         shape = list(x.shape)
         shape[dim] *= step
         base = torch.full(shape, BETWEEN, dtype=x.dtype, device=x.device)
@@ -61,31 +58,31 @@ def strided(step: int, dim: int) -> Callable[[Tensor], Tensor]:
     return make
 
 
-def offset(by: int) -> Callable[[Tensor], Tensor]:
+def offset(by):
     """A view that starts `by` entries into a larger buffer and ends `by` entries before its end."""
 
-    def make(x: Tensor) -> Tensor:
+    def make(x):
         base = torch.full((x.numel() + 2 * by,), BETWEEN, dtype=x.dtype, device=x.device)
         return base[by : by + x.numel()].view(x.shape).copy_(x)
 
     return make
 
 
-def with_strides(*strides: int) -> Callable[[Tensor], Tensor]:
+def with_strides(*strides):
     """Strides that no rule would choose, for dimensions of size 1."""
     return lambda x: x.clone().as_strided(x.shape, strides)
 
 
-def expanded(dim: int) -> Callable[[Tensor], Tensor]:
+def expanded(dim):
     """One entry along `dim`, repeated with stride 0."""
     return lambda x: x.narrow(dim, 0, 1).clone().expand(x.shape)
 
 
-def one_value(x: Tensor) -> Tensor:
+def one_value(x):
     return x.flatten()[:1].clone().view([1] * x.dim()).expand(x.shape)
 
 
-def negated_view(x: Tensor) -> Tensor:
+def negated_view(x):
     """A view whose memory holds the opposite sign, as autograd makes for complex arithmetic."""
     return torch.complex(torch.zeros_like(x), -x).conj().imag
 
@@ -130,13 +127,13 @@ LAYOUTS = [
 ]
 
 
-def named(cases: list[Layout]) -> list[str]:
+def named(cases):
     return [case.desc for case in cases]
 
 
 @pytest.mark.parametrize("granularity", ["tensor", "row", "global"])
 @pytest.mark.parametrize("layout", LAYOUTS, ids=named(LAYOUTS))
-def test_layout(layout: Layout, granularity: str, path: StepPath) -> None:
+def test_layout(layout, granularity, path):
     start = torch.randn(layout.shape, device=path.device)
     param = Parameter(layout.param(start))
     assert torch.equal(param, start), "the case itself is wrong"

@@ -1,24 +1,20 @@
 """The tables of a step: every entry once, and at the addresses that wide accesses need."""
 
-from __future__ import annotations
-
 import itertools
 
 import pytest
 import torch
-from torch import Tensor
 
 from bngd_triton import reference
 from bngd_triton.kernels import Tuning, launch
 from bngd_triton.kernels.build_plan import build
-from bngd_triton.kernels.plan import Entry
 from bngd_triton.kernels.tables import SHAPES_OF_TILES
 from bngd_triton.options import Options
 from support.handmade_plans import entry, inputs
 from support.kernel_cases import LANES, SHAPES, SMALL
 
 
-def test_past_two_to_the_31(device: torch.device) -> None:
+def test_past_two_to_the_31(device):
     """The last items of a tensor of 2**31 + 100 entries; memory is committed only where touched."""
     n = 2**31 + 100
     grad = torch.empty(n, dtype=torch.float16, device=device)
@@ -48,7 +44,7 @@ def test_past_two_to_the_31(device: torch.device) -> None:
     assert torch.equal(param[-tail:], want)
 
 
-def test_shape_of_a_plan(device: torch.device) -> None:
+def test_shape_of_a_plan(device):
     """Every entry is in exactly one span or tile, and in exactly one chunk or tile."""
     shapes = [shape for shape in SHAPES if 0 not in shape]
     for granularity in ("tensor", "row"):
@@ -101,9 +97,7 @@ TILES = {
 
 
 @pytest.mark.parametrize(("shapes", "rows", "expected"), TILES.values(), ids=TILES)
-def test_rows_share_tiles(
-    shapes: list[tuple[int, ...]], rows: int, expected: list[list[int]], device: torch.device
-) -> None:
+def test_rows_share_tiles(shapes, rows, expected, device):
     tensors = [torch.zeros(shape, device=device) for shape in shapes]
     (batch,) = build([entry(t, t, None, rows) for t in tensors], Tuning(tile=8192)).batches
     assert batch.tiles.tolist() == expected
@@ -111,10 +105,10 @@ def test_rows_share_tiles(
     assert batch.n_spans == batch.n_chunks == 0
 
 
-def test_aligned_batches_are_aligned(device: torch.device) -> None:
+def test_aligned_batches_are_aligned(device):
     """What the hints for 16-byte accesses promise: only a GPU acts on them, or faults."""
 
-    def tensor(shape: tuple[int, ...], dtype: torch.dtype, offset: int) -> Tensor:
+    def tensor(shape, dtype, offset):
         n = torch.Size(shape).numel()
         return torch.zeros(n + 8, dtype=dtype, device=device)[offset : offset + n].view(shape)
 
@@ -146,7 +140,7 @@ def test_aligned_batches_are_aligned(device: torch.device) -> None:
                 assert not (batch.rows[first : first + (count if listed else 1), 0] % granule).any()
 
 
-def starts_access(entry: Entry, element: int) -> bool:
+def starts_access(entry, element):
     """Whether an element is at a multiple of 16 bytes in all three tensors."""
     tensors = (entry.param, entry.grad, entry.momentum)
     return not any((t.data_ptr() + element * t.element_size()) % 16 for t in tensors)

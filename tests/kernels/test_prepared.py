@@ -1,13 +1,10 @@
 """Steps laid out once: how many launches they take, and what may change between them."""
 
-from __future__ import annotations
-
 import itertools
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from bngd_triton import BNGD
 from bngd_triton.kernels.fused_step import FusedStep
@@ -17,7 +14,7 @@ from support.kernel_cases import LR
 
 
 @pytest.mark.parametrize("granularity", ["tensor", "row"])
-def test_launches_do_not_grow(granularity: str, device: torch.device, launched: list[str]) -> None:
+def test_launches_do_not_grow(granularity, device, launched):
     """For one tensor, 10 and 300, in one group or one each, with options of every kind."""
     kinds: list[dict[str, Any]] = [
         {}, {"momentum": 0.0}, {"nesterov": True}, {"maximize": True}, {"normalizer": "cdf"}
@@ -44,9 +41,7 @@ FP32, BF16 = torch.float32, torch.bfloat16
     ("tensors", "launches"),
     [([(100, FP32)] * 2, 1), ([(100, FP32), (9000, FP32)], 3), ([(9000, FP32), (9000, BF16)], 4)],
 )
-def test_launches_of_small_and_mixed_models(
-    tensors: list[tuple[int, torch.dtype]], launches: int, device: torch.device, launched: list[str]
-) -> None:
+def test_launches_of_small_and_mixed_models(tensors, launches, device, launched):
     params = [torch.randn(n, device=device).to(dtype) for n, dtype in tensors]
     for param in params:
         param.grad = torch.randn_like(param)
@@ -54,7 +49,7 @@ def test_launches_of_small_and_mixed_models(
     assert len(launched) == launches
 
 
-def test_the_signature_of_a_step_tells_its_tensors_and_options_apart(device: torch.device) -> None:
+def test_the_signature_of_a_step_tells_its_tensors_and_options_apart(device):
     """A gradient may move, by multiples of an access; whatever else changes is laid out anew."""
     param, other, grad, momentum = torch.randn(4, 6, 6, device=device).unbind()
     odd = torch.randn(37, device=device)[1:].view(6, 6)
@@ -62,7 +57,7 @@ def test_the_signature_of_a_step_tells_its_tensors_and_options_apart(device: tor
     sign = FusedStep.sign
     record = new_record(6, device)
 
-    def made(param: Tensor, grad: Tensor, momentum: Tensor | None, group: int) -> StepTensor:
+    def made(param, grad, momentum, group):
         return StepTensor(param, grad, momentum, group, record)
 
     base = sign([made(param, grad, momentum, 0)], groups)
@@ -100,9 +95,7 @@ def test_the_signature_of_a_step_tells_its_tensors_and_options_apart(device: tor
     ],
     ids=str,
 )
-def test_a_sync_refuses_what_no_replay_follows(
-    change: dict[str, Any] | None, named: str, device: torch.device
-) -> None:
+def test_a_sync_refuses_what_no_replay_follows(change, named, device):
     params = [torch.nn.Parameter(torch.randn(16, device=device)) for _ in range(3)]
     optimizer = BNGD([{"params": params[:1]}, {"params": params[1:2]}], fused=True)
     for param in params:

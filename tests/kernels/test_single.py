@@ -1,19 +1,15 @@
 """The single-launch step against the two-launch step, bit for bit, and the order of its work."""
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
-from bngd_triton.kernels import Tuning, fused_step_, launch
+from bngd_triton.kernels import fused_step_, launch
 from bngd_triton.kernels.build_plan import build
 from bngd_triton.kernels.fused_step import FusedStep
-from bngd_triton.kernels.plan import Plan
 from bngd_triton.kernels.tables import CHUNK_ITEM, SPAN_ITEM
 from bngd_triton.options import Options
 from bngd_triton.records import skipped_slices
@@ -33,9 +29,7 @@ from support.twins import SINGLE, Twins, random_tensors
         for case, tuning in zip(OPTIONS, itertools.cycle((LANES, TILES)))
     ],
 )
-def test_same_bits_as_two_launches(
-    options: dict[str, Any], tuning: Tuning, device: torch.device
-) -> None:
+def test_same_bits_as_two_launches(options, tuning, device):
     shapes = [(1,), (17,), (500,), (), (5, 8), (2, 300)]
     twins = Twins(random_tensors(shapes, device), Options(LR, **options), tuning, programs=5)
     assert launch.form_for(twins.plan) == "single-launch"
@@ -53,9 +47,7 @@ def test_same_bits_as_two_launches(
         (9, "global", torch.float32),
     ],
 )
-def test_several_steps_with_any_number_of_programs(
-    programs: int, granularity: str, dtype: torch.dtype, device: torch.device
-) -> None:
+def test_several_steps_with_any_number_of_programs(programs, granularity, dtype, device):
     """Tiles, slices of one span and of many; counters are left as the next step wants them."""
     tensors = random_tensors([(901,), (5, 16), (2, 304), (40,)], device, dtype)
     tensors += [(p[1:], g[1:], m[1:]) for p, g, m in random_tensors([(400,)], device, dtype)]
@@ -74,7 +66,7 @@ def test_several_steps_with_any_number_of_programs(
 
 @pytest.mark.parametrize("nonfinite", ["skip", "propagate"])
 @pytest.mark.parametrize("tuning", [LANES, TILES], ids=["lanes", "tiles"])
-def test_nonfinite(nonfinite: str, tuning: Tuning, device: torch.device) -> None:
+def test_nonfinite(nonfinite, tuning, device):
     """A skipped slice raises its flag too; a tile, a long and a short slice are skipped."""
     tensors = random_tensors([(1001,), (300,), (16,), (1200,)], device)
     for _, grad, _ in tensors[:3]:
@@ -93,20 +85,18 @@ def test_nonfinite(nonfinite: str, tuning: Tuning, device: torch.device) -> None
     ],
     ids=["tiles only", "spans only", "one item of each"],
 )
-def test_kinds_of_work(
-    shapes: list[tuple[int, ...]], kinds: set[int], device: torch.device
-) -> None:
+def test_kinds_of_work(shapes, kinds, device):
     twins = Twins(random_tensors(shapes, device), Options(LR), LANES, programs=5)
     (batch,) = twins.plan.batches
     assert set(batch.work(twins.plan.tuning).items[:, 0].tolist()) == kinds
     twins.step()
 
 
-def plan_of(tensors: list[Tensor], tuning: Tuning) -> Plan:
+def plan_of(tensors, tuning):
     return build([entry(t, t) for t in tensors], tuning)
 
 
-def test_order_of_the_work(device: torch.device) -> None:
+def test_order_of_the_work(device):
     """A wave's spans, the next one's, then its chunks; within a slice the newest chunk first."""
     tuning = dataclasses.replace(LANES, wave=800)
     (batch,) = plan_of([torch.randn(16, device=device)], tuning).batches
@@ -144,7 +134,7 @@ SINGLE_LAUNCH = dataclasses.replace(LANES, form="single-launch")
 KERNELS = {"two-launch": ["statistics"] * 2 + ["update"] * 2, "single-launch": ["single"] * 2}
 
 
-def test_which_form_runs(device: torch.device, launched: list[str]) -> None:
+def test_which_form_runs(device, launched):
     grads = [torch.randn(500, device=device), torch.randn(500, device=device).bfloat16()]
     params = [grad.clone() for grad in grads]
     two, one = launch.FORMS
@@ -168,9 +158,7 @@ def test_which_form_runs(device: torch.device, launched: list[str]) -> None:
         assert launched == [f"_{word}_kernel" for word in KERNELS[expected]], (sizes, form)
 
 
-def test_no_flag_is_trusted_that_is_raised_too_early(
-    device: torch.device, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_flag_is_trusted_that_is_raised_too_early(device, monkeypatch):
     """Where releases do not wait: refused by name if asked for, never chosen, nothing moved."""
     monkeypatch.setattr(launch, "releases_wait", lambda device: False)
     param = torch.randn(500, device=device)
@@ -191,9 +179,7 @@ def test_no_flag_is_trusted_that_is_raised_too_early(
 
 
 @pytest.mark.parametrize("form", launch.FORMS)
-def test_a_global_group_across_dtypes_takes_two_launches(
-    form: str, device: torch.device, launched: list[str]
-) -> None:
+def test_a_global_group_across_dtypes_takes_two_launches(form, device, launched):
     params = [torch.randn(700, device=device), torch.randn(900, device=device).bfloat16()]
     grads = [torch.randn_like(param) * 3 + 1 for param in params]
     before = [param.double().cpu() for param in params]
@@ -206,7 +192,7 @@ def test_a_global_group_across_dtypes_takes_two_launches(
         assert_within("parameter", got, end, bound)
 
 
-def test_nothing_outside_is_touched(device: torch.device) -> None:
+def test_nothing_outside_is_touched(device):
     shapes = [(1,), (271,), (272,), (1009,), (70, 16), (3, 0)]
     params, grads, buffers, guarded = make(torch.float32, torch.float32, device, shapes)
     tuning = dataclasses.replace(LANES, **SINGLE)

@@ -1,7 +1,5 @@
 """The columns that plan and kernels share: each has one place, none is used twice."""
 
-from __future__ import annotations
-
 import pytest
 
 from bngd_triton.kernels import tables
@@ -14,7 +12,7 @@ TABLES = {
 
 
 @pytest.mark.parametrize("name", TABLES)
-def test_columns_of_a_table_are_numbered_from_0_on(name: str) -> None:
+def test_columns_of_a_table_are_numbered_from_0_on(name):
     others = (f"{name}_COLUMNS", f"{name}_BYTES", f"{name}_ITEM")
     columns = [
         value
@@ -24,7 +22,7 @@ def test_columns_of_a_table_are_numbered_from_0_on(name: str) -> None:
     assert sorted(columns) == list(range(getattr(tables, f"{name}_COLUMNS")))
 
 
-def test_a_row_of_the_options_has_each_option_in_its_column() -> None:
+def test_a_row_of_the_options_has_each_option_in_its_column():
     options = Options(
         lr=0.5, momentum=0.75, nesterov=True, weight_decay=0.25, eps=0.125, centering=0.625,
         normalizer="cdf", nonfinite="propagate", maximize=True,

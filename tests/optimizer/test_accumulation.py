@@ -1,9 +1,6 @@
 """Micro-batches: windows of different groups, masters, what is refused or warned of."""
 
-from __future__ import annotations
-
 import warnings
-from collections.abc import Callable
 
 import pytest
 import torch
@@ -15,7 +12,7 @@ from support.paths import StepPath
 from support.runs import refused, start
 
 
-def test_groups_of_different_windows(path: StepPath) -> None:
+def test_groups_of_different_windows(path):
     """A group that steps, one with K = 2 and one with K = 3 do as they would alone."""
     sizes, shapes = (1, 2, 3), [(4, 6), (10,)]
     alone = [start(path, shapes=shapes, lr=0.1, accumulation_steps=k) for k in sizes]
@@ -34,7 +31,7 @@ def test_groups_of_different_windows(path: StepPath) -> None:
     assert [group["micro_step"] for group in optimizer.param_groups] == [0, 1, 1]
 
 
-def test_a_master_that_is_new_when_a_window_ends(path: StepPath) -> None:
+def test_a_master_that_is_new_when_a_window_ends(path):
     params, optimizer = start(path, torch.bfloat16, SHAPES, accumulation_steps=2, lr=0.1)
     optimizer.param_groups[0]["master_weights"] = None
     take_steps(optimizer, params, [0])
@@ -46,7 +43,7 @@ def test_a_master_that_is_new_when_a_window_ends(path: StepPath) -> None:
     assert "master_remainder" in optimizer.state[params[0]]
 
 
-def test_a_global_slice_needs_all_its_gradients(path: StepPath) -> None:
+def test_a_global_slice_needs_all_its_gradients(path):
     params = make_params(path.device)
     named = [(f"layer{i}", param) for i, param in enumerate(params)]
     optimizer = BNGD(named, granularity="global", accumulation_steps=2, fused=path.fused)
@@ -57,7 +54,7 @@ def test_a_global_slice_needs_all_its_gradients(path: StepPath) -> None:
         optimizer.step()
 
 
-def test_capture_is_refused(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_capture_is_refused(device, monkeypatch):
     params, optimizer = start(StepPath(True, device), shapes=SHAPES, accumulation_steps=2)
     take_steps(optimizer, params, [0])
     capture.pretend(monkeypatch)
@@ -66,7 +63,7 @@ def test_capture_is_refused(device: torch.device, monkeypatch: pytest.MonkeyPatc
         optimizer.step()
 
 
-def test_windows_are_laid_out_once(device: torch.device, layouts: Callable[[], int]) -> None:
+def test_windows_are_laid_out_once(device, layouts):
     options = {"granularity": "tensor", "accumulation_steps": 3}
     params, optimizer = start(StepPath(True, device), shapes=SHAPES, **options)
     take_steps(optimizer, params, range(7))
@@ -78,7 +75,7 @@ def test_windows_are_laid_out_once(device: torch.device, layouts: Callable[[], i
     assert layouts() <= 3
 
 
-def train(path: StepPath, clear: Callable[[BNGD, int], None], k: int = 3) -> None:
+def train(path, clear, k=3):
     model = torch.nn.Linear(4, 4).to(path.device)
     optimizer = BNGD(model.parameters(), accumulation_steps=k, fused=path.fused)
     for call in range(9):
@@ -87,8 +84,8 @@ def train(path: StepPath, clear: Callable[[BNGD, int], None], k: int = 3) -> Non
         optimizer.step()
 
 
-def test_gradients_zeroed_once_a_window_bring_one_warning(path: StepPath) -> None:
-    def once_a_window(optimizer: BNGD, call: int) -> None:
+def test_gradients_zeroed_once_a_window_bring_one_warning(path):
+    def once_a_window(optimizer, call):
         if call % 3 == 0:
             optimizer.zero_grad()
 
@@ -106,9 +103,7 @@ def test_gradients_zeroed_once_a_window_bring_one_warning(path: StepPath) -> Non
     ],
     ids=["none", "zeroed", "sums_without_windows"],
 )
-def test_other_gradients_bring_no_warning(
-    clear: Callable[[BNGD, int], None], k: int, path: StepPath
-) -> None:
+def test_other_gradients_bring_no_warning(clear, k, path):
     with warnings.catch_warnings():
         warnings.simplefilter("error", RuntimeWarning)
         train(path, clear, k)

@@ -1,7 +1,5 @@
 """Hooks, schedulers, copies and pickles: what others do with an optimizer."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 
@@ -14,17 +12,16 @@ from bngd_triton.state_dicts import COUNTS
 from bngd_triton.verify.oracle import oracle_step
 from support import exact_runs, steps
 from support.exact_runs import assert_bits
-from support.paths import StepPath
 from support.runs import everything, start
 from support.steps import assert_close, assert_equal, make_grads, make_params, take_steps, values
 
 
-def test_hooks_run_around_the_step_and_may_change_it(path: StepPath) -> None:
+def test_hooks_run_around_the_step_and_may_change_it(path):
     params, optimizer = start(path, lr=0.1)
     before = values(params)
     moved = []
 
-    def pre(hooked: Any, args: Any, kwargs: Any) -> None:
+    def pre(hooked, args, kwargs):
         moved.append(not torch.equal(params[0], before[0]))
         hooked.param_groups[0]["lr"] = 0.3
         for param in params:
@@ -50,7 +47,7 @@ SCHEDULERS: dict[str, Callable[[Any], Any]] = {
 
 @pytest.mark.parametrize("tensor", [False, True], ids=["float", "tensor"])
 @pytest.mark.parametrize("name", SCHEDULERS)
-def test_schedulers(name: str, tensor: bool, path: StepPath) -> None:
+def test_schedulers(name, tensor, path):
     lr = torch.tensor(0.1, dtype=torch.float64) if tensor else 0.1
     params, optimizer = start(path, lr=lr, weight_decay=0.1)
     (group,) = optimizer.param_groups
@@ -83,9 +80,7 @@ def test_schedulers(name: str, tensor: bool, path: StepPath) -> None:
     ],
     ids=str,
 )
-def test_a_copy_goes_on_alike_and_apart(
-    dtype: torch.dtype, mode: str | None, how: str, seeds: list[int], path: StepPath
-) -> None:
+def test_a_copy_goes_on_alike_and_apart(dtype, mode, how, seeds, path):
     options = {"lr": 0.1, "granularity": "row", "seed": 11, "master_weights": mode}
     params, optimizer = start(path, dtype, exact_runs.SHAPES, flatten=False, **options)
     exact_runs.take_steps(optimizer, params, seeds)
@@ -99,7 +94,7 @@ def test_a_copy_goes_on_alike_and_apart(
 
 
 @pytest.mark.parametrize("option", steps.OPTION_NAMES)
-def test_an_old_pickle_without_an_option_gets_its_default(option: str, path: StepPath) -> None:
+def test_an_old_pickle_without_an_option_gets_its_default(option, path):
     params, optimizer = start(path, lr=0.3, momentum=0.7)
     state = optimizer.__getstate__()
     defaults, group = (

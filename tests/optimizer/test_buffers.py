@@ -1,14 +1,10 @@
 """Flat buffers: what moves into them, and what they hold."""
 
-from __future__ import annotations
-
 import gc
 import weakref
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 from torch.nn import Parameter
 
 from bngd_triton import BNGD, flat_buffers
@@ -20,10 +16,9 @@ from support.flat_models import (
     spans,
     train,
 )
-from support.paths import StepPath
 
 
-def test_flattening_keeps_values_shapes_and_strides() -> None:
+def test_flattening_keeps_values_shapes_and_strides():
     """In one buffer for each dtype."""
     shapes: list[tuple[int, ...]] = [(5, 7), (), (3,), (4, 3, 2, 5), (6, 1), (1, 129)]
     kinds = (torch.float32, torch.bfloat16, torch.float64)
@@ -45,7 +40,7 @@ def test_flattening_keeps_values_shapes_and_strides() -> None:
 
 
 @pytest.mark.parametrize("flatten", [None, False])
-def test_only_what_the_kernels_serve_moves(flatten: bool | None, path: StepPath) -> None:
+def test_only_what_the_kernels_serve_moves(flatten, path):
     model = make_model(path.device)
     params = list(model.parameters())
     before = spans(params)
@@ -60,7 +55,7 @@ def test_only_what_the_kernels_serve_moves(flatten: bool | None, path: StepPath)
     assert_in_one_buffer([optimizer.state[param]["momentum_buffer"] for param in params])
 
 
-def test_each_group_has_a_buffer_and_add_param_group_too(device: torch.device) -> None:
+def test_each_group_has_a_buffer_and_add_param_group_too(device):
     first, second, late = (make_model(device) for _ in range(3))
     groups = [{"params": list(first.parameters())}, {"params": list(second.parameters())}]
     optimizer = BNGD(groups, fused=True)
@@ -71,7 +66,7 @@ def test_each_group_has_a_buffer_and_add_param_group_too(device: torch.device) -
     assert [spans(list(model.parameters())) for model in (first, second)] == before
 
 
-def test_a_buffer_lives_as_long_as_one_of_its_parameters() -> None:
+def test_a_buffer_lives_as_long_as_one_of_its_parameters():
     params = [Parameter(torch.full((40,), float(i))) for i in range(3)]
     flat_buffers.flatten_(params)
     memory = [weakref.ref(param) for param in params]
@@ -85,7 +80,7 @@ def test_a_buffer_lives_as_long_as_one_of_its_parameters() -> None:
     assert [one() for one in memory] == [None] * 3
 
 
-def test_momentum_is_made_at_the_first_gradient(path: StepPath) -> None:
+def test_momentum_is_made_at_the_first_gradient(path):
     model = make_model(path.device)
     params = list(model.parameters())
     optimizer = BNGD(params, lr=0.1, fused=path.fused)
@@ -107,7 +102,7 @@ def test_momentum_is_made_at_the_first_gradient(path: StepPath) -> None:
         assert_own_storages(together)
 
 
-def test_loaded_momentum_lies_in_one_buffer(path: StepPath) -> None:
+def test_loaded_momentum_lies_in_one_buffer(path):
     model, twin = make_model(path.device), make_model(path.device)
     optimizer = BNGD(model.parameters(), fused=path.fused)
     train(model, optimizer)
@@ -118,9 +113,7 @@ def test_loaded_momentum_lies_in_one_buffer(path: StepPath) -> None:
     assert_own_storages(momenta)
 
 
-def test_a_tensor_over_the_limit_keeps_its_storage(
-    device: torch.device, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_tensor_over_the_limit_keeps_its_storage(device, monkeypatch):
     monkeypatch.setattr(flat_buffers, "MAX_BYTES", 160)
     # 100, 200, 60 and 40 bytes
     params = [Parameter(torch.randn(n, device=device)) for n in (25, 50, 15, 10)]
@@ -141,12 +134,12 @@ def test_a_tensor_over_the_limit_keeps_its_storage(
     assert_own_storages([optimizer.state[param]["momentum_buffer"] for param in params])
 
 
-def test_buffers_are_of_bounded_size(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_buffers_are_of_bounded_size(monkeypatch):
     monkeypatch.setattr(flat_buffers, "MAX_BYTES", 256)
     made = []
     zeros = torch.zeros
 
-    def note(*args: Any, **kwargs: Any) -> Tensor:
+    def note(*args, **kwargs):
         made.append(zeros(*args, **kwargs))
         return made[-1]
 
@@ -159,14 +152,12 @@ def test_buffers_are_of_bounded_size(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(buffer.numel() * 4 <= 256 + ALIGNMENT for buffer in made)
 
 
-def test_buffers_are_made_on_their_own_device(
-    device: torch.device, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_buffers_are_made_on_their_own_device(device, monkeypatch):
     """DLPack refuses tensors of a GPU that is not the current one."""
     entered: list[torch.device] = []
     leave = flat_buffers.on_device
 
-    def on_device(where: torch.device) -> Any:
+    def on_device(where):
         entered.append(where)
         return leave(where)
 

@@ -1,7 +1,5 @@
 """State dicts: what they hold, runs that go on from them, and what loading leaves as it is."""
 
-from __future__ import annotations
-
 import copy
 import functools
 from typing import Any
@@ -15,7 +13,6 @@ from bngd_triton import BNGD
 from support import exact_runs
 from support.checkpoints import SHAPES, load_params, through_a_file
 from support.exact_runs import assert_bits, exact_gradient, give
-from support.paths import StepPath
 from support.runs import everything, start
 from support.steps import OPTION_NAMES, assert_equal, momenta, take_steps
 
@@ -45,14 +42,12 @@ start = functools.partial(start, shapes=SHAPES)
     ],
     ids=str,
 )
-def test_a_run_goes_on_from_a_checkpoint_in_the_same_bits(
-    dtype: torch.dtype, options: dict[str, Any], into: bool, path: StepPath
-) -> None:
+def test_a_run_goes_on_from_a_checkpoint_in_the_same_bits(dtype, options, into, path):
     """In either path, and in the middle of a window whose end finds no gradient of the first."""
     options = {"lr": 0.01, "weight_decay": 0.1, "seed": 2, **options}
     begin = functools.partial(start, path, dtype, shapes=exact_runs.SHAPES)
 
-    def go_on(optimizer: BNGD, params: list[Parameter]) -> None:
+    def go_on(optimizer, params):
         for seed in range(4, 8):
             for i, param in enumerate(params):
                 absent = i == 0 and seed < 6
@@ -77,7 +72,7 @@ def test_a_run_goes_on_from_a_checkpoint_in_the_same_bits(
     torch.testing.assert_close(twins, params, rtol=0, atol=ATOL)
 
 
-def test_float64_momentum_stays_so_in_a_float32_run(path: StepPath) -> None:
+def test_float64_momentum_stays_so_in_a_float32_run(path):
     wide, optimizer = start(path, torch.float64, fused=None, lr=0.1)
     take_steps(optimizer, wide, [0, 1])
     params, again = start(path)
@@ -93,7 +88,7 @@ def test_float64_momentum_stays_so_in_a_float32_run(path: StepPath) -> None:
     torch.testing.assert_close(params, wide, rtol=0, atol=ATOL, check_dtype=False)
 
 
-def test_loaded_state_is_a_copy(path: StepPath) -> None:
+def test_loaded_state_is_a_copy(path):
     (params, optimizer), (twins, again) = start(path), start(path)
     take_steps(optimizer, params, [0])
     saved = optimizer.state_dict()
@@ -111,7 +106,7 @@ def test_loaded_state_is_a_copy(path: StepPath) -> None:
     assert_equal(momenta(again, twins), before)
 
 
-def test_state_takes_the_strides_of_the_parameter_it_meets(path: StepPath) -> None:
+def test_state_takes_the_strides_of_the_parameter_it_meets(path):
     params, optimizer = start(path, lr=0.1, granularity="row")
     take_steps(optimizer, params, [0])
     assert momenta(optimizer, params)[1].stride() == params[1].stride()
@@ -128,7 +123,7 @@ def test_state_takes_the_strides_of_the_parameter_it_meets(path: StepPath) -> No
     torch.testing.assert_close(twins, params, rtol=0, atol=ATOL)
 
 
-def test_a_checkpoint_before_the_first_step_replaces_momentum(path: StepPath) -> None:
+def test_a_checkpoint_before_the_first_step_replaces_momentum(path):
     params, optimizer = start(path, lr=0.3)
     take_steps(optimizer, params, [0])
     optimizer.load_state_dict(through_a_file(start(path, lr=0.1)[1].state_dict()))
@@ -138,10 +133,8 @@ def test_a_checkpoint_before_the_first_step_replaces_momentum(path: StepPath) ->
 
 @pytest.mark.parametrize("stepped", [False, True], ids=["fresh", "has_stepped"])
 @pytest.mark.parametrize("have", [slice(4), slice(1, 3)], ids=["all", "some"])
-def test_groups_and_momentum_of_some_parameters_go_on(
-    have: slice, stepped: bool, path: StepPath
-) -> None:
-    def build() -> tuple[list[Parameter], BNGD]:
+def test_groups_and_momentum_of_some_parameters_go_on(have, stepped, path):
+    def build():
         params, _ = start(path, flatten=False)
         return params, BNGD([{"params": params[:2]}, {"params": params[2:]}], fused=path.fused)
 
@@ -161,7 +154,7 @@ def test_groups_and_momentum_of_some_parameters_go_on(
     assert_equal(twins, params)
 
 
-def test_a_tensor_lr_is_saved_and_loaded_as_its_own(path: StepPath) -> None:
+def test_a_tensor_lr_is_saved_and_loaded_as_its_own(path):
     lr = torch.tensor(0.1)
     (params, optimizer), (twins, again) = start(path, lr=lr, weight_decay=0.1), start(path, lr=0.7)
     take_steps(optimizer, params, [0])
@@ -178,9 +171,7 @@ def test_a_tensor_lr_is_saved_and_loaded_as_its_own(path: StepPath) -> None:
 
 
 @pytest.mark.parametrize("stochastic", [0, 1, 3])
-def test_a_checkpoint_waits_once_and_only_for_stochastic_rounding(
-    stochastic: int, path: StepPath, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_checkpoint_waits_once_and_only_for_stochastic_rounding(stochastic, path, monkeypatch):
     params, _ = start(path, flatten=False)
     groups: list[dict[str, Any]] = [{"params": [param]} for param in params[:3]]
     for group in groups[:stochastic]:
@@ -189,7 +180,7 @@ def test_a_checkpoint_waits_once_and_only_for_stochastic_rounding(
     take_steps(optimizer, params[:3], [0])
     waits: list[str] = []
 
-    def noting(name: str) -> Any:
+    def noting(name):
         read = getattr(Tensor, name)
         return lambda *args: (waits.append(name), read(*args))[1]
 
@@ -204,7 +195,7 @@ def test_a_checkpoint_waits_once_and_only_for_stochastic_rounding(
 
 # a group without a granularity is another optimizer's
 @pytest.mark.parametrize("name", [name for name in OPTION_NAMES if name != "granularity"])
-def test_an_option_that_a_checkpoint_lacks_stays_as_it_is(name: str, path: StepPath) -> None:
+def test_an_option_that_a_checkpoint_lacks_stays_as_it_is(name, path):
     ours: dict[str, Any] = {
         "lr": 0.3, "momentum": 0.7, "weight_decay": 0.1, "eps": 1e-3, "normalizer": "cdf",
         "centering": 0.5, "center_1d": True, "nonfinite": "raise",
@@ -223,12 +214,12 @@ def test_an_option_that_a_checkpoint_lacks_stays_as_it_is(name: str, path: StepP
     take_steps(again, twins, [1])
 
 
-def test_hooks_of_the_user_run(path: StepPath) -> None:
+def test_hooks_of_the_user_run(path):
     (params, optimizer), (twins, again) = start(path, lr=0.1), start(path)
     take_steps(optimizer, params, [0])
     calls = []
 
-    def before(hooked: Any, incoming: dict[str, Any]) -> dict[str, Any]:
+    def before(hooked, incoming):
         calls.append("pre")
         # what a hook changes is what is loaded, momentum included
         changed = copy.deepcopy(incoming)
@@ -237,7 +228,7 @@ def test_hooks_of_the_user_run(path: StepPath) -> None:
             state["momentum_buffer"] *= 2
         return changed
 
-    def after(hooked: BNGD) -> None:
+    def after(hooked):
         # the momentum is in place by then
         assert_equal(momenta(hooked, twins), [2 * buffer for buffer in momenta(optimizer, params)])
         calls.append("post")
@@ -249,7 +240,7 @@ def test_hooks_of_the_user_run(path: StepPath) -> None:
     assert again.param_groups[0]["lr"] == 0.4
 
 
-def test_state_that_others_keep_beside_momentum_survives(path: StepPath) -> None:
+def test_state_that_others_keep_beside_momentum_survives(path):
     params, optimizer = start(path)
     take_steps(optimizer, params, [0])
     # wrappers (an average of the weights, a step counter) store their own entries there

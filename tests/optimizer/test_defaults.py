@@ -1,13 +1,9 @@
 """Whatever torch's default device and dtype are, steps have the same bits."""
 
-from __future__ import annotations
-
 import ast
 import contextlib
 import dataclasses
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -26,7 +22,6 @@ from support.checkpoints import through_a_file
 from support.exact_runs import assert_bits, give, make_params, state_of
 from support.handmade_plans import member, nothing_new
 from support.kernel_cases import LANES
-from support.paths import StepPath
 from support.steps import assert_close
 
 PACKAGE = Path(bngd_triton.__file__).parent
@@ -42,7 +37,7 @@ NAMED = {"INT64", "_DRAWN"}
 
 
 @contextlib.contextmanager
-def defaults(device: str | None, dtype: torch.dtype) -> Iterator[None]:
+def defaults(device, dtype):
     usual = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -52,7 +47,7 @@ def defaults(device: str | None, dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(usual)
 
 
-def run(path: StepPath, device: str | None, dtype: torch.dtype, **options: Any) -> list[Tensor]:
+def run(path, device, dtype, **options):
     """Parameters, state and statistics after a whole run, checkpoint included."""
     scale = 65536.0
     torch.manual_seed(0)
@@ -95,9 +90,7 @@ def run(path: StepPath, device: str | None, dtype: torch.dtype, **options: Any) 
     ],
     ids=str,
 )
-def test_a_run_has_the_same_bits_under_any_defaults(
-    options: dict[str, Any], path: StepPath, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_has_the_same_bits_under_any_defaults(options, path, monkeypatch):
     more = dict(options)
     tuning = dataclasses.replace(LANES, **more.pop("tuning", {}))
     monkeypatch.setattr(fused_step, "tuning_for", lambda device: tuning)
@@ -107,10 +100,10 @@ def test_a_run_has_the_same_bits_under_any_defaults(
         assert_bits(run(path, device, dtype, **more), want)
 
 
-def test_functions_of_tensors_under_any_defaults(device: torch.device) -> None:
+def test_functions_of_tensors_under_any_defaults(device):
     tensors = [torch.randn(300, device=device), torch.randn(4, 70, device=device)]
 
-    def found() -> list[Tensor]:
+    def found():
         normalized = bngd_triton.reference.normalize_gradient(tensors[1])
         statistics = segment_statistics(tensors, granularity="row")
         return [*statistics, bngd_triton.standardize(tensors[1]), normalized]
@@ -121,7 +114,7 @@ def test_functions_of_tensors_under_any_defaults(device: torch.device) -> None:
             assert_bits(found(), want)
 
 
-def test_the_halves_of_a_sharded_step_under_any_defaults(device: torch.device) -> None:
+def test_the_halves_of_a_sharded_step_under_any_defaults(device):
     options = [Options(0.1, granularity="tensor")]
     grads = [torch.randn(300, device=device), torch.randn(4, 70, device=device)]
     want, _ = oracle_step([g.sin() for g in grads], grads, [None] * 2, lr=0.1, granularity="tensor")
@@ -136,7 +129,7 @@ def test_the_halves_of_a_sharded_step_under_any_defaults(device: torch.device) -
         assert_bits(runs[-1], runs[0])
 
 
-def test_every_tensor_that_is_made_names_its_device_and_dtype() -> None:
+def test_every_tensor_that_is_made_names_its_device_and_dtype():
     found = 0
     for path in sorted({*PACKAGE.rglob("*.py"), *KERNELS.rglob("*.py")}):
         for call in ast.walk(ast.parse(path.read_text())):
@@ -152,9 +145,7 @@ def test_every_tensor_that_is_made_names_its_device_and_dtype() -> None:
     assert found > 30
 
 
-def test_addresses_of_the_upper_half_fit_the_tables(
-    device: torch.device, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_addresses_of_the_upper_half_fit_the_tables(device, monkeypatch):
     """Intel's XPU gives addresses from 2**63 on, which an int64 holds as negative numbers."""
     tensors = [torch.randn(shape, device=device) for shape in ((300,), (5, 16), (3, 300))]
     entries = []

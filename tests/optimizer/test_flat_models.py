@@ -1,11 +1,8 @@
 """What users do with models in flat buffers, and parameters whose memory others see: they stay."""
 
-from __future__ import annotations
-
 import copy
 import io
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,10 +21,9 @@ from support.flat_models import (
     spans,
     train,
 )
-from support.paths import StepPath
 
 
-def test_safetensors_save_model(tmp_path: Path, device: torch.device) -> None:
+def test_safetensors_save_model(tmp_path, device):
     model, optimizer = flat_model(device)
     expected = train(model, optimizer)
     file = str(tmp_path / "model.safetensors")
@@ -45,7 +41,7 @@ def test_safetensors_save_model(tmp_path: Path, device: torch.device) -> None:
     safetensors.torch.save_file(momenta, file)
 
 
-def test_saving_one_layer_writes_one_layer(device: torch.device) -> None:
+def test_saving_one_layer_writes_one_layer(device):
     # 400 kB in all, 400 bytes in the one that is saved
     model = torch.nn.ModuleList(
         torch.nn.Linear(*size, bias=False) for size in ((10, 10), (1000, 100))
@@ -65,7 +61,7 @@ def test_saving_one_layer_writes_one_layer(device: torch.device) -> None:
         assert torch.equal(torch.load(file, weights_only=True), saved)
 
 
-def test_deepcopy_copies_each_tensor_alone(device: torch.device) -> None:
+def test_deepcopy_copies_each_tensor_alone(device):
     model, optimizer = flat_model(device)
     copies = list(copy.deepcopy(model).parameters())
     before = [param.clone() for param in copies]
@@ -78,7 +74,7 @@ def test_deepcopy_copies_each_tensor_alone(device: torch.device) -> None:
     assert_in_one_buffer(copies)
 
 
-def test_parameters_that_moved_to_shared_memory_are_trained_there(device: torch.device) -> None:
+def test_parameters_that_moved_to_shared_memory_are_trained_there(device):
     if device.type != "cpu":
         pytest.skip("shared memory is the CPU's")
     plain = make_model(device)
@@ -92,7 +88,7 @@ def test_parameters_that_moved_to_shared_memory_are_trained_there(device: torch.
     assert spans(list(model.parameters())) == before
 
 
-def test_torch_compile_sees_the_steps(device: torch.device) -> None:
+def test_torch_compile_sees_the_steps(device):
     model, optimizer = flat_model(device)
     compiled = torch.compile(model, backend="aot_eager")
     plain = make_model(device)
@@ -108,7 +104,7 @@ def test_torch_compile_sees_the_steps(device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("flatten", [None, False], ids=["auto", "in_place"])
-def test_views_that_exist_never_move(flatten: bool | None, device: torch.device) -> None:
+def test_views_that_exist_never_move(flatten, device):
     """Under a second optimizer, with a new group, and from a checkpoint."""
     model, optimizer = flat_model(device)
     views = [param.data for param in model.parameters()]
@@ -130,29 +126,29 @@ class Marked(Parameter):
     """A parameter class with setters of its own, as inference engines make them."""
 
 
-def owned(share: Callable[[Tensor], Any]) -> tuple[list[Tensor], Any]:
+def owned(share):
     """A parameter, and what others hold of its memory."""
     param = Parameter(torch.randn(3, 4))
     return [param], share(param)
 
 
-def wrapped(owner: Any, tensor: Callable[[Any], Tensor]) -> tuple[list[Tensor], Any]:
+def wrapped(owner, tensor):
     """A parameter in the memory of somebody else."""
     return [Parameter(tensor(owner))], owner
 
 
-def views_of_one_storage() -> tuple[list[Tensor], Any]:
+def views_of_one_storage():
     # as cuDNN's flat weights of an LSTM
     flat = torch.randn(24)
     return [Parameter(flat[:12].view(3, 4)), Parameter(flat[12:20]), Parameter(flat[20:])], flat
 
 
-def two_parameters_one_storage() -> tuple[list[Tensor], Any]:
+def two_parameters_one_storage():
     param = Parameter(torch.randn(3, 3))
     return [param, Parameter(param.data.t())], None
 
 
-def flattened_before() -> tuple[list[Tensor], Any]:
+def flattened_before():
     params: list[Tensor] = [Parameter(torch.randn(3, 4)), Parameter(torch.randn(5))]
     flat_buffers.flatten_(params)
     return params, None
@@ -182,7 +178,7 @@ STAYS: dict[str, tuple[Made, str]] = {
 
 
 @pytest.mark.parametrize(("make", "reason"), STAYS.values(), ids=STAYS)
-def test_the_optimizer_leaves(make: Made, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_optimizer_leaves(make, reason, monkeypatch):
     # beside a parameter that does move; the kernels are not run here
     monkeypatch.setattr("bngd_triton.engine.collect.why_not", lambda _: None)
     params, kept = make()
@@ -201,7 +197,7 @@ def test_the_optimizer_leaves(make: Made, reason: str, monkeypatch: pytest.Monke
     del kept
 
 
-def test_an_alias_goes_on_seeing_the_parameter(path: StepPath) -> None:
+def test_an_alias_goes_on_seeing_the_parameter(path):
     flat = torch.randn(20, device=path.device)
     params = [Parameter(flat[:12].view(3, 4)), Parameter(flat[12:])]
     optimizer = BNGD(params, lr=0.1, fused=path.fused)
@@ -211,9 +207,7 @@ def test_an_alias_goes_on_seeing_the_parameter(path: StepPath) -> None:
     assert torch.equal(flat, torch.cat([param.detach().flatten() for param in params]))
 
 
-def test_where_torch_does_not_count_aliases_parameters_stay(
-    path: StepPath, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_where_torch_does_not_count_aliases_parameters_stay(path, monkeypatch):
     """The count is a private function, which another torch may not have."""
     monkeypatch.delattr(torch._C, "_storage_Use_Count")
     param = Parameter(torch.randn(3, 4, device=path.device))

@@ -1,7 +1,5 @@
 """Parameters without a gradient: of any kind, and not looked at before one comes."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -11,7 +9,6 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from bngd_triton import BNGD
-from support.paths import StepPath
 from support.runs import refused, start
 from support.steps import assert_equal, make_params, set_grads, take_steps, values
 
@@ -27,7 +24,7 @@ class Odd(NamedTuple):
     error: type[Exception] = TypeError
 
 
-def no_grad(tensor: Tensor) -> Parameter:
+def no_grad(tensor):
     return Parameter(tensor, requires_grad=False)
 
 
@@ -56,9 +53,7 @@ odd_ones = pytest.mark.parametrize("odd", ODD, ids=[odd.desc for odd in ODD])
 
 @odd_ones
 @pytest.mark.parametrize("added", [False, True], ids=["constructor", "add_param_group"])
-def test_parameters_of_any_kind_are_left_alone_until_a_gradient_comes(
-    added: bool, odd: Odd, path: StepPath
-) -> None:
+def test_parameters_of_any_kind_are_left_alone_until_a_gradient_comes(added, odd, path):
     options: dict[str, Any] = {"lr": 0.1, "granularity": "global" if added else "row"}
     params, one = make_params(path.device), odd.make()
     alone, plain = start(path, **options)
@@ -84,9 +79,7 @@ def test_parameters_of_any_kind_are_left_alone_until_a_gradient_comes(
 
 
 @odd_ones
-def test_the_kernels_may_be_insisted_on_beside_frozen_parameters(
-    odd: Odd, device: torch.device
-) -> None:
+def test_the_kernels_may_be_insisted_on_beside_frozen_parameters(odd, device):
     params, one = make_params(device), odd.make().requires_grad_(False)
     address = None if one.is_sparse else one.data_ptr()
     optimizer = BNGD([*params, one], lr=0.1, fused=True, flatten=True)
@@ -95,7 +88,7 @@ def test_the_kernels_may_be_insisted_on_beside_frozen_parameters(
     assert one.is_sparse or one.data_ptr() == address
 
 
-def test_frozen_float64_beside_the_kernels(device: torch.device) -> None:
+def test_frozen_float64_beside_the_kernels(device):
     params, frozen = make_params(device), no_grad(torch.ones(3, dtype=torch.float64).to(device))
     optimizer = BNGD([*params, frozen], lr=0.1, fused=True, flatten=True)
     take_steps(optimizer, params, range(3))
@@ -106,7 +99,7 @@ def test_frozen_float64_beside_the_kernels(device: torch.device) -> None:
     optimizer = BNGD([*make_params(device), frozen], granularity="global", fused=True)
 
 
-def test_a_frozen_parameter_on_another_device_in_a_group_of_one_slice(path: StepPath) -> None:
+def test_a_frozen_parameter_on_another_device_in_a_group_of_one_slice(path):
     params = make_params(path.device)
     frozen = no_grad(torch.ones(3, device="meta"))
     optimizer = BNGD([*params, frozen], lr=0.1, granularity="global", fused=path.fused)
@@ -116,10 +109,8 @@ def test_a_frozen_parameter_on_another_device_in_a_group_of_one_slice(path: Step
 
 
 @pytest.mark.parametrize("options", [{}, {"granularity": "global"}, {"accumulation_steps": 2}])
-def test_lazy_modules_are_served_once_they_have_shapes(
-    options: dict[str, Any], path: StepPath
-) -> None:
-    def make() -> nn.Sequential:
+def test_lazy_modules_are_served_once_they_have_shapes(options, path):
+    def make():
         torch.manual_seed(0)
         return nn.Sequential(nn.LazyLinear(4), nn.ReLU(), nn.Linear(4, 2)).to(path.device)
 
@@ -141,13 +132,13 @@ def test_lazy_modules_are_served_once_they_have_shapes(
     assert not torch.equal(early[0].weight, make()(x).detach())
 
 
-def test_lazy_parameters_have_no_place_in_a_flat_buffer(device: torch.device) -> None:
+def test_lazy_parameters_have_no_place_in_a_flat_buffer(device):
     params = list(nn.LazyLinear(4).to(device).parameters())
     with pytest.raises(RuntimeError, match=r"flatten=True cannot move .* before one forward pass"):
         BNGD(params, fused=True, flatten=True)
 
 
-def test_state_for_a_lazy_parameter_waits_for_its_shape(path: StepPath) -> None:
+def test_state_for_a_lazy_parameter_waits_for_its_shape(path):
     model, again = nn.LazyLinear(4).to(path.device), nn.LazyLinear(4).to(path.device)
     optimizer = BNGD(model.parameters(), fused=path.fused)
     model(torch.ones(2, 3, device=path.device)).sum().backward()

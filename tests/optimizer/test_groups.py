@@ -1,7 +1,5 @@
 """Groups of parameters: each has its own options, which may change between steps."""
 
-from __future__ import annotations
-
 import copy
 from typing import Any
 
@@ -14,7 +12,6 @@ from bngd_triton.foreign import FOREIGN
 from bngd_triton.state_dicts import COUNTS
 from bngd_triton.verify.oracle import oracle_step
 from support import steps
-from support.paths import StepPath
 from support.runs import start
 from support.steps import assert_close, assert_equal, make_grads, make_params, take_steps, values
 
@@ -34,7 +31,7 @@ GROUPS: list[dict[str, Any]] = [
 ]
 
 
-def test_every_group_steps_with_its_own_options(path: StepPath) -> None:
+def test_every_group_steps_with_its_own_options(path):
     together = [make_params(path.device) for _ in GROUPS]
     groups = [{"params": params, **options} for params, options in zip(together, GROUPS)]
     optimizer = BNGD(groups, lr=0.1, fused=path.fused)
@@ -78,9 +75,7 @@ CHANGES: list[tuple[dict[str, Any], dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize(("before", "after"), CHANGES, ids=str)
-def test_an_option_changed_between_steps_takes_effect(
-    before: dict[str, Any], after: dict[str, Any], path: StepPath
-) -> None:
+def test_an_option_changed_between_steps_takes_effect(before, after, path):
     base = {"lr": 0.1, **copy.deepcopy(before)}
     params, optimizer = start(path, **base)
     expected, buffers = values(params), [None] * 3
@@ -93,7 +88,7 @@ def test_an_option_changed_between_steps_takes_effect(
     assert_close(params, expected)
 
 
-def test_momentum_set_to_0_and_back_keeps_its_buffer(path: StepPath) -> None:
+def test_momentum_set_to_0_and_back_keeps_its_buffer(path):
     params, optimizer = start(path, lr=0.1)
     expected, buffers = values(params), [None] * 3
     for seed, momentum in enumerate((0.9, 0.0, 0.0, 0.9)):
@@ -107,7 +102,7 @@ def test_momentum_set_to_0_and_back_keeps_its_buffer(path: StepPath) -> None:
     assert_close(params, expected)
 
 
-def test_add_param_group_takes_defaults_and_steps(path: StepPath) -> None:
+def test_add_param_group_takes_defaults_and_steps(path):
     params, optimizer = start(path, lr=0.1, granularity="row")
     more = make_params(path.device)
     take_steps(optimizer, params, [0])
@@ -125,7 +120,7 @@ def test_add_param_group_takes_defaults_and_steps(path: StepPath) -> None:
     assert_close(more, oracle_step(second, grads, [None] * 3, momentum=0.5, **options)[0])
 
 
-def test_the_state_dict_is_plain(path: StepPath) -> None:
+def test_the_state_dict_is_plain(path):
     params, optimizer = start(path, flatten=False)
     assert (optimizer.fused, optimizer.flatten) == (path.fused, False)
     assert set(optimizer.defaults) == set(steps.OPTION_NAMES)
@@ -149,9 +144,7 @@ def test_the_state_dict_is_plain(path: StepPath) -> None:
         (torch.optim.Muon, "ns_steps"),
     ],
 )
-def test_groups_of_another_optimizer_are_refused(
-    kind: Any, named: str, device: torch.device
-) -> None:
+def test_groups_of_another_optimizer_are_refused(kind, named, device):
     params = make_params(device)
     other = kind(params[:1], lr=0.1)
     match = rf"\[\d\] has options of another optimizer: {named}; "
@@ -165,7 +158,7 @@ def test_groups_of_another_optimizer_are_refused(
     BNGD([{"params": group["params"], "lr": 0.1} for group in other.param_groups])
 
 
-def test_every_optimizer_of_torch_is_known_by_its_groups() -> None:
+def test_every_optimizer_of_torch_is_known_by_its_groups():
     base = torch.optim.Optimizer
     for kind in vars(torch.optim).values():
         if isinstance(kind, type) and issubclass(kind, base) and kind is not base:
@@ -174,7 +167,7 @@ def test_every_optimizer_of_torch_is_known_by_its_groups() -> None:
 
 
 @pytest.mark.parametrize("steps", [0, 3], ids=["first", "when_steps_repeat"])
-def test_a_rate_may_be_a_number_of_numpys(steps: int, path: StepPath) -> None:
+def test_a_rate_may_be_a_number_of_numpys(steps, path):
     """Also an array, whose value may change in place."""
     array = numpy.array(0.25)
     others = [numpy.float64(0.5), numpy.int64(1), 1]

@@ -1,7 +1,5 @@
 """Optimizers that are made, stepped or loaded under `torch.inference_mode`."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest
@@ -11,7 +9,6 @@ from torch.nn import Parameter
 from bngd_triton import BNGD
 from support.checkpoints import load_params
 from support.exact_runs import assert_bits, state_of
-from support.paths import StepPath
 from support.runs import everything, refused, start
 from support.steps import make_params, set_grads, take_steps, values
 
@@ -24,9 +21,7 @@ OPTION_SETS: list[dict[str, Any]] = [
 option_sets = pytest.mark.parametrize("options", OPTION_SETS, ids=str)
 
 
-def test_parameters_can_be_trained_by_an_optimizer_made_under_inference_mode(
-    path: StepPath,
-) -> None:
+def test_parameters_can_be_trained_by_an_optimizer_made_under_inference_mode(path):
     params, more = (make_params(path.device, torch.bfloat16) for _ in range(2))
     with torch.inference_mode():
         optimizer = BNGD(params, lr=0.1, fused=path.fused)
@@ -39,9 +34,7 @@ def test_parameters_can_be_trained_by_an_optimizer_made_under_inference_mode(
 
 
 @option_sets
-def test_a_step_under_inference_mode_is_as_any_other(
-    options: dict[str, Any], path: StepPath
-) -> None:
+def test_a_step_under_inference_mode_is_as_any_other(options, path):
     """Whichever step, the first, which makes the state, or one that repeats others."""
     runs = []
     for inside in ((), (0,), (0, 1, 2, 3, 4), (2, 4)):
@@ -57,7 +50,7 @@ def test_a_step_under_inference_mode_is_as_any_other(
 
 
 @option_sets
-def test_a_checkpoint_loaded_under_inference_mode(options: dict[str, Any], path: StepPath) -> None:
+def test_a_checkpoint_loaded_under_inference_mode(options, path):
     options = {"lr": torch.tensor(0.1), **options}
     (params, a), (twins, b) = (start(path, torch.bfloat16, **options) for _ in range(2))
     take_steps(a, params, range(3))
@@ -71,7 +64,7 @@ def test_a_checkpoint_loaded_under_inference_mode(options: dict[str, Any], path:
     assert_bits(everything(b, twins), everything(a, params))
 
 
-def test_what_was_made_under_inference_mode_is_refused(path: StepPath) -> None:
+def test_what_was_made_under_inference_mode_is_refused(path):
     params = make_params(path.device)
     with torch.inference_mode():
         inside = Parameter(torch.ones(3, device=path.device), requires_grad=False)

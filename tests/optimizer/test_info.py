@@ -1,7 +1,5 @@
 """`bngd info`: what it says, and that nothing makes it fail."""
 
-from __future__ import annotations
-
 import json
 import os
 import re
@@ -9,7 +7,6 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -21,12 +18,12 @@ from bngd_triton.kernels import devices, support
 PACKAGE = Path(bngd_triton.__file__).parent
 
 
-def printed(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+def printed(capsys, *arguments):
     assert cli.main(["info", *arguments]) == 0
     return capsys.readouterr().out
 
 
-def test_this_machine(capsys: pytest.CaptureFixture[str]) -> None:
+def test_this_machine(capsys):
     found = json.loads(printed(capsys, "--json"))
     assert found["versions"]["bngd_triton"] == bngd_triton.__version__
     assert found["versions"]["torch"] == torch.__version__
@@ -43,7 +40,7 @@ def test_this_machine(capsys: pytest.CaptureFixture[str]) -> None:
     assert "error" not in text
 
 
-def test_every_private_function_is_listed() -> None:
+def test_every_private_function_is_listed():
     """So that a report shows which of them another torch lacks."""
     used = set()
     for path in PACKAGE.rglob("*.py"):
@@ -60,12 +57,12 @@ def test_every_private_function_is_listed() -> None:
 
 
 @pytest.fixture
-def gpus(monkeypatch: pytest.MonkeyPatch) -> Any:
+def gpus(monkeypatch):
     """A machine with an H100, a GPU without a row, one that is too old and one that fails."""
 
     kinds = [("H100", 9, 0), ("Unheard", 10, 3), ("V100", 7, 0)]
 
-    def properties(device: torch.device) -> Any:
+    def properties(device):
         if device.index == 3:
             raise RuntimeError("CUDA error: unknown\nmore")
         name, major, minor = kinds[device.index]
@@ -77,12 +74,12 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> Any:
     class OnGPU(torch.Tensor):
         device = property(lambda self: self.where)  # type: ignore[assignment]
 
-    def empty(*_: Any, device: torch.device, **__: Any) -> Any:
+    def empty(*_, device, **__):
         tensor = torch.zeros(1).as_subclass(OnGPU)
         tensor.where = device
         return tensor
 
-    def capability(device: torch.device) -> tuple[int, int]:
+    def capability(device):
         return properties(device).major, properties(device).minor
 
     caches = (devices.architecture_of, devices.tuning_for)
@@ -108,7 +105,7 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 @pytest.mark.usefixtures("gpus")
-def test_gpus() -> None:
+def test_gpus():
     everything = info.collect()
     found = everything["devices"]
     assert list(everything["steps are served by"].values()) == [
@@ -126,10 +123,8 @@ def test_gpus() -> None:
     assert found["cuda:3"]["sizes"].startswith("error: ")
 
 
-def test_parts_that_are_broken(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def broken(*_: Any) -> Any:
+def test_parts_that_are_broken(monkeypatch, capsys):
+    def broken(*_):
         raise OSError("libcuda.so.1: cannot open\nshared object file")
 
     for module, name in (
@@ -147,7 +142,7 @@ def test_parts_that_are_broken(
 
 
 @pytest.mark.parametrize("there", [False, True], ids=["missing", "broken"])
-def test_without_triton(there: bool, tmp_path: Path) -> None:
+def test_without_triton(there, tmp_path):
     """In a process of its own; a broken one raises whatever its libraries do."""
     if there:
         (tmp_path / "triton").mkdir()

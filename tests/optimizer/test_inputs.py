@@ -1,12 +1,7 @@
 """Standardising inputs: the function on both paths, and the layer."""
 
-from __future__ import annotations
-
-from collections.abc import Callable
-
 import pytest
 import torch
-from torch import Tensor
 
 from bngd_triton import BatchStandardize, standardize
 from bngd_triton.kernels.standardize import standardize_columns
@@ -14,13 +9,13 @@ from bngd_triton.verify.tolerances import GHAT
 from support.closeness import assert_within
 
 
-def oracle(x: Tensor, dim: int) -> Tensor:
+def oracle(x, dim):
     x = x.double()
     std = x.std(dim, correction=0, keepdim=True)
     return torch.where(std == 0, 0.0, (x - x.mean(dim, keepdim=True)) / std)
 
 
-def assert_standardized(got: Tensor, x: Tensor, dim: int = 0) -> None:
+def assert_standardized(got, x, dim=0):
     want, x = oracle(x, dim), x.double()
     # in float64 the oracle's own rounding, on values some means away from 0, counts as well
     arithmetic = 64 * 2.0**-53 if got.dtype is torch.float64 else GHAT
@@ -37,7 +32,7 @@ def assert_standardized(got: Tensor, x: Tensor, dim: int = 0) -> None:
     [((7,), 0), ((50, 3), 0), ((50, 3), 1), ((5, 6, 7), -2), ((1, 4), 0), ((2, 4), 0)],
     ids=str,
 )
-def test_standardize(dtype: torch.dtype, shape: tuple[int, ...], dim: int) -> None:
+def test_standardize(dtype, shape, dim):
     x = (torch.randn(shape) * 3 + 10).to(dtype)
     got = standardize(x, dim)
     assert got.dtype == dtype
@@ -46,9 +41,7 @@ def test_standardize(dtype: torch.dtype, shape: tuple[int, ...], dim: int) -> No
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("shape", [(1, 1), (3, 33), (257, 5), (600, 40)], ids=str)
-def test_kernel_equals_eager(
-    dtype: torch.dtype, shape: tuple[int, int], device: torch.device
-) -> None:
+def test_kernel_equals_eager(dtype, shape, device):
     """Bit for bit: same factors, unless float64 sums in other orders round one differently."""
     x = (torch.randn(shape) * torch.logspace(-3, 3, shape[1]) + 1).to(dtype)
     got = standardize_columns(x.to(device)).cpu()
@@ -58,9 +51,7 @@ def test_kernel_equals_eager(
 
 @pytest.mark.parametrize("n", [3, 300])
 @pytest.mark.parametrize("function", [standardize, standardize_columns], ids=["eager", "kernel"])
-def test_columns_of_every_scale(
-    function: Callable[[Tensor], Tensor], n: int, device: torch.device
-) -> None:
+def test_columns_of_every_scale(function, n, device):
     """Spreads of 1e-7 of the mean, subnormals, the largest numbers; one split of rows, and two."""
     places = torch.arange(n)
     columns = [
@@ -81,7 +72,7 @@ def test_columns_of_every_scale(
         assert_standardized(got[:, 1:].cpu(), x[:, 1:])
 
 
-def test_empty_and_errors() -> None:
+def test_empty_and_errors():
     assert standardize(torch.zeros(0, 3)).shape == (0, 3)
     for bad, error, message in (
         (torch.zeros(3, dtype=torch.int64), TypeError, "x has dtype torch.int64"),
@@ -96,7 +87,7 @@ def test_empty_and_errors() -> None:
         assert not standardize(torch.zeros(3, requires_grad=True)).requires_grad
 
 
-def test_batch_standardize() -> None:
+def test_batch_standardize():
     layer = BatchStandardize(3, momentum=None)
     x = torch.randn(500, 3) * torch.tensor([1e-2, 1.0, 1e3]) + 5
     out = layer(x)

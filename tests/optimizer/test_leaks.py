@@ -1,10 +1,7 @@
 """What an optimizer lets go of: parameters that left its groups, and records of other slices."""
 
-from __future__ import annotations
-
 import gc
 import weakref
-from typing import Any
 
 import pytest
 import torch
@@ -13,10 +10,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import Parameter
 
 from bngd_triton import BNGD
-from support.paths import StepPath
 
 
-def step(optimizer: BNGD) -> None:
+def step(optimizer):
     for group in optimizer.param_groups:
         for param in group["params"]:
             param.grad = torch.randn_like(param)
@@ -24,7 +20,7 @@ def step(optimizer: BNGD) -> None:
     optimizer.zero_grad()
 
 
-def made(path: StepPath, **options: Any) -> tuple[list[Parameter], BNGD]:
+def made(path, **options):
     params = [Parameter(torch.randn(6, 4, device=path.device)) for _ in range(4)]
     groups = [{"params": params[:2]}, {"params": params[2:]}]
     return params, BNGD(groups, fused=path.fused, **options)
@@ -32,9 +28,7 @@ def made(path: StepPath, **options: Any) -> tuple[list[Parameter], BNGD]:
 
 @pytest.mark.parametrize("granularity", ["tensor", "global"])
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
-def test_a_replaced_parameter_is_freed_with_its_buffer(
-    momentum: float, granularity: str, path: StepPath
-) -> None:
+def test_a_replaced_parameter_is_freed_with_its_buffer(momentum, granularity, path):
     """As Gaussian splatting does: its state goes, and another takes its place."""
     params, optimizer = made(path, momentum=momentum, granularity=granularity)
     for _ in range(2):
@@ -53,7 +47,7 @@ def test_a_replaced_parameter_is_freed_with_its_buffer(
     assert all(one.expired() for one in memory)
 
 
-def test_parameters_that_the_kernels_leave_are_freed(path: StepPath) -> None:
+def test_parameters_that_the_kernels_leave_are_freed(path):
     """The last kernels' step must not hold what only the reference serves now."""
     params, optimizer = made(path)
     step(optimizer)
@@ -67,7 +61,7 @@ def test_parameters_that_the_kernels_leave_are_freed(path: StepPath) -> None:
     assert old() is None
 
 
-def test_skips_of_what_is_gone_still_count(path: StepPath) -> None:
+def test_skips_of_what_is_gone_still_count(path):
     params, optimizer = made(path, granularity="row")
     for param in params:
         param.grad = torch.ones_like(param)
@@ -84,7 +78,7 @@ def test_skips_of_what_is_gone_still_count(path: StepPath) -> None:
     assert optimizer.skipped == 8
 
 
-def test_changes_of_granularity_leave_a_number_behind(path: StepPath) -> None:
+def test_changes_of_granularity_leave_a_number_behind(path):
     params, optimizer = made(path)
     sizes, want = [], 0
     for turn in range(9):

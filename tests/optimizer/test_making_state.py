@@ -1,9 +1,5 @@
 """Steps that torch.distributed.checkpoint takes to make state, and steps that only look so."""
 
-from __future__ import annotations
-
-from typing import Any
-
 import pytest
 import torch
 import torch.distributed as dist
@@ -11,7 +7,6 @@ from torch import nn
 
 from bngd_triton import BNGD
 from support.exact_runs import assert_bits, state_of
-from support.paths import StepPath
 from support.runs import everything
 from support.steps import take_steps
 
@@ -31,22 +26,20 @@ option_sets = pytest.mark.parametrize(
 )
 
 
-def make(path: StepPath, tensor_rate: bool, **options: Any) -> tuple[nn.Module, BNGD]:
+def make(path, tensor_rate, **options):
     torch.manual_seed(0)
     model = nn.Linear(6, 5).to(path.device, torch.bfloat16)
     lr = torch.tensor(0.1) if tensor_rate else 0.1
     return model, BNGD(model.parameters(), lr=lr, fused=path.fused, **options)
 
 
-def counts(optimizer: BNGD) -> tuple[int, int]:
+def counts(optimizer):
     (group,) = optimizer.state_dict()["param_groups"]
     return group["micro_step"], group["rounding_steps"]
 
 
 @option_sets
-def test_asking_a_fresh_optimizer_for_its_state_changes_no_run(
-    options: dict[str, Any], tensor_rate: bool, path: StepPath
-) -> None:
+def test_asking_a_fresh_optimizer_for_its_state_changes_no_run(options, tensor_rate, path):
     from torch.distributed.checkpoint.state_dict import (
         get_optimizer_state_dict,
         set_optimizer_state_dict,
@@ -70,9 +63,7 @@ def test_asking_a_fresh_optimizer_for_its_state_changes_no_run(
 
 
 @option_sets
-def test_a_first_step_of_zeros_at_rate_0_counts_as_any_other(
-    options: dict[str, Any], tensor_rate: bool, path: StepPath
-) -> None:
+def test_a_first_step_of_zeros_at_rate_0_counts_as_any_other(options, tensor_rate, path):
     """As under a warm-up from 0 where a hinge loss is 0."""
     model, optimizer = make(path, tensor_rate, **options)
     params, (group,) = list(model.parameters()), optimizer.param_groups

@@ -1,13 +1,10 @@
 """Training in bfloat16 and float16: parameters that really move, and go on from a checkpoint."""
 
-from __future__ import annotations
-
 import itertools
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import Parameter
 
 from bngd_triton import BNGD, fp32_state_dict, load_fp32_state_dict
@@ -22,7 +19,7 @@ BFLOAT16, FLOAT16, FLOAT32 = torch.bfloat16, torch.float16, torch.float32
 narrow = pytest.mark.parametrize("dtype", [BFLOAT16, FLOAT16], ids=str)
 
 
-def masters(optimizer: BNGD, params: list[Parameter]) -> list[Tensor]:
+def masters(optimizer, params):
     """The float32 masters of split parameters; float32 parameters are their own."""
     states = [optimizer.state[param] for param in params]
     kept = [state.get("master_remainder", state.get("master")) for state in states]
@@ -41,9 +38,7 @@ def masters(optimizer: BNGD, params: list[Parameter]) -> list[Tensor]:
     ],
     ids=str,
 )
-def test_split_training_is_float32_training(
-    grads: torch.dtype, options: dict[str, Any], dtype: torch.dtype, path: StepPath
-) -> None:
+def test_split_training_is_float32_training(grads, options, dtype, path):
     params, optimizer = start(path, dtype, SHAPES, lr=1e-3, **options)
     twins = [Parameter(param.detach().float()) for param in params]
     twin = BNGD(twins, lr=1e-3, fused=path.fused, **options)
@@ -56,7 +51,7 @@ def test_split_training_is_float32_training(
 
 
 @pytest.mark.parametrize("grads", [BFLOAT16, FLOAT16], ids=str)
-def test_narrow_gradients_of_float32_parameters(grads: torch.dtype, path: StepPath) -> None:
+def test_narrow_gradients_of_float32_parameters(grads, path):
     (params, optimizer), (twins, twin) = (start(path, shapes=SHAPES, lr=1e-2) for _ in range(2))
     take_steps(optimizer, params, range(3), grads)
     take_steps(twin, twins, range(3))
@@ -65,7 +60,7 @@ def test_narrow_gradients_of_float32_parameters(grads: torch.dtype, path: StepPa
 
 
 @pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16], ids=str)
-def test_momentum_in_bfloat16(dtype: torch.dtype, path: StepPath) -> None:
+def test_momentum_in_bfloat16(dtype, path):
     params, narrow_ = start(path, dtype, SHAPES, lr=1e-2, momentum_dtype=BFLOAT16)
     twins, wide = start(path, dtype, SHAPES, lr=1e-2)
     for seed in range(3):
@@ -82,7 +77,7 @@ def test_momentum_in_bfloat16(dtype: torch.dtype, path: StepPath) -> None:
 
 
 @narrow
-def test_a_parameter_written_between_steps(dtype: torch.dtype, path: StepPath) -> None:
+def test_a_parameter_written_between_steps(dtype, path):
     """`load_state_dict`, pruning, ...: the new value counts, not the master of the old one."""
     params, optimizer = start(path, dtype, SHAPES, lr=1e-3, momentum=0.0)
     model = torch.nn.ParameterList(params)
@@ -107,7 +102,7 @@ def test_a_parameter_written_between_steps(dtype: torch.dtype, path: StepPath) -
 
 
 @narrow
-def test_master_weights_changed_between_steps(dtype: torch.dtype, path: StepPath) -> None:
+def test_master_weights_changed_between_steps(dtype, path):
     """A master that was given up starts anew from the parameter."""
     params, optimizer = start(path, dtype, SHAPES, lr=0.01, weight_decay=0.1)
     (group,) = optimizer.param_groups
@@ -127,7 +122,7 @@ def test_master_weights_changed_between_steps(dtype: torch.dtype, path: StepPath
 
 
 @narrow
-def test_a_seed_changed_between_steps(dtype: torch.dtype, device: torch.device) -> None:
+def test_a_seed_changed_between_steps(dtype, device):
     ends = {}
     options = {"lr": 0.01, "master_weights": "stochastic", "seed": 11}
     for seed, fused in itertools.product((11, 12), (False, True)):
@@ -142,7 +137,7 @@ def test_a_seed_changed_between_steps(dtype: torch.dtype, device: torch.device) 
     assert not torch.equal(ends[11, False][0], ends[12, False][0])
 
 
-def test_parameters_of_an_optimizer_round_apart(path: StepPath) -> None:
+def test_parameters_of_an_optimizer_round_apart(path):
     params = [Parameter(torch.ones(256, dtype=BFLOAT16, device=path.device)) for _ in range(3)]
     groups = [{"params": params[:2]}, {"params": params[2:]}]
     # halfway to the next value below 1
@@ -156,7 +151,7 @@ def test_parameters_of_an_optimizer_round_apart(path: StepPath) -> None:
     assert not torch.equal(params[0], params[2])
 
 
-def test_a_model_cast_to_the_other_narrow_type(path: StepPath) -> None:
+def test_a_model_cast_to_the_other_narrow_type(path):
     params, optimizer = start(path, FLOAT16, SHAPES)
     model = torch.nn.ParameterList(params)
     take_steps(optimizer, params, [0])
@@ -167,26 +162,26 @@ def test_a_model_cast_to_the_other_narrow_type(path: StepPath) -> None:
     optimizer.load_state_dict(through_a_file(optimizer.state_dict()))
 
 
-def make(path: StepPath, dtype: torch.dtype, **options: Any) -> tuple[nn.Module, BNGD]:
+def make(path, dtype, **options):
     torch.manual_seed(3)
     model = nn.Sequential(nn.Linear(7, 9), nn.BatchNorm1d(9), nn.Linear(9, 2)).to(path.device)
     model[0].to(dtype)
     return model, BNGD(model.parameters(), 1e-3, weight_decay=0.1, fused=path.fused, **options)
 
 
-def assert_same(got: dict[str, Tensor], want: dict[str, Tensor]) -> None:
+def assert_same(got, want):
     assert list(got) == list(want)
     assert_bits(list(got.values()), list(want.values()))
 
 
-def train(model: nn.Module, optimizer: BNGD, seeds: range) -> None:
+def train(model, optimizer, seeds):
     for seed in seeds:
         set_grads(list(model.parameters()), seed)
         optimizer.step()
 
 
 @narrow
-def test_float32_weights_go_out_and_come_back(dtype: torch.dtype, path: StepPath) -> None:
+def test_float32_weights_go_out_and_come_back(dtype, path):
     model, optimizer = make(path, dtype)
     train(model, optimizer, range(5))
     weights = fp32_state_dict(model, optimizer)
@@ -207,7 +202,7 @@ def test_float32_weights_go_out_and_come_back(dtype: torch.dtype, path: StepPath
     assert_same(fp32_state_dict(again, resumed), fp32_state_dict(model, optimizer))
 
 
-def test_a_new_optimizer_takes_float32_weights(path: StepPath) -> None:
+def test_a_new_optimizer_takes_float32_weights(path):
     """Before its first gradient: a float32 model goes on in bfloat16 without losing a bit."""
     wide, optimizer = make(path, FLOAT32)
     train(wide, optimizer, range(3))
@@ -217,13 +212,13 @@ def test_a_new_optimizer_takes_float32_weights(path: StepPath) -> None:
     assert_same(fp32_state_dict(narrow, fresh), wide.state_dict())
 
 
-def test_without_a_master_parameters_stay_as_they_are(path: StepPath) -> None:
+def test_without_a_master_parameters_stay_as_they_are(path):
     model, optimizer = make(path, BFLOAT16, master_weights=None)
     train(model, optimizer, range(2))
     assert_same(fp32_state_dict(model, optimizer), model.state_dict())
 
 
-def test_another_model_is_refused(path: StepPath) -> None:
+def test_another_model_is_refused(path):
     model, optimizer = make(path, BFLOAT16)
     with pytest.raises(ValueError, match="none of the model's parameters"):
         fp32_state_dict(make(path, BFLOAT16)[0], optimizer)

@@ -1,29 +1,25 @@
 """What users of torch.optim rely on, on both paths."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 from torch.nn import Parameter
 
 from bngd_triton import BNGD
 from bngd_triton.verify.oracle import oracle_step
 from support import steps
-from support.paths import StepPath
 from support.runs import start
 from support.steps import assert_close, assert_equal, make_grads, make_params, take_steps, values
 
 
-def test_closure_runs_with_grad_enabled_and_its_loss_is_returned(path: StepPath) -> None:
+def test_closure_runs_with_grad_enabled_and_its_loss_is_returned(path):
     params, optimizer = start(path)
     before = values(params)
     seen = []
 
-    def closure() -> Tensor:
+    def closure():
         seen.append(torch.is_grad_enabled())
         optimizer.zero_grad()
         loss = sum(param.square().sum() for param in params)
@@ -39,7 +35,7 @@ def test_closure_runs_with_grad_enabled_and_its_loss_is_returned(path: StepPath)
     assert_close(params, oracle_step(before, grads, [None] * 3)[0])
 
 
-def test_none_gradients_leave_parameter_momentum_and_state_alone(path: StepPath) -> None:
+def test_none_gradients_leave_parameter_momentum_and_state_alone(path):
     # decay would show that a parameter without a gradient was moved
     params, optimizer = start(path, lr=0.1, weight_decay=0.5)
     steps.set_grads(params, 0)
@@ -57,7 +53,7 @@ def test_none_gradients_leave_parameter_momentum_and_state_alone(path: StepPath)
     assert_equal([params[1], optimizer.state[params[1]]["momentum_buffer"]], [then[1], buffer])
 
 
-def test_step_without_any_gradient_does_nothing(path: StepPath) -> None:
+def test_step_without_any_gradient_does_nothing(path):
     params, optimizer = start(path, weight_decay=0.5)
     before = values(params)
     assert optimizer.step() is None
@@ -71,9 +67,7 @@ def test_step_without_any_gradient_does_nothing(path: StepPath) -> None:
 
 
 @pytest.mark.parametrize("granularity", ["tensor", "row"])
-def test_a_late_first_gradient_starts_as_in_a_new_optimizer(
-    granularity: str, path: StepPath
-) -> None:
+def test_a_late_first_gradient_starts_as_in_a_new_optimizer(granularity, path):
     options: dict[str, Any] = {"lr": 0.1, "granularity": granularity, "fused": path.fused}
     params, optimizer = start(path, **options)
     for seed in range(4):
@@ -91,14 +85,14 @@ def test_a_late_first_gradient_starts_as_in_a_new_optimizer(
     assert_equal(steps.momenta(optimizer, params[:1]), steps.momenta(fresh, late))
 
 
-def test_gradients_are_read_only(path: StepPath) -> None:
+def test_gradients_are_read_only(path):
     params, optimizer = start(path, maximize=True)
     grads = values(steps.set_grads(params, 0))
     optimizer.step()
     assert_equal([param.grad for param in params], grads)
 
 
-def test_autograd_notices_the_step(path: StepPath) -> None:
+def test_autograd_notices_the_step(path):
     params, optimizer = start(path)
     loss = params[0].square().sum()
     take_steps(optimizer, params, [0])
@@ -106,8 +100,8 @@ def test_autograd_notices_the_step(path: StepPath) -> None:
         loss.backward()
 
 
-def test_automatic_path_on_the_cpu_is_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: Any) -> None:
+def test_automatic_path_on_the_cpu_is_the_reference(monkeypatch):
+    def refuse(*_):
         raise AssertionError("kernels were used")
 
     monkeypatch.setattr("bngd_triton.engine.step.FusedStep", refuse)
@@ -121,7 +115,7 @@ def test_automatic_path_on_the_cpu_is_the_reference(monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize("granularity", ["tensor", "row", "global"])
 @pytest.mark.parametrize("shape", [(0,), (0, 3), (3, 0), (2, 0, 4)], ids=str)
-def test_empty_parameters(shape: tuple[int, ...], granularity: str, path: StepPath) -> None:
+def test_empty_parameters(shape, granularity, path):
     options: dict[str, Any] = {"lr": 0.1, "granularity": granularity, "fused": path.fused}
     params = make_params(path.device)
     empty = Parameter(torch.empty(shape, device=path.device))
@@ -140,7 +134,7 @@ def test_empty_parameters(shape: tuple[int, ...], granularity: str, path: StepPa
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
-def test_state_is_float32_momentum_and_a_master(dtype: torch.dtype, path: StepPath) -> None:
+def test_state_is_float32_momentum_and_a_master(dtype, path):
     masters = {torch.float16: ["master"], torch.bfloat16: ["master_remainder"], torch.float32: []}
     params, optimizer = start(path, dtype)
     take_steps(optimizer, params, [0])
@@ -153,7 +147,7 @@ def test_state_is_float32_momentum_and_a_master(dtype: torch.dtype, path: StepPa
 
 # the interpreter computes with NaN in NumPy
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
-def test_skipped_slices_are_counted(path: StepPath) -> None:
+def test_skipped_slices_are_counted(path):
     params, optimizer = start(path, granularity="row", weight_decay=0.1)
     take_steps(optimizer, params, [0])
     assert optimizer.skipped == 0

@@ -1,7 +1,5 @@
 """State dicts that are refused, and change nothing."""
 
-from __future__ import annotations
-
 import copy
 import functools
 from collections.abc import Callable
@@ -12,7 +10,6 @@ import torch
 from torch import Tensor
 
 from support.checkpoints import SHAPES
-from support.paths import StepPath
 from support.runs import everything, refused, start
 from support.steps import assert_equal, make_params, set_grads, take_steps
 
@@ -30,8 +27,8 @@ class Refused(NamedTuple):
     dtype: torch.dtype = torch.float32
 
 
-def of_another(kind: Any, **options: Any) -> Spoil:
-    def spoil(saved: dict[str, Any]) -> None:
+def of_another(kind, **options):
+    def spoil(saved):
         params = make_params(torch.device("cpu"), shapes=SHAPES)
         optimizer = kind(params, **options)
         set_grads(params, 0)
@@ -41,23 +38,23 @@ def of_another(kind: Any, **options: Any) -> Spoil:
     return spoil
 
 
-def with_state(key: str, change: Callable[[Tensor], Any]) -> Spoil:
-    def spoil(saved: dict[str, Any]) -> None:
+def with_state(key, change):
+    def spoil(saved):
         state = saved["state"][1]
         state[key] = change(state.get(key, state["momentum_buffer"]))
 
     return spoil
 
 
-def with_option(**options: Any) -> Spoil:
+def with_option(**options):
     return lambda saved: saved["param_groups"][0].update(options)
 
 
-def with_entry(entry: Any) -> Spoil:
+def with_entry(entry):
     return lambda saved: saved["state"].update({1: entry})
 
 
-def one_group_more(saved: dict[str, Any]) -> None:
+def one_group_more(saved):
     saved["param_groups"].append({**saved["param_groups"][0], "params": [9]})
 
 
@@ -126,7 +123,7 @@ REFUSED += [
 
 @pytest.mark.parametrize("steps", [0, 2], ids=["new", "stepped"])
 @pytest.mark.parametrize("case", REFUSED, ids=[case.desc for case in REFUSED])
-def test_refused_checkpoints_change_nothing(case: Refused, steps: int, path: StepPath) -> None:
+def test_refused_checkpoints_change_nothing(case, steps, path):
     source, good = start(path, case.dtype, lr=0.1)
     take_steps(good, source, [7])
     bad = copy.deepcopy(good.state_dict())
@@ -141,20 +138,18 @@ def test_refused_checkpoints_change_nothing(case: Refused, steps: int, path: Ste
     assert_equal(everything(optimizer, params), everything(untouched, twins))
 
 
-def no_memory(*_: Any) -> Any:
+def no_memory(*_):
     raise torch.OutOfMemoryError("no memory left")
 
 
-def test_a_load_that_breaks_off_changes_nothing(
-    path: StepPath, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_load_that_breaks_off_changes_nothing(path, monkeypatch):
     source, good = start(path, lr=0.1, accumulation_steps=2)
     take_steps(good, source, [7])
     (params, optimizer), (twins, untouched) = (start(path, lr=0.2) for _ in range(2))
     take_steps(optimizer, params, range(4))
     groups = optimizer.param_groups
 
-    def load_and_fail() -> None:
+    def load_and_fail():
         with refused(torch.OutOfMemoryError, "no memory left", optimizer, params):
             optimizer.load_state_dict(good.state_dict())
         assert optimizer.param_groups is groups
@@ -178,7 +173,7 @@ def test_a_load_that_breaks_off_changes_nothing(
     assert_equal(params, twins)
 
 
-def test_options_of_checkpoint_and_optimizer_that_do_not_go_together(path: StepPath) -> None:
+def test_options_of_checkpoint_and_optimizer_that_do_not_go_together(path):
     params, optimizer = start(path, nesterov=True)
     saved = copy.deepcopy(optimizer.state_dict())
     del saved["param_groups"][0]["nesterov"]

@@ -1,21 +1,16 @@
 """Options that are refused, wherever they are given."""
 
-from __future__ import annotations
-
 import math
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import pytest
 import torch
-from torch import Tensor
 
 from bngd_triton import BNGD, reference
 from bngd_triton.kernels import fused_step_
-from support.paths import StepPath
 from support.runs import refused, start
 from support.steps import make_params, set_grads, take_steps
 
@@ -73,7 +68,7 @@ bad_options = pytest.mark.parametrize("bad", BAD_OPTIONS, ids=lambda bad: str(ba
 
 
 @bad_options
-def test_what_is_given_refuses_option(bad: BadOption, path: StepPath) -> None:
+def test_what_is_given_refuses_option(bad, path):
     """To the constructor or in a group, first or added."""
     params, more = make_params(path.device), make_params(path.device)
     for group, defaults in ((bad.options, {}), ({}, bad.options)):
@@ -91,7 +86,7 @@ def test_what_is_given_refuses_option(bad: BadOption, path: StepPath) -> None:
 
 @bad_options
 @pytest.mark.parametrize("steps", [0, 1], ids=["first_step", "second_step"])
-def test_step_refuses_option_changed_since(bad: BadOption, steps: int, path: StepPath) -> None:
+def test_step_refuses_option_changed_since(bad, steps, path):
     params, more = make_params(path.device), make_params(path.device)
     optimizer = BNGD([{"params": params}, {"params": more}], fused=path.fused)
     take_steps(optimizer, [*params, *more], range(steps))
@@ -103,7 +98,7 @@ def test_step_refuses_option_changed_since(bad: BadOption, steps: int, path: Ste
 
 
 @pytest.mark.parametrize("steps", [0, 1, 2])
-def test_a_rate_that_would_turn_parameters_round_is_refused(steps: int, path: StepPath) -> None:
+def test_a_rate_that_would_turn_parameters_round_is_refused(steps, path):
     params, optimizer = start(path, lr=1e-3, weight_decay=10.0)
     take_steps(optimizer, params, range(steps))
     set_grads(params, 9)
@@ -126,14 +121,12 @@ def test_a_rate_that_would_turn_parameters_round_is_refused(steps: int, path: St
         ({"rho": 0.5}, "no option rho; it has lr, momentum, nesterov"),
     ],
 )
-def test_what_is_no_option_is_refused_with_what_to_write(
-    options: dict[str, Any], match: str
-) -> None:
+def test_what_is_no_option_is_refused_with_what_to_write(options, match):
     with pytest.raises(TypeError, match=match):
         BNGD(make_params(torch.device("cpu")), **options)
 
 
-def test_options_by_position_are_refused() -> None:
+def test_options_by_position_are_refused():
     params: Any = make_params(torch.device("cpu"))
     with pytest.raises(TypeError, match=r"got also 0\.01; write options by their names"):
         BNGD(params, 1e-3, 0.9, 0.01)
@@ -142,7 +135,7 @@ def test_options_by_position_are_refused() -> None:
 @pytest.mark.parametrize("name", [
     "weightdecay", "weight_decays", "weight_decay_", "granularty", "LR", "centring",
 ])  # fmt: skip
-def test_a_key_that_is_nearly_an_options_name_is_refused(name: str) -> None:
+def test_a_key_that_is_nearly_an_options_name_is_refused(name):
     params = make_params(torch.device("cpu"))
     with pytest.raises(ValueError, match=f"the key '{name}', which BNGD would not follow"):
         BNGD([{"params": params, name: 0.5}])
@@ -155,7 +148,7 @@ def test_a_key_that_is_nearly_an_options_name_is_refused(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["fused", "flatten"])
-def test_options_of_the_whole_optimizer(name: str, device: torch.device) -> None:
+def test_options_of_the_whole_optimizer(name, device):
     params = make_params(device)
     for value in ("auto", 2, 0.5):
         match = rf"{name} must be None, True or False, got {value!r}"
@@ -166,7 +159,7 @@ def test_options_of_the_whole_optimizer(name: str, device: torch.device) -> None
     BNGD([{"params": params, name: False}], **{name: False})
 
 
-def test_fused_on_the_cpu_needs_the_interpreter() -> None:
+def test_fused_on_the_cpu_needs_the_interpreter():
     code = "import torch; from bngd_triton import BNGD; p = torch.nn.Parameter(torch.ones(3))\n"
     # the interpreter is chosen once per process
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
@@ -185,9 +178,7 @@ def test_fused_on_the_cpu_needs_the_interpreter() -> None:
 
 @pytest.mark.parametrize("step", [reference.step_, fused_step_], ids=["reference", "kernels"])
 @pytest.mark.parametrize("name", ["momentums", "master_weights", "seed"])
-def test_functional_steps_refuse_what_is_not_theirs(
-    name: str, step: Callable[..., Tensor], device: torch.device
-) -> None:
+def test_functional_steps_refuse_what_is_not_theirs(name, step, device):
     """Of a misspelt option, or one of the optimizer alone; nothing has changed."""
     param, grad = (torch.randn(3, device=device) for _ in range(2))
     with refused(TypeError, f"has no option {name}; it takes momentum, .*maximize", None, [param]):

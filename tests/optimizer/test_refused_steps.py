@@ -1,7 +1,5 @@
 """Parameters and steps that are refused, and change nothing."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -12,12 +10,11 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from bngd_triton import BNGD
-from support.paths import StepPath
 from support.runs import everything, refused, start
 from support.steps import assert_equal, make_params, set_grads, take_steps
 
 
-def test_duplicate_parameters_are_refused(path: StepPath) -> None:
+def test_duplicate_parameters_are_refused(path):
     params, optimizer = start(path)
     with pytest.warns(UserWarning, match="duplicate"), pytest.raises(ValueError, match="twice"):
         BNGD([params[0], params[0]], fused=path.fused)
@@ -35,9 +32,7 @@ NOT_FUSED: dict[str, Callable[[], Tensor]] = {
 
 
 @pytest.mark.parametrize("why", NOT_FUSED)
-def test_fused_refuses_a_parameter_that_kernels_do_not_serve(
-    why: str, device: torch.device
-) -> None:
+def test_fused_refuses_a_parameter_that_kernels_do_not_serve(why, device):
     offender = Parameter(NOT_FUSED[why]())
     BNGD([offender], fused=False)
     params, more = make_params(device), make_params(device)
@@ -54,7 +49,7 @@ def test_fused_refuses_a_parameter_that_kernels_do_not_serve(
     take_steps(optimizer, params, [1])
 
 
-def test_global_granularity_refuses_two_devices(device: torch.device) -> None:
+def test_global_granularity_refuses_two_devices(device):
     params = [*make_params(device), Parameter(torch.ones(3, device="meta"))]
     match = rf"granularity='global' needs .* one device, got {device.type}.*meta"
     with refused(ValueError, match, None, params):
@@ -78,47 +73,47 @@ class BadStep(NamedTuple):
     later: bool = False
 
 
-def with_gradient(change: Callable[[Tensor], Tensor]) -> Callable[[Parameter, BNGD], None]:
-    def spoil(param: Parameter, _: BNGD) -> None:
+def with_gradient(change):
+    def spoil(param, _):
         # torch checks shape and dtype only on assignment
         param.grad.data = change(torch.ones_like(param))
 
     return spoil
 
 
-def sparse_gradient(param: Parameter, _: BNGD) -> None:
+def sparse_gradient(param, _):
     param.grad = torch.ones_like(param).to_sparse()
 
 
-def other_shape(param: Parameter, _: BNGD) -> None:
+def other_shape(param, _):
     param.data = torch.ones(2, 3, device=param.device)
 
 
-def other_momentum(param: Parameter, _: BNGD) -> None:
+def other_momentum(param, _):
     param.data = torch.ones(2, 3, device=param.device)
     param.grad = torch.ones_like(param)
 
 
-def integer_momentum(param: Parameter, optimizer: BNGD) -> None:
+def integer_momentum(param, optimizer):
     optimizer.state[param]["momentum_buffer"] = torch.ones_like(param, dtype=torch.int64)
 
 
-def expanded_parameter(param: Parameter, _: BNGD) -> None:
+def expanded_parameter(param, _):
     param.data = torch.ones(1, 3, device=param.device).expand(4, 3)
 
 
-def integer_parameter(param: Parameter, _: BNGD) -> None:
+def integer_parameter(param, _):
     param.requires_grad_(False)
     param.data = param.data.long()
 
 
-def wide_parameter(param: Parameter, _: BNGD) -> None:
+def wide_parameter(param, _):
     param.data = param.data.double()
     param.grad = torch.ones_like(param)
 
 
-def nonfinite_gradient(value: float) -> Callable[[Parameter, BNGD], None]:
-    def spoil(param: Parameter, optimizer: BNGD) -> None:
+def nonfinite_gradient(value):
+    def spoil(param, optimizer):
         optimizer.param_groups[1]["nonfinite"] = "raise"
         param.grad[2, 1] = value
 
@@ -149,9 +144,7 @@ BAD_STEPS += [
 @pytest.mark.parametrize("names", [True, False], ids=["named", "unnamed"])
 @pytest.mark.parametrize("steps", [0, 1])
 @pytest.mark.parametrize("bad", BAD_STEPS, ids=lambda bad: bad.desc)
-def test_step_refuses_and_changes_nothing(
-    bad: BadStep, steps: int, names: bool, path: StepPath
-) -> None:
+def test_step_refuses_and_changes_nothing(bad, steps, names, path):
     if bad.later and not steps:
         pytest.skip("there is no momentum yet")
     first, second = make_params(path.device), make_params(path.device)
@@ -174,9 +167,7 @@ def test_step_refuses_and_changes_nothing(
 
 
 @pytest.mark.parametrize("granularity", ["tensor", "row", "global"])
-def test_a_refused_nonfinite_step_leaves_the_run_as_if_it_never_was(
-    granularity: str, path: StepPath
-) -> None:
+def test_a_refused_nonfinite_step_leaves_the_run_as_if_it_never_was(granularity, path):
     options = {"lr": 0.1, "granularity": granularity, "nonfinite": "raise"}
     (hit, a), (spared, b) = (start(path, **options) for _ in range(2))
     for seed in range(3):
@@ -189,7 +180,7 @@ def test_a_refused_nonfinite_step_leaves_the_run_as_if_it_never_was(
     assert_equal(everything(a, hit), everything(b, spared))
 
 
-def test_a_parameter_whose_memory_was_freed_is_refused(path: StepPath) -> None:
+def test_a_parameter_whose_memory_was_freed_is_refused(path):
     params, optimizer = start(path, lr=0.1, flatten=False)
     set_grads(params, 0)
     params[0].untyped_storage().resize_(0)

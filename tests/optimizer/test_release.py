@@ -1,13 +1,10 @@
 """Gradient release: the same weights, without the gradients' memory."""
 
-from __future__ import annotations
-
 import gc
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from bngd_triton import BNGD, release_gradients
@@ -19,21 +16,18 @@ from support.steps import values
 WIDTH = 12
 
 
-def make(path: StepPath, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
+def make(path, dtype=torch.float32, **options):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(WIDTH, 16), nn.ReLU(), nn.Linear(16, 5)).to(path.device, dtype)
     options = {"lr": 1e-2, "weight_decay": 0.1, **options}
     return model, BNGD(model.parameters(), fused=path.fused, **options)
 
 
-def backward(model: nn.Module, path: StepPath) -> None:
+def backward(model, path):
     model(torch.ones(2, WIDTH, device=path.device)).sum().backward()
 
 
-def train(
-    path: StepPath, *, released: bool, dtype: torch.dtype = torch.float32, scaled: bool = False,
-    spoilt: tuple[int, ...] = (), **options: Any,
-) -> tuple[list[Tensor], list[float]]:  # fmt: skip
+def train(path, *, released, dtype=torch.float32, scaled=False, spoilt=(), **options):
     """Parameters and state in the end; the count of skips and the scale."""
     model, optimizer = make(path, dtype, **options)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, 6)
@@ -75,13 +69,13 @@ def train(
     ],
     ids=str,
 )
-def test_weights_are_those_without_release(how: dict[str, Any], path: StepPath) -> None:
+def test_weights_are_those_without_release(how, path):
     plain, released = (train(path, released=on, **how) for on in (False, True))
     assert_bits(plain[0], released[0])
     assert plain[1] == released[1]
 
 
-def peak(path: StepPath, *, released: bool) -> tuple[int, int]:
+def peak(path, *, released):
     """Bytes that a backward pass and a step allocate at most, and those of the gradients."""
     model = nn.Sequential(*(nn.Linear(256, 256, bias=False) for _ in range(8)))
     optimizer = BNGD(model.parameters(), fused=path.fused)
@@ -101,7 +95,7 @@ def peak(path: StepPath, *, released: bool) -> tuple[int, int]:
     return most, sum(param.nbytes for param in model.parameters())
 
 
-def test_memory_falls_by_the_gradients(device: torch.device) -> None:
+def test_memory_falls_by_the_gradients(device):
     path = StepPath(False, device)
     if device.type != "cpu":
         pytest.skip("counts the CPU allocator's calls")
@@ -110,7 +104,7 @@ def test_memory_falls_by_the_gradients(device: torch.device) -> None:
     assert plain - released >= gradients * 6 // 8, (plain, released, gradients)
 
 
-def test_removing_ends_it(path: StepPath) -> None:
+def test_removing_ends_it(path):
     model, optimizer = make(path)
     handle = release_gradients(model, optimizer)
     with pytest.raises(RuntimeError, match="released already"):
@@ -125,7 +119,7 @@ def test_removing_ends_it(path: StepPath) -> None:
     release_gradients(model, optimizer).remove()
 
 
-def test_a_second_backward_is_refused(path: StepPath) -> None:
+def test_a_second_backward_is_refused(path):
     """Released gradients are not summed: it would be a step of its own."""
     model, optimizer = make(path)
     release_gradients(model, optimizer)
@@ -137,7 +131,7 @@ def test_a_second_backward_is_refused(path: StepPath) -> None:
     assert all(map(torch.equal, before, model.parameters()))
 
 
-def test_a_parameter_without_gradient_closes_its_window(path: StepPath) -> None:
+def test_a_parameter_without_gradient_closes_its_window(path):
     """Its first micro-batch moves it with the others, although the second gives it nothing."""
     runs = []
     for released in (False, True):
@@ -157,7 +151,7 @@ def test_a_parameter_without_gradient_closes_its_window(path: StepPath) -> None:
     assert_bits(*runs)
 
 
-def test_what_cannot_be_served_is_refused(path: StepPath, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_served_is_refused(path, monkeypatch):
     for options, match in (
         ({"granularity": "global"}, "granularity='global', which needs all gradients"),
         ({"nonfinite": "raise"}, "nonfinite='raise', but other parameters"),
@@ -186,7 +180,7 @@ def test_what_cannot_be_served_is_refused(path: StepPath, monkeypatch: pytest.Mo
         backward(wrapped[0], path)
 
 
-def test_a_scaler_that_is_not_known_is_refused(path: StepPath) -> None:
+def test_a_scaler_that_is_not_known_is_refused(path):
     model, optimizer = make(path)
     release_gradients(model, optimizer)
     scaler = torch.amp.GradScaler(path.device.type)
@@ -195,7 +189,7 @@ def test_a_scaler_that_is_not_known_is_refused(path: StepPath) -> None:
         scaler.step(optimizer)
 
 
-def test_options_are_checked_again_in_backward(path: StepPath) -> None:
+def test_options_are_checked_again_in_backward(path):
     model, optimizer = make(path)
     release_gradients(model, optimizer)
     optimizer.param_groups[0]["granularity"] = "global"

@@ -1,7 +1,5 @@
 """Checkpoint files: whole or not there, and checked before they are used."""
 
-from __future__ import annotations
-
 import io
 import json
 import os
@@ -9,9 +7,6 @@ import pickle
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import numpy
 import pytest
@@ -27,7 +22,7 @@ class Unknown:
     """What `torch.load` reads with weights_only=False alone."""
 
 
-def plain(value: Any) -> Any:
+def plain(value):
     """What `==` compares to the bit, all the way down."""
     if isinstance(value, dict):
         return {key: plain(item) for key, item in value.items()}
@@ -36,14 +31,14 @@ def plain(value: Any) -> Any:
     return (value.dtype, value.tolist()) if isinstance(value, Tensor) else (type(value), value)
 
 
-def assert_same(got: Any, want: Any) -> None:
+def assert_same(got, want):
     assert plain(got) == plain(want)
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked")
 @pytest.mark.parametrize("way", ["eager", "fused"])
-def test_a_killed_run_ends_as_one_that_was_not(way: str, tmp_path: Path) -> None:
+def test_a_killed_run_ends_as_one_that_was_not(way, tmp_path):
     # on the CPU everywhere: a process that is killed every few steps has no time to open a GPU
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
@@ -66,7 +61,7 @@ def test_a_killed_run_ends_as_one_that_was_not(way: str, tmp_path: Path) -> None
 
 
 @pytest.fixture
-def path(tmp_path: Path) -> Path:
+def path(tmp_path):
     """A checkpoint of a tensor, a generator and a number."""
     path = tmp_path / "run.pt"
     generator = torch.Generator().manual_seed(7)
@@ -74,7 +69,7 @@ def path(tmp_path: Path) -> Path:
     return path
 
 
-def assert_whole(path: Path) -> None:
+def assert_whole(path):
     """That checkpoint, and nothing beside it."""
     order = torch.Generator().manual_seed(7).get_state()
     content = {"weights": torch.arange(200.0), "order": order, "step": 3}
@@ -83,7 +78,7 @@ def assert_whole(path: Path) -> None:
     assert os.listdir(path.parent) == ["run.pt"]
 
 
-def test_objects_are_saved_by_their_state_dicts(tmp_path: Path) -> None:
+def test_objects_are_saved_by_their_state_dicts(tmp_path):
     model = nn.Linear(3, 2)
     optimizer = BNGD(model.parameters(), lr=torch.tensor(0.1), momentum_dtype=torch.bfloat16)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=9)
@@ -97,7 +92,7 @@ def test_objects_are_saved_by_their_state_dicts(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("size", [0, 1, 100, 0.3, 0.9, -1])
-def test_a_truncated_file_is_refused(path: Path, size: float) -> None:
+def test_a_truncated_file_is_refused(path, size):
     whole = path.read_bytes()
     cut = int(size * len(whole)) if isinstance(size, float) else size
     path.write_bytes(whole[:cut])
@@ -105,7 +100,7 @@ def test_a_truncated_file_is_refused(path: Path, size: float) -> None:
         load_checkpoint(path)
 
 
-def test_a_changed_byte_is_refused_or_changes_nothing(path: Path) -> None:
+def test_a_changed_byte_is_refused_or_changes_nothing(path):
     whole = path.read_bytes()
     # those of the tensors' entries; headers have names, dates and padding that nobody reads
     start = whole.index(torch.arange(200.0).numpy().tobytes())
@@ -123,7 +118,7 @@ def test_a_changed_byte_is_refused_or_changes_nothing(path: Path) -> None:
     assert all(refused[place] for place in refused if start <= place < start + 800)
 
 
-def test_checksums_are_written_where_they_are_switched_off(path: Path) -> None:
+def test_checksums_are_written_where_they_are_switched_off(path):
     torch.serialization.set_crc32_options(False)
     try:
         save_checkpoint(path, weights=torch.arange(200.0))
@@ -133,7 +128,7 @@ def test_checksums_are_written_where_they_are_switched_off(path: Path) -> None:
     assert_same(load_checkpoint(path)["weights"], torch.arange(200.0))
 
 
-def test_what_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
+def test_what_is_no_checkpoint_is_refused(tmp_path):
     path = tmp_path / "a.pt"
     path.write_bytes(pickle.dumps({"step": 3}))
     with pytest.raises(ValueError, match=r"a\.pt .* no checkpoint: File is not a zip file; resume"):
@@ -153,32 +148,32 @@ def test_what_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
     [Unknown(), lambda: None, threading.Lock(), numpy.float64(1.0)],
     ids=["class", "lambda", "lock", "numpy"],
 )
-def test_what_would_not_load_is_refused_and_the_last_file_stays(path: Path, value: Any) -> None:
+def test_what_would_not_load_is_refused_and_the_last_file_stays(path, value):
     with pytest.raises(ValueError, match=r"run\.pt was not written, since it would not load again"):
         save_checkpoint(path, step=4, other=value)
     assert_whole(path)
 
 
-def test_nothing_to_save_is_refused(path: Path) -> None:
+def test_nothing_to_save_is_refused(path):
     with pytest.raises(ValueError, match="there is nothing to save"):
         save_checkpoint(path)
     assert_whole(path)
 
 
-def no_space(*_: Any) -> None:
+def no_space(*_):
     raise OSError(28, "No space left on device")
 
 
 class FullDisk(io.BytesIO):
     """Takes 1000 bytes."""
 
-    def write(self, data: Any) -> int:
+    def write(self, data):
         if self.tell() + len(data) > 1000:
             no_space()
         return super().write(data)
 
 
-def save_on_a_full_disk(content: Any, _: Any, save: Callable[..., Any] = torch.save) -> None:
+def save_on_a_full_disk(content, _, save=torch.save):
     save(content, FullDisk())
 
 
@@ -186,9 +181,7 @@ def save_on_a_full_disk(content: Any, _: Any, save: Callable[..., Any] = torch.s
     ("module", "function", "instead"),
     [(torch, "save", save_on_a_full_disk), (os, "fsync", no_space), (os, "replace", no_space)],
 )
-def test_a_full_disk_leaves_the_last_file(
-    path: Path, monkeypatch: pytest.MonkeyPatch, module: Any, function: str, instead: Any
-) -> None:
+def test_a_full_disk_leaves_the_last_file(path, monkeypatch, module, function, instead):
     monkeypatch.setattr(module, function, instead)
     with pytest.raises(OSError, match="No space left"):
         save_checkpoint(path, weights=torch.zeros(10_000))
@@ -196,17 +189,15 @@ def test_a_full_disk_leaves_the_last_file(
     assert_whole(path)
 
 
-def test_a_missing_folder_is_named(tmp_path: Path) -> None:
+def test_a_missing_folder_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere"):
         save_checkpoint(tmp_path / "nowhere" / "a.pt", step=1)
 
 
-def test_the_file_is_on_the_disk_before_its_name_is(
-    path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_file_is_on_the_disk_before_its_name_is(path, monkeypatch):
     calls: list[str] = []
 
-    def note(name: str, real: Callable[..., Any]) -> Callable[..., Any]:
+    def note(name, real):
         return lambda *args: (calls.append(name), real(*args))[1]
 
     for name in ("fsync", "replace"):
@@ -216,7 +207,7 @@ def test_the_file_is_on_the_disk_before_its_name_is(
     assert calls == ["fsync", "replace", "fsync"][: 3 if os.name == "posix" else 2]
 
 
-def test_a_link_keeps_pointing_where_it_did(path: Path) -> None:
+def test_a_link_keeps_pointing_where_it_did(path):
     link = path.with_name("last.pt")
     link.symlink_to(path)
     save_checkpoint(link, step=4)

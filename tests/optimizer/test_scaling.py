@@ -1,12 +1,9 @@
 """Loss scaling: `torch.amp.GradScaler` without unscaling, without a wait, without a trace."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 from torch.nn import Parameter
 
 from bngd_triton import BNGD, reference
@@ -28,9 +25,7 @@ OPTION_SETS: list[dict[str, Any]] = [
 class Run:
     """A small model, its optimizer and, for a scale, its scaler."""
 
-    def __init__(
-        self, path: StepPath, scale: float | None, dtype: torch.dtype = FLOAT32, **options: Any
-    ) -> None:
+    def __init__(self, path, scale, dtype=FLOAT32, **options):
         torch.manual_seed(3)
         layers = torch.nn.Linear(6, 8), torch.nn.Tanh(), torch.nn.Linear(8, 4)
         self.model = torch.nn.Sequential(*layers).to(path.device, dtype)
@@ -42,7 +37,7 @@ class Run:
                 path.device.type, init_scale=scale, growth_interval=2, growth_factor=4.0
             )
 
-    def backward(self, seed: int, poison: float | None = None) -> None:
+    def backward(self, seed, poison=None):
         generator = torch.Generator().manual_seed(seed)
         x = torch.randn(16, 6, generator=generator).to(self.params[0])
         self.optimizer.zero_grad()
@@ -52,23 +47,21 @@ class Run:
         if poison is not None:
             self.params[2].grad[1, 2] = poison
 
-    def step(self) -> None:
+    def step(self):
         if self.scaler:
             self.scaler.step(self.optimizer)
             self.scaler.update()
         else:
             self.optimizer.step()
 
-    def everything(self) -> list[Tensor]:
+    def everything(self):
         return everything(self.optimizer, self.params)
 
 
 @pytest.mark.parametrize("unscale", [False, True])
 @pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16], ids=str)
 @pytest.mark.parametrize("options", OPTION_SETS, ids=str)
-def test_a_power_of_two_changes_no_bit(
-    options: dict[str, Any], dtype: torch.dtype, unscale: bool, path: StepPath
-) -> None:
+def test_a_power_of_two_changes_no_bit(options, dtype, unscale, path):
     """Nor does unscaling first."""
     plain, scaled = (Run(path, scale, dtype, **options) for scale in (None, 2.0**10))
     for seed in range(5):
@@ -83,7 +76,7 @@ def test_a_power_of_two_changes_no_bit(
     assert not hasattr(scaled.optimizer, "grad_scale")
 
 
-def test_eps_is_in_the_units_of_the_unscaled_gradient(path: StepPath) -> None:
+def test_eps_is_in_the_units_of_the_unscaled_gradient(path):
     param = Parameter(torch.zeros(4, 6, device=path.device))
     grad = exact_gradient(param, 0)
     step_ = fused_step_ if path.fused else reference.step_
@@ -100,9 +93,7 @@ def test_eps_is_in_the_units_of_the_unscaled_gradient(path: StepPath) -> None:
 @pytest.mark.parametrize(
     ("options", "unscale"), list(zip(OPTION_SETS, [False, True, False, True])), ids=str
 )
-def test_an_overflow_skips_the_whole_step(
-    options: dict[str, Any], unscale: bool, path: StepPath
-) -> None:
+def test_an_overflow_skips_the_whole_step(options, unscale, path):
     """The first step included; nothing changes but the scale."""
     skipping, without = (Run(path, 2.0**10, BFLOAT16, **options) for _ in range(2))
     for seed in range(4):
@@ -128,7 +119,7 @@ def test_an_overflow_skips_the_whole_step(
 
 @pytest.mark.parametrize("mode", ["split", "stochastic", None], ids=str)
 @pytest.mark.parametrize("found", [2.0, torch.inf])
-def test_found_inf_is_a_sum_over_devices(found: float, mode: str | None, path: StepPath) -> None:
+def test_found_inf_is_a_sum_over_devices(found, mode, path):
     run = Run(path, None, BFLOAT16, weight_decay=0.5, master_weights=mode)
     run.backward(0)
     run.step()
@@ -143,7 +134,7 @@ def test_found_inf_is_a_sum_over_devices(found: float, mode: str | None, path: S
     assert not torch.equal(run.params[0], before[0])
 
 
-def test_no_gradient_on_any_device(path: StepPath) -> None:
+def test_no_gradient_on_any_device(path):
     """The sum over no devices that a scaler leaves is the number 0."""
     run = Run(path, 8.0)
     run.scaler.scale(torch.ones((), device=path.device))
@@ -153,7 +144,7 @@ def test_no_gradient_on_any_device(path: StepPath) -> None:
 
 
 @pytest.mark.parametrize("nonfinite", ["raise", "propagate"])
-def test_overflows_are_left_to_the_scaler(nonfinite: str, path: StepPath) -> None:
+def test_overflows_are_left_to_the_scaler(nonfinite, path):
     run = Run(path, 2.0**10, nonfinite=nonfinite)
     run.backward(0, torch.inf)
     before = run.everything()
@@ -167,7 +158,7 @@ def test_overflows_are_left_to_the_scaler(nonfinite: str, path: StepPath) -> Non
             run.optimizer.step()
 
 
-def test_a_scale_of_ones_own(path: StepPath) -> None:
+def test_a_scale_of_ones_own(path):
     """Without a scaler, or as a number: `optimizer.grad_scale` is what gradients are divided by."""
     plain, scaled = (Run(path, None, eps=0.5) for _ in range(2))
     for seed, scale in enumerate((torch.tensor(8.0, device=path.device), 8.0, 8)):
@@ -191,7 +182,7 @@ def test_a_scale_of_ones_own(path: StepPath) -> None:
     [{}, {"granularity": "row", "accumulation_steps": 2}, {"master_weights": "stochastic"}],
     ids=str,
 )
-def test_nothing_waits_for_the_device(options: dict[str, Any], device: torch.device) -> None:
+def test_nothing_waits_for_the_device(options, device):
     run, reads = Run(StepPath(True, device), 2.0**10, BFLOAT16, **options), HostReads()
     for seed in range(4):
         run.backward(seed, torch.inf if seed == 1 else None)
@@ -206,7 +197,7 @@ def test_nothing_waits_for_the_device(options: dict[str, Any], device: torch.dev
 
 
 @pytest.mark.parametrize("granularity", ["tensor", "row", "global"])
-def test_statistics_are_of_the_unscaled_gradient(granularity: str, path: StepPath) -> None:
+def test_statistics_are_of_the_unscaled_gradient(granularity, path):
     plain, scaled = (Run(path, scale, granularity=granularity) for scale in (None, 2.0**20))
     for run in (plain, scaled):
         run.backward(0)
@@ -220,9 +211,7 @@ def test_statistics_are_of_the_unscaled_gradient(granularity: str, path: StepPat
 
 @pytest.mark.parametrize("unscale", [False, True])
 @pytest.mark.parametrize("overflow", [None, torch.inf])
-def test_a_step_that_raises_leaves_nothing_of_the_scaler_behind(
-    overflow: float | None, unscale: bool, path: StepPath
-) -> None:
+def test_a_step_that_raises_leaves_nothing_of_the_scaler_behind(overflow, unscale, path):
     """Neither an overflow, which would stop every later step, nor its scale."""
     run, plain = (Run(path, scale, eps=0.5) for scale in (2.0**10, None))
     run.backward(0, overflow)

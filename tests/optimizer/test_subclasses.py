@@ -1,12 +1,7 @@
 """Tensors whose entries are not what lies at their address: the reference's, never the kernels'."""
 
-from __future__ import annotations
-
-from typing import Any
-
 import pytest
 import torch
-from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.nn import Parameter
 from torch.testing._internal.two_tensor import TwoTensor
@@ -20,7 +15,7 @@ from support.runs import start
 from support.steps import assert_equal, make_grads, make_params, momenta, take_steps, values
 
 
-def twice(tensor: Tensor) -> TwoTensor:
+def twice(tensor):
     """A subclass that carries every operation out on two tensors."""
     return TwoTensor(tensor.detach().clone(), tensor.detach().clone())
 
@@ -29,13 +24,13 @@ class NoArithmetic(TwoTensor):
     """As the states of optimizers with few bits, which are only copied from and to."""
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
         if func is torch.ops.aten.mul.Tensor:
             raise NotImplementedError(f"no {func}")
         return super().__torch_dispatch__(func, types, args, kwargs)
 
 
-def test_kernels_serve_only_plain_memory() -> None:
+def test_kernels_serve_only_plain_memory():
     odd = {
         "subclass": twice(torch.ones(3)),
         "zeros_without_memory": torch._efficientzerotensor((3,)),  # type: ignore[attr-defined]
@@ -47,7 +42,7 @@ def test_kernels_serve_only_plain_memory() -> None:
         assert "FakeTensor" in str(why_not(torch.ones(3)))
     reasons = []
 
-    def note(x: Tensor) -> Tensor:
+    def note(x):
         reasons.append(why_not(x))
         return x.sum()
 
@@ -56,7 +51,7 @@ def test_kernels_serve_only_plain_memory() -> None:
     assert all("torch.func" in str(reason) for reason in reasons)
 
 
-def test_classes_without_operations_of_their_own_are_served(device: torch.device) -> None:
+def test_classes_without_operations_of_their_own_are_served(device):
     class MyParam(Parameter):
         """A class of a user's own."""
 
@@ -77,9 +72,7 @@ def test_classes_without_operations_of_their_own_are_served(device: torch.device
     ids=str,
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_subclasses_are_stepped_as_what_they_hold(
-    dtype: torch.dtype, options: dict[str, Any], device: torch.device
-) -> None:
+def test_subclasses_are_stepped_as_what_they_hold(dtype, options, device):
     plain = make_params(device, dtype)
     odd = [Parameter(twice(param)) for param in plain]
     a = BNGD(plain, lr=0.1, fused=False, **options)
@@ -96,7 +89,7 @@ def test_subclasses_are_stepped_as_what_they_hold(
     assert b.skipped == a.skipped > 0
 
 
-def test_fused_refuses_a_subclass_by_name(device: torch.device) -> None:
+def test_fused_refuses_a_subclass_by_name(device):
     with pytest.raises(RuntimeError, match=r"cannot serve odd: it is a TwoTensor, whose entries"):
         BNGD([("odd", Parameter(twice(torch.ones(3, device=device))))], fused=True)
     plain = torch.ones(3, device=device)
@@ -106,9 +99,7 @@ def test_fused_refuses_a_subclass_by_name(device: torch.device) -> None:
 
 @pytest.mark.parametrize("count", [1, 4], ids=["early", "when_steps_repeat"])
 @pytest.mark.parametrize("what", ["gradient", "momentum_buffer", "master_remainder"])
-def test_a_gradient_or_state_that_becomes_a_subclass_is_noticed(
-    what: str, count: int, device: torch.device
-) -> None:
+def test_a_gradient_or_state_that_becomes_a_subclass_is_noticed(what, count, device):
     params, optimizer = start(StepPath(True, device), torch.bfloat16, lr=0.1)
     take_steps(optimizer, params, range(count))
     steps.set_grads(params, 9)
@@ -127,7 +118,7 @@ def test_a_gradient_or_state_that_becomes_a_subclass_is_noticed(
     assert not any(map(torch.equal, params, before))
 
 
-def test_state_without_arithmetic_is_refused_before_anything_changes(path: StepPath) -> None:
+def test_state_without_arithmetic_is_refused_before_anything_changes(path):
     params, optimizer = start(path, lr=0.1)
     take_steps(optimizer, params, [0])
     state = optimizer.state[params[2]]
@@ -140,8 +131,8 @@ def test_state_without_arithmetic_is_refused_before_anything_changes(path: StepP
     assert_equal(params, before)
 
 
-def test_a_parameter_with_a_negative_bit_is_not_the_kernels(device: torch.device) -> None:
-    def negative() -> Parameter:
+def test_a_parameter_with_a_negative_bit_is_not_the_kernels(device):
+    def negative():
         values = torch.arange(6.0, device=device)
         return Parameter(torch.complex(values, values).conj().imag)
 

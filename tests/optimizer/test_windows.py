@@ -1,20 +1,15 @@
 """Windows of micro-batches against a literal float64 oracle."""
 
-from __future__ import annotations
-
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 from torch.nn import Parameter
 
 from bngd_triton import BNGD
 from bngd_triton.verify.oracle import normalized
 from support.exact_runs import assert_bits
-from support.paths import StepPath
 from support.steps import assert_close, make_params, momenta, values
 
 # a few roundings of float32 in values below 4, and of erf
@@ -24,7 +19,7 @@ ATOL = {torch.float32: 4e-6, torch.float64: 1e-13}
 class Oracle:
     """Windows of micro-batches, one slice at a time in float64, from the definition alone."""
 
-    def __init__(self, params: Sequence[Tensor], steps: int, **options: Any) -> None:
+    def __init__(self, params, steps, **options):
         self.params = [param.detach().cpu().double().clone() for param in params]
         self.momenta = [torch.zeros_like(param) for param in self.params]
         self.steps, self.options, self.count = steps, options, 0
@@ -38,7 +33,7 @@ class Oracle:
         self.slices = [places] if whole else [[place] for place in places]
         self.seen = [False] * len(self.slices)
 
-    def ghat(self, slice_: list[tuple[int, Any]], grads: Sequence[Tensor | None]) -> Tensor | None:
+    def ghat(self, slice_, grads):
         """One slice's normalised gradient; None without one, or if it is not finite."""
         if any(grads[i] is None for i, _ in slice_):
             return None
@@ -47,7 +42,7 @@ class Oracle:
             return None
         return normalized(flat, 1e-8, self.options["normalizer"], 1.0)
 
-    def step(self, grads: Sequence[Tensor | None], lr: float, found: bool) -> None:
+    def step(self, grads, lr, found):
         past, self.count = self.options["momentum"], self.count + 1
         closing = self.count >= self.steps
         for s, slice_ in enumerate(self.slices):
@@ -71,7 +66,7 @@ class Oracle:
 Grads = list[Any]
 
 
-def spoil(grads: Grads, fault: str) -> None:
+def spoil(grads, fault):
     if fault == "nan":
         for grad in (grads[0], grads[2]):
             grad[2, 1] = math.nan
@@ -94,7 +89,7 @@ SCENARIO = [
 ]  # fmt: skip
 
 
-def random_grads(params: Sequence[Tensor], seed: int) -> Grads:
+def random_grads(params, seed):
     generator = torch.Generator().manual_seed(seed)
     return [
         (torch.randn(param.shape, generator=generator) + 0.25).to(param.device, param.dtype)
@@ -102,7 +97,7 @@ def random_grads(params: Sequence[Tensor], seed: int) -> Grads:
     ]
 
 
-def oracle_params(device: torch.device, dtype: torch.dtype = torch.float32) -> list[Parameter]:
+def oracle_params(device, dtype=torch.float32):
     # rows of all but the last fit the kernels' tiles
     return make_params(device, dtype, shapes=[(4, 6), (3, 7), (3, 2100)])
 
@@ -117,9 +112,7 @@ CASES: list[tuple[int, dict[str, Any]]] = [
 
 @pytest.mark.parametrize("dtype", ATOL, ids=str)
 @pytest.mark.parametrize(("steps", "options"), CASES, ids=str)
-def test_windows_follow_the_definition(
-    steps: int, options: dict[str, Any], dtype: torch.dtype, path: StepPath
-) -> None:
+def test_windows_follow_the_definition(steps, options, dtype, path):
     if path.fused and dtype is torch.float64:
         pytest.skip("the kernels have no float64")
     options = {"normalizer": "zscore", "momentum": 0.9, "weight_decay": 0.1, **options}
@@ -147,7 +140,7 @@ def test_windows_follow_the_definition(
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 @pytest.mark.parametrize("steps", [2, 4])
-def test_an_exploded_micro_batch_counts_as_one(steps: int, momentum: float, path: StepPath) -> None:
+def test_an_exploded_micro_batch_counts_as_one(steps, momentum, path):
     """Two ghat of RMS 1 differ by RMS 2 at most, in a step by 2 * lr * (1 - momentum) / K."""
     done = []
     for factor, shift in ((1.0, 0), (1e20, 0), (1e20, 1000), (1e-20, 1000)):
@@ -169,7 +162,7 @@ def test_an_exploded_micro_batch_counts_as_one(steps: int, momentum: float, path
 
 
 @pytest.mark.parametrize("granularity", ["tensor", "row"])
-def test_a_window_given_up_leaves_nothing_behind(granularity: str, path: StepPath) -> None:
+def test_a_window_given_up_leaves_nothing_behind(granularity, path):
     """Neither its count nor, where the single step finds no gradient, what was seen of it."""
     options = {"granularity": granularity, "normalizer": "zscore"}
     options |= {"momentum": 0.9, "weight_decay": 0.1}
@@ -194,9 +187,7 @@ def test_a_window_given_up_leaves_nothing_behind(granularity: str, path: StepPat
 
 
 @pytest.mark.parametrize(("before", "after"), [("tensor", "row"), ("row", "tensor")])
-def test_momentum_decays_once_though_the_granularity_changes_within_a_window(
-    before: str, after: str, path: StepPath
-) -> None:
+def test_momentum_decays_once_though_the_granularity_changes_within_a_window(before, after, path):
     param = Parameter(torch.zeros(2, 3, device=path.device))
     optimizer = BNGD([param], 0.1, accumulation_steps=2, granularity=before, fused=path.fused)
     grads = torch.randn(4, 2, 3).double()

@@ -1,19 +1,15 @@
 """Distributed checkpoints: saved on 4 ranks, loaded on 4, 2 and 1, and back."""
 
-from __future__ import annotations
-
 import os
 import re
 import subprocess
 import sys
 import time
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
@@ -25,7 +21,7 @@ from bngd_triton import BNGD
 from bngd_triton.verify.tolerances import ULP, ulps
 from support import distributed_checkpoints
 from support.checkout import EXAMPLES
-from support.distributed_checkpoints import FORMS, LAST, SAVED, Result, Snapshot, made
+from support.distributed_checkpoints import FORMS, LAST, SAVED, made
 from support.processes import WorkerError, needs_gloo, run
 from support.time_limits import patience
 
@@ -37,24 +33,24 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("checkpoints")
 
 
 @pytest.fixture(scope="module")
-def ranks(folder: Path) -> list[Result]:
+def ranks(folder):
     return distributed_checkpoints.visited(folder)
 
 
 @pytest.fixture(scope="module")
-def alone() -> Snapshot:
+def alone():
     """The same training in one process, without a checkpoint."""
     whole = made(None)
     whole.train(0, LAST)
     return whole.snapshot()
 
 
-def assert_same(got: Snapshot, want: Snapshot) -> None:
+def assert_same(got, want):
     assert got.groups == want.groups
     assert set(got.kept) == set(want.kept)
     for key, value in want.kept.items():
@@ -62,7 +58,7 @@ def assert_same(got: Snapshot, want: Snapshot) -> None:
         assert torch.equal(got.kept[key], value), key
 
 
-def assert_close(got: Snapshot, whole: Snapshot) -> None:
+def assert_close(got, whole):
     """Within the rounding of another order of sums; what is rounded at random is left out."""
     compared = 0
     for name, index in got.indices.items():
@@ -76,7 +72,7 @@ def assert_close(got: Snapshot, whole: Snapshot) -> None:
 
 
 @pytest.mark.slow
-def test_training_goes_on_as_if_uninterrupted(ranks: list[Result], alone: Snapshot) -> None:
+def test_training_goes_on_as_if_uninterrupted(ranks, alone):
     for rank in ranks:
         # nor does saving change anything, or asking for the state before the first step
         assert [group["micro_step"] for group in rank.saving.groups] == [1, 1, 0, 0]
@@ -88,9 +84,7 @@ def test_training_goes_on_as_if_uninterrupted(ranks: list[Result], alone: Snapsh
 
 @pytest.mark.slow
 @pytest.mark.parametrize("size", ["two", "one"])
-def test_training_goes_on_with_fewer_ranks_and_back(
-    ranks: list[Result], alone: Snapshot, size: str
-) -> None:
+def test_training_goes_on_with_fewer_ranks_and_back(ranks, alone, size):
     for rank in ranks:
         back, want = rank.back[size], rank.uninterrupted
         assert_close(back, alone)
@@ -101,9 +95,7 @@ def test_training_goes_on_with_fewer_ranks_and_back(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS)
-def test_loads_in_a_process_of_its_own(
-    ranks: list[Result], folder: Path, alone: Snapshot, form: str
-) -> None:
+def test_loads_in_a_process_of_its_own(ranks, folder, alone, form):
     whole = made(None, blank=True)
     whole.load(folder / f"four {form}", form)
     assert whole.optimizer.param_groups[0]["micro_step"] == 1
@@ -111,8 +103,8 @@ def test_loads_in_a_process_of_its_own(
     assert_close(whole.snapshot(), alone)
 
 
-def test_asking_for_state_between_steps_without_any() -> None:
-    def weights(ask: bool) -> Tensor:
+def test_asking_for_state_between_steps_without_any():
+    def weights(ask):
         torch.manual_seed(0)
         model = nn.Linear(6, 5).bfloat16()
         optimizer = BNGD(
@@ -130,8 +122,8 @@ def test_asking_for_state_between_steps_without_any() -> None:
     assert torch.equal(weights(ask=True), weights(ask=False))
 
 
-def test_state_that_a_parameter_never_had(tmp_path: Path) -> None:
-    def fresh() -> tuple[nn.Linear, BNGD]:
+def test_state_that_a_parameter_never_had(tmp_path):
+    def fresh():
         model = nn.Linear(3, 2)
         return model, BNGD(model.parameters())
 
@@ -152,7 +144,7 @@ def test_state_that_a_parameter_never_had(tmp_path: Path) -> None:
     assert not loaded.state[again.bias]["momentum_buffer"].any()
 
 
-def example() -> Any:
+def example():
     if str(EXAMPLES) not in sys.path:
         sys.path.insert(0, str(EXAMPLES))
     import train_fsdp2
@@ -161,7 +153,7 @@ def example() -> Any:
 
 
 @pytest.mark.slow
-def test_a_rank_killed_while_saving_leaves_the_last_checkpoint(tmp_path: Path) -> None:
+def test_a_rank_killed_while_saving_leaves_the_last_checkpoint(tmp_path):
     with pytest.raises((WorkerError, ProcessExitedException)):
         run(2, distributed_checkpoints.killed_while_saving, tmp_path)
     assert list((tmp_path / "step-2").glob("*.distcp"))
@@ -178,7 +170,7 @@ def test_a_rank_killed_while_saving_leaves_the_last_checkpoint(tmp_path: Path) -
 
 
 @pytest.mark.slow
-def test_example_is_stopped_and_resumed(tmp_path: Path) -> None:
+def test_example_is_stopped_and_resumed(tmp_path):
     command = [
         sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone",
         str(EXAMPLES / "train_fsdp2.py"), "--steps", "40", "--save-every", "4",

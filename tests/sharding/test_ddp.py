@@ -6,11 +6,8 @@ and between ranks bit for bit. `ZeroRedundancyOptimizer` keeps tensors whole, so
 what it does alone.
 """
 
-from __future__ import annotations
-
 import io
 import os
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import pytest
@@ -36,12 +33,12 @@ CLOSE = 2.0**-18
 PATHS = (False, True)
 
 
-def model(seed: int = 0) -> nn.Module:
+def model(seed=0):
     torch.manual_seed(seed)
     return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)).to(DEVICE)
 
 
-def replica(**options: Any) -> DistributedDataParallel:
+def replica(**options):
     """Of rank 0's weights; every other rank starts from weights of its own."""
     return DistributedDataParallel(model(seed=dist.get_rank()), **options)
 
@@ -49,30 +46,30 @@ def replica(**options: Any) -> DistributedDataParallel:
 Batch = tuple[Tensor, Tensor]
 
 
-def batch() -> Batch:
+def batch():
     """Rows that 2 and 3 ranks, with 2 micro-batches on each, divide evenly."""
     generator = torch.Generator().manual_seed(1)
     x, y = torch.randn(12, 6, generator=generator), torch.randn(12, 3, generator=generator)
     return x.to(DEVICE), y.to(DEVICE)
 
 
-def shard() -> Batch:
+def shard():
     """This rank's part of the batch."""
     x, y = (part.chunk(dist.get_world_size()) for part in batch())
     return x[dist.get_rank()], y[dist.get_rank()]
 
 
-def micro_batches(rank: int, ranks: int) -> list[Batch]:
+def micro_batches(rank, ranks):
     """The two micro-batches of a rank."""
     x, y = (part.chunk(ranks)[rank].chunk(2) for part in batch())
     return list(zip(x, y))
 
 
-def weights(module: nn.Module) -> list[Tensor]:
+def weights(module):
     return [param.detach().cpu().clone() for param in module.parameters()]
 
 
-def fit(net: nn.Module, optimizer: torch.optim.Optimizer, data: Sequence[Batch]) -> list[Tensor]:
+def fit(net, optimizer, data):
     """The weights after a few times through the data, with a step after each item."""
     for _ in range(STEPS):
         for x, y in data:
@@ -82,7 +79,7 @@ def fit(net: nn.Module, optimizer: torch.optim.Optimizer, data: Sequence[Batch])
     return weights(net)
 
 
-def alone(fused: bool, data: Sequence[Batch], **options: Any) -> list[Tensor]:
+def alone(fused, data, **options):
     """The weights that one process reaches."""
     net = model()
     # where nothing moves, to hold flat buffers under DDP to it
@@ -90,11 +87,11 @@ def alone(fused: bool, data: Sequence[Batch], **options: Any) -> list[Tensor]:
     return fit(net, optimizer, data)
 
 
-def train(fused: bool, view: bool, wrapped_first: bool) -> list[Tensor]:
+def train(fused, view, wrapped_first):
     """Train on this rank's shard."""
     net = model(seed=dist.get_rank())
 
-    def wrap() -> DistributedDataParallel:
+    def wrap():
         return DistributedDataParallel(net, gradient_as_bucket_view=view)
 
     ddp = wrap() if wrapped_first else None
@@ -110,7 +107,7 @@ def train(fused: bool, view: bool, wrapped_first: bool) -> list[Tensor]:
 CASES = [(fused, view, first) for fused in PATHS for view in PATHS for first in PATHS]
 
 
-def accumulate(fused: bool) -> list[Tensor]:
+def accumulate(fused):
     ddp = replica()
     optimizer = BNGD(ddp.parameters(), LR, fused=fused)
     (x, y), (last_x, last_y) = micro_batches(dist.get_rank(), dist.get_world_size())
@@ -123,14 +120,14 @@ def accumulate(fused: bool) -> list[Tensor]:
     return weights(ddp)
 
 
-def windows(fused: bool) -> list[Tensor]:
+def windows(fused):
     """Two micro-batches to a step, each averaged over ranks and normalised by itself."""
     ddp = replica()
     optimizer = BNGD(ddp.parameters(), LR, accumulation_steps=2, fused=fused)
     return fit(ddp, optimizer, micro_batches(dist.get_rank(), dist.get_world_size()))
 
 
-def poison(fused: bool) -> tuple[int, list[Tensor]]:
+def poison(fused):
     """One step in which rank 1 finds a NaN in the gradient of the first weight matrix only."""
     ddp = replica()
     optimizer = BNGD(ddp.parameters(), LR, fused=fused)
@@ -143,7 +140,7 @@ def poison(fused: bool) -> tuple[int, list[Tensor]]:
     return optimizer.skipped, weights(ddp)
 
 
-def train_narrow(fused: bool) -> list[Tensor]:
+def train_narrow(fused):
     """Train bfloat16 weights whose steps are rounded stochastically."""
     net = model(seed=dist.get_rank()).bfloat16()
     # made first, so before DDP gives all ranks the same weights, and with its default seed
@@ -164,7 +161,7 @@ class Outcome(NamedTuple):
     narrow: list[list[Tensor]]
 
 
-def everything() -> Outcome:
+def everything():
     return Outcome(
         [train(*case) for case in CASES],
         *([part(fused) for fused in PATHS] for part in (accumulate, windows, poison, train_narrow)),
@@ -174,19 +171,19 @@ def everything() -> Outcome:
 @pytest.fixture(
     scope="module", params=[2, pytest.param(3, marks=pytest.mark.slow)], ids="{} ranks".format
 )
-def ranks(request: pytest.FixtureRequest) -> list[Outcome]:
+def ranks(request):
     return run(request.param, everything)
 
 
-def same_bits(*runs: list[Tensor]) -> bool:
+def same_bits(*runs):
     return all(torch.equal(*pair) for other in runs[1:] for pair in zip(runs[0], other))
 
 
-def assert_close(got: list[Tensor], want: list[Tensor]) -> None:
+def assert_close(got, want):
     torch.testing.assert_close(got, want, rtol=0.0, atol=CLOSE)
 
 
-def test_trains_as_one_process_does(ranks: list[Outcome]) -> None:
+def test_trains_as_one_process_does(ranks):
     for i, (fused, *_) in enumerate(CASES):
         first = ranks[0].trained[i]
         assert_close(first, alone(fused, [batch()]))
@@ -194,7 +191,7 @@ def test_trains_as_one_process_does(ranks: list[Outcome]) -> None:
         assert same_bits(ranks[0].trained[4 * fused], *(rank.trained[i] for rank in ranks)), i
 
 
-def test_micro_batches_summed_under_no_sync(ranks: list[Outcome]) -> None:
+def test_micro_batches_summed_under_no_sync(ranks):
     # the sum is twice the mean, which a z-score does not see but for eps: 1e-8 is a rounding of
     # the rows' rms of about 0.1
     for fused in PATHS:
@@ -202,7 +199,7 @@ def test_micro_batches_summed_under_no_sync(ranks: list[Outcome]) -> None:
         assert same_bits(*(rank.accumulated[fused] for rank in ranks))
 
 
-def test_micro_batches_normalised_one_by_one(ranks: list[Outcome]) -> None:
+def test_micro_batches_normalised_one_by_one(ranks):
     parts = [micro_batches(rank, len(ranks)) for rank in range(len(ranks))]
     data = [tuple(map(torch.cat, zip(*micro))) for micro in zip(*parts)]
     for fused in PATHS:
@@ -213,7 +210,7 @@ def test_micro_batches_normalised_one_by_one(ranks: list[Outcome]) -> None:
         assert same_bits(*(rank.windowed[fused] for rank in ranks))
 
 
-def test_a_nan_on_one_rank_is_skipped_on_all(ranks: list[Outcome]) -> None:
+def test_a_nan_on_one_rank_is_skipped_on_all(ranks):
     before = weights(model())
     for fused in PATHS:
         assert [rank.poisoned[fused][0] for rank in ranks] == [1] * len(ranks)
@@ -225,7 +222,7 @@ def test_a_nan_on_one_rank_is_skipped_on_all(ranks: list[Outcome]) -> None:
         assert not any(map(torch.equal, before[1:], after[1:]))
 
 
-def test_ranks_round_alike(ranks: list[Outcome]) -> None:
+def test_ranks_round_alike(ranks):
     for fused in PATHS:
         assert not any(map(torch.equal, ranks[0].narrow[fused], weights(model().bfloat16())))
         assert same_bits(*(rank.narrow[fused] for rank in ranks))
@@ -243,13 +240,13 @@ class Zero(NamedTuple):
     saved: list[torch.Size]
 
 
-def inside_zero(fused: bool, bucket_view: bool) -> Zero:
+def inside_zero(fused, bucket_view):
     # imported by the workers alone: it compiles TorchScript
     from torch.distributed.optim import ZeroRedundancyOptimizer
 
     options: dict[str, Any] = {"lr": LR, "momentum": 0.8, "fused": fused}
 
-    def zero(ddp: nn.Module) -> ZeroRedundancyOptimizer:
+    def zero(ddp):
         return ZeroRedundancyOptimizer(
             ddp.parameters(), optimizer_class=BNGD, parameters_as_bucket_view=bucket_view, **options
         )
@@ -276,12 +273,12 @@ def inside_zero(fused: bool, bucket_view: bool) -> Zero:
     )
 
 
-def zero_cases() -> list[Zero]:
+def zero_cases():
     return [inside_zero(*case) for case in [(False, False), (True, False), (True, True)]]
 
 
 @pytest.mark.slow
-def test_zero_has_the_same_bits_as_bngd_without_it() -> None:
+def test_zero_has_the_same_bits_as_bngd_without_it():
     for first, second in zip(*run(2, zero_cases), strict=True):
         for rank in (first, second):
             assert same_bits(first.alone, rank.inside, rank.resumed)

@@ -1,9 +1,6 @@
 """Statistics of sharded tensors against exact arithmetic on the whole tensor, on 2 to 4 ranks."""
 
-from __future__ import annotations
-
 import math
-from collections.abc import Sequence
 from fractions import Fraction
 
 import pytest
@@ -12,15 +9,15 @@ from torch import Tensor
 
 from bngd_triton.sharding.exchange import Exchange, merge
 from support.exact_statistics import exact
-from support.sharded_cases import CASES, RUNS, SPOILT, WORLDS, Case, whole
-from support.sharded_statistics import Found, visited
+from support.sharded_cases import CASES, RUNS, SPOILT, WORLDS, whole
+from support.sharded_statistics import visited
 
 # float64 sums of a few hundred entries are off by some units of 2**-53, 1e-16
 CLOSE = 1e-12
 EVERY = [pytest.param(w, c, id=f"{w}: {c.desc}") for w in WORLDS for c in CASES[w] + SPOILT[w]]
 
 
-def assert_statistics(found: Found, want: Sequence[Tensor]) -> None:
+def assert_statistics(found, want):
     """One slice's values for each item of `found`."""
     assert len(found.mean) == len(found.std) == len(found.table) == len(want)
     for mean, std, row, values in zip(found.mean, found.std, found.table, want):
@@ -39,7 +36,7 @@ def assert_statistics(found: Found, want: Sequence[Tensor]) -> None:
 
 @pytest.mark.parametrize(("world", "case"), EVERY)
 @pytest.mark.parametrize("run", ["tensor", "dealt out", "row", "rows dealt out"])
-def test_statistics_are_those_of_the_whole_tensor(world: int, case: Case, run: str) -> None:
+def test_statistics_are_those_of_the_whole_tensor(world, case, run):
     full = whole(case)
     by_row = "row" in run and full.dim() >= 2
     for result in visited(world):
@@ -49,7 +46,7 @@ def test_statistics_are_those_of_the_whole_tensor(world: int, case: Case, run: s
 
 @pytest.mark.parametrize("world", WORLDS)
 @pytest.mark.parametrize("run", [run for run in RUNS if run.startswith("global")])
-def test_global_statistics_span_meshes_and_plain_tensors(world: int, run: str) -> None:
+def test_global_statistics_span_meshes_and_plain_tensors(world, run):
     takes = RUNS[run][1]
     for result in visited(world):
         values = [whole(case) for case in CASES[world] + SPOILT[world] if takes(case)]
@@ -60,7 +57,7 @@ def test_global_statistics_span_meshes_and_plain_tensors(world: int, run: str) -
 
 
 @pytest.mark.parametrize("world", WORLDS)
-def test_every_rank_has_the_same_bits(world: int) -> None:
+def test_every_rank_has_the_same_bits(world):
     results = visited(world)
     compared = 0
     for run, desc in results[0].found:
@@ -76,7 +73,7 @@ def test_every_rank_has_the_same_bits(world: int) -> None:
 
 
 @pytest.mark.parametrize("world", WORLDS)
-def test_repeats_bit_for_bit_and_reads_nothing_on_the_host(world: int) -> None:
+def test_repeats_bit_for_bit_and_reads_nothing_on_the_host(world):
     for result in visited(world):
         assert result.repeated
         assert result.reads == 0
@@ -88,7 +85,7 @@ CUTTING = {2: 1, 3: 1, 4: 3}
 
 @pytest.mark.parametrize("world", WORLDS)
 @pytest.mark.parametrize("run", RUNS)
-def test_one_collective_per_mesh_dimension(world: int, run: str) -> None:
+def test_one_collective_per_mesh_dimension(world, run):
     for result in visited(world):
         names = [collective.name for collective in result.collectives[run]]
         if "dealt" in run:
@@ -111,17 +108,17 @@ def test_one_collective_per_mesh_dimension(world: int, run: str) -> None:
         ("outside", "ValueError: this process has no place in the mesh of w"),
     ],
 )
-def test_refusals_on_a_mesh(desc: str, words: str) -> None:
+def test_refusals_on_a_mesh(desc, words):
     inside, outside = visited(2)
     assert outside.refusals[desc].startswith(words)
     assert inside.refusals.get(desc, "") == (outside.refusals[desc] if desc != "outside" else "")
 
 
-def test_nothing_to_exchange() -> None:
+def test_nothing_to_exchange():
     assert Exchange([]).run([]) == []
 
 
-def test_rows_without_entries_are_ignored_whatever_they_hold() -> None:
+def test_rows_without_entries_are_ignored_whatever_they_hold():
     real = torch.tensor([[[2.0, 5.0, 1.0, 4.5, 5.5]]]).double()
     empty = torch.tensor([[[0.0, torch.nan, torch.inf, torch.nan, -7.0]]]).double()
     for wide in (None, torch.tensor([True])):
@@ -130,7 +127,7 @@ def test_rows_without_entries_are_ignored_whatever_they_hold() -> None:
 
 
 @pytest.mark.parametrize("value", [0.1, 0.7])
-def test_equal_parts_merge_without_rounding(value: float) -> None:
+def test_equal_parts_merge_without_rounding(value):
     # with these counts sum(n * value) / sum(n) is not value
     filled = [[[n, value, 0.0, value, value]] for n in (5.0, 9.0, 19.0)]
     merged = merge(torch.tensor([[[0.0] * 5], *filled], dtype=torch.float64))

@@ -1,10 +1,7 @@
 """Parameters that a wrapper has merged and cut are refused by name, before anything changes."""
 
-from __future__ import annotations
-
 import sys
 import types
-from collections.abc import Sequence
 
 import pytest
 import torch
@@ -16,7 +13,7 @@ from support.processes import needs_gloo, run
 from support.runs import refused
 
 
-def fsdp1(use_orig_params: bool, strategy: str, made_first: bool) -> None:
+def fsdp1(use_orig_params, strategy, made_first):
     """Wrap a model in FSDP1, and make or use an optimizer over it."""
     # imported by the workers alone: it takes a second
     from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
@@ -35,7 +32,7 @@ def fsdp1(use_orig_params: bool, strategy: str, made_first: bool) -> None:
         act()
 
 
-def fsdp1_cases() -> None:
+def fsdp1_cases():
     fsdp1(False, "FULL_SHARD", made_first=False)
     fsdp1(True, "FULL_SHARD", made_first=False)
     # the parameters stay the objects that the optimizer knows, and turn into pieces
@@ -46,12 +43,12 @@ def fsdp1_cases() -> None:
 
 @pytest.mark.slow
 @needs_gloo
-def test_fsdp1() -> None:
+def test_fsdp1():
     run(2, fsdp1_cases)
 
 
 @pytest.mark.parametrize("mark", ["ds_id", "_hp_mapping"])
-def test_deepspeed_marks(mark: str) -> None:
+def test_deepspeed_marks(mark):
     param = nn.Parameter(torch.randn(42))
     optimizer = BNGD([("weight", param)])
     # DeepSpeed counts its ids from 0
@@ -70,7 +67,7 @@ def test_deepspeed_marks(mark: str) -> None:
     assert_moves([param], optimizer)
 
 
-def assert_moves(params: Sequence[torch.Tensor], optimizer: BNGD) -> None:
+def assert_moves(params, optimizer):
     before = [param.detach().clone() for param in params]
     for param in params:
         param.grad = torch.randn_like(param)
@@ -79,13 +76,13 @@ def assert_moves(params: Sequence[torch.Tensor], optimizer: BNGD) -> None:
 
 
 @pytest.fixture
-def deepspeed(monkeypatch: pytest.MonkeyPatch) -> None:
+def deepspeed(monkeypatch):
     assert "deepspeed" not in sys.modules
     monkeypatch.setitem(sys.modules, "deepspeed", types.ModuleType("deepspeed"))
 
 
 @pytest.mark.usefixtures("deepspeed")
-def test_deepspeed_partition() -> None:
+def test_deepspeed_partition():
     """What ZeRO 1 and 2 do to a group: one flat tensor, without a mark, for all its parameters."""
     optimizer = BNGD(nn.Linear(6, 8).named_parameters())
     partition = torch.randn(56, requires_grad=True)
@@ -98,7 +95,7 @@ def test_deepspeed_partition() -> None:
 
 
 @pytest.mark.usefixtures("deepspeed")
-def test_whole_parameters_beside_deepspeed() -> None:
+def test_whole_parameters_beside_deepspeed():
     # a vector of one's own; a matrix; at stage 0 with bfloat16, float32 copies of the parameters,
     # each of its own shape
     for params in (

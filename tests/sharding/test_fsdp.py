@@ -3,10 +3,7 @@
 What one process does with whole parameters and the same gradients is the measure.
 """
 
-from __future__ import annotations
-
 import functools
-from collections.abc import Sequence
 
 import pytest
 import torch
@@ -16,7 +13,7 @@ from bngd_triton.verify.tolerances import LRE, ULP, ulps
 from support import sharded_steps
 from support.processes import needs_gloo
 from support.sharded_model import NAMES, SHAPES
-from support.sharded_steps import APART, LAYOUTS, Group, Run, alone, runs, visited
+from support.sharded_steps import APART, LAYOUTS, alone, runs, visited
 
 pytestmark = [
     needs_gloo,
@@ -32,7 +29,7 @@ RUNS = [
 PLACES = [(w, layout) for w, layouts in LAYOUTS.items() for layout in layouts]
 
 
-def joined(ranks: Sequence[Group], i: int) -> Tensor:
+def joined(ranks, i):
     """Parameter i, put together again; replicas must agree to the bit."""
     whole = torch.full((SHAPES[i].numel(),), torch.nan)
     for rank in ranks:
@@ -45,7 +42,7 @@ def joined(ranks: Sequence[Group], i: int) -> Tensor:
 
 
 @pytest.mark.parametrize(("world", "run"), RUNS)
-def test_weights_are_those_of_one_process(world: int, run: Run) -> None:
+def test_weights_are_those_of_one_process(world, run):
     for name in run.groups:
         ranks = [rank.trained[run.layout, run.fused][name] for rank in visited(world)]
         for i, want in enumerate(alone(run)[name].values):
@@ -53,9 +50,7 @@ def test_weights_are_those_of_one_process(world: int, run: Run) -> None:
 
 
 @pytest.mark.parametrize(("world", "run"), RUNS)
-def test_statistics_are_those_of_the_whole_tensor_and_state_lies_as_it_does(
-    world: int, run: Run
-) -> None:
+def test_statistics_are_those_of_the_whole_tensor_and_state_lies_as_it_does(world, run):
     for name in run.groups:
         want = alone(run)[name]
         for rank in visited(world):
@@ -72,7 +67,7 @@ def test_statistics_are_those_of_the_whole_tensor_and_state_lies_as_it_does(
 
 
 @pytest.mark.parametrize("world", WORLDS)
-def test_local_statistics_would_be_found_out(world: int) -> None:
+def test_local_statistics_would_be_found_out(world):
     want = alone(APART)
     for name in APART.groups:
         ranks = [rank.apart[name] for rank in visited(world)]
@@ -81,21 +76,19 @@ def test_local_statistics_would_be_found_out(world: int) -> None:
 
 
 @pytest.mark.parametrize(("world", "layout"), PLACES)
-def test_one_collective_per_cutting_mesh_dimension(world: int, layout: str) -> None:
+def test_one_collective_per_cutting_mesh_dimension(world, layout):
     for rank in visited(world):
         assert rank.commands[layout] == sharded_steps.CUTTING[layout]
 
 
 @functools.cache
-def raising_alone(granularity: str) -> list[Tensor]:
+def raising_alone(granularity):
     return sharded_steps.raising("whole", 1, granularity, False).values
 
 
 @pytest.mark.parametrize(("world", "layout"), PLACES)
 @pytest.mark.parametrize("granularity", sharded_steps.GRANULARITIES)
-def test_raises_on_every_rank_and_changes_nothing(
-    world: int, layout: str, granularity: str
-) -> None:
+def test_raises_on_every_rank_and_changes_nothing(world, layout, granularity):
     for fused in (False, True):
         if (layout, fused, granularity) not in visited(world)[0].raised:
             continue
@@ -107,21 +100,19 @@ def test_raises_on_every_rank_and_changes_nothing(
 
 
 @functools.cache
-def scaled_alone() -> list[Tensor]:
+def scaled_alone():
     return sharded_steps.scaled("whole", 1, False).values
 
 
 @pytest.mark.parametrize("world", WORLDS)
 @pytest.mark.parametrize("fused", [False, True])
-def test_an_overflow_on_one_rank_skips_the_step_on_all(world: int, fused: bool) -> None:
+def test_an_overflow_on_one_rank_skips_the_step_on_all(world, fused):
     ranks = [rank.scaled[fused] for rank in visited(world)]
     assert [rank.tried for rank in ranks] == [("", True)] * world
     assert_alike([rank.values for rank in ranks], "fsdp", world, scaled_alone())
 
 
-def assert_alike(
-    ranks: Sequence[list[Tensor]], layout: str, world: int, want: list[Tensor]
-) -> None:
+def assert_alike(ranks, layout, world, want):
     """Float32 parameters of a short run, put together, are those of one process."""
     groups = [rank.trained[layout, False]["tensor"] for rank in visited(world)]
     whole = [group._replace(values=values) for group, values in zip(groups, ranks)]
@@ -130,7 +121,7 @@ def assert_alike(
 
 
 @pytest.mark.parametrize("world", WORLDS)
-def test_replicas_round_alike_and_shards_apart(world: int) -> None:
+def test_replicas_round_alike_and_shards_apart(world):
     for key in visited(world)[0].rounded:
         seen: dict[int, Tensor] = {}
         replicas = 0
@@ -147,7 +138,7 @@ def test_replicas_round_alike_and_shards_apart(world: int) -> None:
 
 
 @pytest.mark.parametrize("world", WORLDS)
-def test_refuses_global_micro_batches(world: int) -> None:
+def test_refuses_global_micro_batches(world):
     for rank in visited(world):
         words, unchanged = rank.tried["global micro-batches"]
         assert "granularity='global' with accumulation_steps > 1" in words
@@ -155,7 +146,7 @@ def test_refuses_global_micro_batches(world: int) -> None:
 
 
 @pytest.mark.parametrize("world", WORLDS)
-def test_refuses_an_overflow_of_which_some_ranks_are_not_told(world: int) -> None:
+def test_refuses_an_overflow_of_which_some_ranks_are_not_told(world):
     for rank in visited(world):
         words, unchanged = rank.tried["replicated first"]
         assert "param_groups[0]['params'][0] is cut, and param_groups[0]['params'][7]" in words

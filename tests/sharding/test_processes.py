@@ -1,7 +1,5 @@
 """The harness of the multi-process tests tells of a rank that fails, and ends one that hangs."""
 
-from __future__ import annotations
-
 import time
 
 import pytest
@@ -13,7 +11,7 @@ from support.processes import needs_gloo
 pytestmark = needs_gloo
 
 
-def broken(hangs: bool) -> None:
+def broken(hangs):
     if dist.get_rank() == 1:
         if not hangs:
             raise ValueError("broken on purpose")
@@ -22,13 +20,13 @@ def broken(hangs: bool) -> None:
     dist.barrier()
 
 
-def test_a_worker_s_traceback() -> None:
+def test_a_worker_s_traceback():
     match = r"^rank 1:\n(.|\n)*in broken\n(.|\n)*ValueError: broken on purpose$"
     with pytest.raises(processes.WorkerError, match=match):
         processes.run(2, broken, False)
 
 
-def test_workers_that_hang_are_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_workers_that_hang_are_killed(monkeypatch):
     monkeypatch.setenv("BNGD_TEST_TIMEOUT", "3")
     with pytest.raises(TimeoutError, match="broken: not done after 3 s"):
         processes.run(2, broken, True)

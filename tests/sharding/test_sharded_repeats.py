@@ -1,9 +1,6 @@
 """Repeated steps of sharded parameters: recognised, never by mistake, and alike on every rank."""
 
-from __future__ import annotations
-
 import functools
-from typing import Any
 
 import pytest
 import torch
@@ -21,12 +18,12 @@ pytestmark = [
 
 
 @functools.cache
-def visited() -> list[Any]:
+def visited():
     return processes.run(WORLD, sharded_repeats.on_every_rank)
 
 
 @pytest.mark.parametrize("index", range(len(CHANGES)), ids=[c.name for c in CHANGES])
-def test_a_step_is_laid_out_again_where_it_must_be_and_ends_in_the_same_bits(index: int) -> None:
+def test_a_step_is_laid_out_again_where_it_must_be_and_ends_in_the_same_bits(index):
     for rank, (runs, _) in enumerate(visited()):
         (layouts, found), (anew, want) = runs[index]
         noticed = rank in CHANGES[index].ranks
@@ -35,7 +32,7 @@ def test_a_step_is_laid_out_again_where_it_must_be_and_ends_in_the_same_bits(ind
         assert_bits(found, want)
 
 
-def test_gradients_are_not_held() -> None:
+def test_gradients_are_not_held():
     for _, gone in visited():
         assert gone
         assert all(gone)

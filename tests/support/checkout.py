@@ -9,6 +9,6 @@ DOCS = ROOT / "docs"
 BENCH = ROOT / "bench"
 
 
-def blocks(page: str, language: str = "python") -> list[str]:
+def blocks(page, language="python"):
     """The code of a page, or of a part of it."""
     return re.findall(rf"```{language}\n(.*?)```", page, re.S)

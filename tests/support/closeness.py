@@ -1,12 +1,9 @@
 """The comparison of tensors with bounds of their own for each entry."""
 
-from __future__ import annotations
-
 import torch
-from torch import Tensor
 
 
-def assert_within(what: str, got: Tensor, want: Tensor, bound: Tensor) -> None:
+def assert_within(what, got, want, bound):
     """Entry by entry ``|got - want| <= bound``; a NaN in `want` asks for one in `got`."""
     got, want, bound = got.detach().cpu().double(), want.double(), bound.double()
     assert torch.equal(got.isnan(), want.isnan()), f"{what}: NaN in other places"

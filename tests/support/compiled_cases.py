@@ -1,11 +1,8 @@
 """What is compiled ahead of time, and the registers and cache hints that each of it may have."""
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 from collections import Counter
-from collections.abc import Iterable
 from typing import Any
 
 from support.machine_code import VERSION
@@ -87,7 +84,7 @@ class Case:
     hinted: bool = True
 
     @property
-    def variant(self) -> str:
+    def variant(self):
         """The kernel and its form: a key of `BUDGETS`."""
         if self.kernel in ("update", "tiles", *SIMPLE_KERNELS):
             return self.kernel
@@ -95,7 +92,7 @@ class Case:
         return form + ("lanes" if self.wide else "stream")
 
     @property
-    def budget(self) -> int:
+    def budget(self):
         """Registers it may take."""
         budgets = BUDGETS
         if self.master != "plain" or self.windows:
@@ -106,17 +103,17 @@ class Case:
         return budgets[self.variant][TARGETS.index(self.target)] + other
 
     @property
-    def spill(self) -> int:
+    def spill(self):
         """Bytes it may keep elsewhere than in registers."""
         return (SPILLS if VERSION == PINNED else OTHER_SPILLS).get(self.kernel, 0)
 
     @property
-    def windowed(self) -> bool:
+    def windowed(self):
         """Whether it opens and closes windows."""
         return self.kernel == "publish" or (self.windows and self.kernel != "update")
 
     @property
-    def hints(self) -> Counter[str]:
+    def hints(self):
         """How many accesses ask for which eviction policy."""
         # a tile's shapes: all five, or the last three
         shapes = 5 if self.aligned else 3
@@ -134,7 +131,7 @@ class Case:
         return +Counter(wanted) if self.hinted else Counter()
 
     @property
-    def is_quick(self) -> bool:
+    def is_quick(self):
         """Whether it is soon compiled, and tells of more than itself."""
         # long to compile, and of nothing but what the others check by themselves
         usual = self.master == "plain" and self.hinted and not (self.windows or self.tables)
@@ -145,14 +142,14 @@ class Case:
         narrow = (self.master, self.dtypes, self.windows) == ("remainder", BF16, False)
         return self.kernel == "update" and (narrow or not self.hinted)
 
-    def __str__(self) -> str:
+    def __str__(self):
         kind = "aligned" if self.aligned else "any"
         dtypes = ",".join(self.dtypes)
         extras = self.master + " windows" * self.windows + " no hints" * (not self.hinted)
         return f"{self.variant:19s} {dtypes:14s} {extras:19s} {kind:7s} {self.target:6s}"
 
 
-def cases(quick: bool, targets: list[str], only: list[str]) -> list[Case]:
+def cases(quick, targets, only):
     """What to compile, the longest first."""
     found = []
     variants: list[tuple[str, bool]] = [("tiles", True)]
@@ -179,7 +176,7 @@ def cases(quick: bool, targets: list[str], only: list[str]) -> list[Case]:
     return [case for case in found if case.variant in only and (not quick or case.is_quick)]
 
 
-def find_loose(taken: Iterable[tuple[Case, int]]) -> list[str]:
+def find_loose(taken):
     """Budgets that are a step or more above all that is taken, where everything was compiled."""
     most: dict[tuple[str, str, int], int] = {}
     for case, registers in taken:

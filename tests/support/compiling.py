@@ -1,7 +1,5 @@
 """Python in processes in which Triton compiles, whatever this one does."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys
@@ -9,7 +7,7 @@ import sys
 from support.checkout import ROOT
 
 
-def python(*command: str) -> tuple[int, str]:
+def python(*command):
     """The exit status and all output of `python *command`, run in the root of the checkout."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     command = (sys.executable, *command)

@@ -1,12 +1,9 @@
 """Distributed checkpoints on 4 ranks: one start saves and loads on 4, on 2 of them, and on one."""
 
-from __future__ import annotations
-
 import functools
 import os
 import signal
 import sys
-from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -40,10 +37,7 @@ GROUPS: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
     "narrow": (F32, {"momentum_dtype": BF16, "granularity": "row"}),
     "stochastic": (BF16, {"master_weights": "stochastic", "normalizer": "cdf"}),
 }
-FORMS = {
-    "nested": StateDictOptions(),
-    "flat": StateDictOptions(flatten_optimizer_state_dict=True),
-}
+FORMS = {"nested": StateDictOptions(), "flat": StateDictOptions(flatten_optimizer_state_dict=True)}
 
 
 class Run(NamedTuple):
@@ -55,18 +49,18 @@ class Run(NamedTuple):
     # for what saves and loads
     group: dict[str, Any]
 
-    def train(self, start: int, stop: int) -> None:
+    def train(self, start, stop):
         for step in range(start, stop):
             for part in self.parts:
                 part.give(gradients(step))
             self.optimizer.step()
             self.optimizer.zero_grad()
 
-    def save(self, folder: Path, form: str) -> None:
+    def save(self, folder, form):
         weights, state = get_state_dict(self.model, self.optimizer, options=FORMS[form])
         dcp.save({"model": weights, "optimizer": state}, checkpoint_id=folder, **self.group)
 
-    def load(self, folder: Path, form: str) -> None:
+    def load(self, folder, form):
         weights, state = get_state_dict(self.model, self.optimizer, options=FORMS[form])
         saved = {"model": weights, "optimizer": state}
         dcp.load(saved, checkpoint_id=folder, **self.group)
@@ -76,7 +70,7 @@ class Run(NamedTuple):
         )  # fmt: skip
 
     @torch.no_grad()
-    def snapshot(self) -> Snapshot:
+    def snapshot(self):
         kept = {
             f"{name} {key}": local(tensor).clone()
             for name, param in self.model.named_parameters()
@@ -99,10 +93,10 @@ class Snapshot(NamedTuple):
     groups: list[dict[str, Any]]
 
 
-def made(mesh: DeviceMesh | None, *, blank: bool = False) -> Run:
+def made(mesh, *, blank=False):
     """A model of initial weights, or of weights that are to be loaded."""
 
-    def cut(block: nn.Module) -> None:
+    def cut(block):
         if mesh is not None:
             fully_shard(block, mesh=mesh)
 
@@ -132,11 +126,11 @@ class Result(NamedTuple):
     back: dict[str, Snapshot]
 
 
-def visit(folder: Path) -> Result:
+def visit(folder):
     meshes = {size: DeviceMesh("cpu", list(range(size))) for size in (4, 2)}
     rank = dist.get_rank()
 
-    def resume(mesh: DeviceMesh | None, path: str, form: str, start: int, stop: int) -> Run:
+    def resume(mesh, path, form, start, stop):
         run = made(mesh, blank=True)
         run.load(folder / path, form)
         run.train(start, stop)
@@ -168,11 +162,11 @@ def visit(folder: Path) -> Result:
 
 
 @functools.cache
-def visited(folder: Path) -> list[Result]:
+def visited(folder):
     return processes.run(4, visit, folder)
 
 
-def killed_while_saving(folder: Path) -> None:
+def killed_while_saving(folder):
     """The second checkpoint of the example's model, in which a rank dies with its data written."""
     sys.path.insert(0, str(EXAMPLES))
     import train_fsdp2 as example
@@ -181,7 +175,7 @@ def killed_while_saving(folder: Path) -> None:
     fully_shard(model, mesh=DeviceMesh("cpu", [0, 1]))
     optimizer, text = example.make_optimizer(model), example.corpus()
 
-    def write_and_die(self: Any, *args: Any) -> None:
+    def write_and_die(self, *args):
         written(self, *args)
         os.kill(os.getpid(), signal.SIGKILL)
 

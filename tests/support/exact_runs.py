@@ -4,15 +4,11 @@ Gradients have entries 1 and 3 times a power of two, as many of each in every ro
 are exact in any order of summation, so that eager and fused steps agree in every bit.
 """
 
-from __future__ import annotations
-
 import functools
-from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
-from bngd_triton import BNGD
 from support import steps
 
 # rows of even length
@@ -20,7 +16,7 @@ SHAPES = [(4, 6), (2, 4, 3, 2), (6, 4), (10,)]
 make_params = functools.partial(steps.make_params, shapes=SHAPES)
 
 
-def exact_gradient(like: Tensor, seed: int) -> Tensor:
+def exact_gradient(like, seed):
     """Float32, contiguous; entries 1 and 3 times 2**-k, half of each in every row."""
     generator = torch.Generator().manual_seed(seed)
     rows = like.shape[0] if like.dim() > 1 else 1
@@ -29,7 +25,7 @@ def exact_gradient(like: Tensor, seed: int) -> Tensor:
     return values.view(like.shape).to(like.device)
 
 
-def give(param: Tensor, grad: Tensor | None) -> None:
+def give(param, grad):
     """Set a gradient of any dtype, in the parameter's memory order."""
     if grad is None:
         param.grad = None
@@ -40,12 +36,7 @@ def give(param: Tensor, grad: Tensor | None) -> None:
         param.grad.data = torch.empty_like(param.grad, dtype=grad.dtype).copy_(grad)
 
 
-def take_steps(
-    optimizer: BNGD,
-    params: Sequence[Tensor],
-    seeds: Iterable[int],
-    dtype: torch.dtype | None = None,
-) -> None:
+def take_steps(optimizer, params, seeds, dtype=None):
     """One step for each seed; gradients of the parameters' dtype, or of `dtype`."""
     for seed in seeds:
         for place, param in enumerate(params):
@@ -54,13 +45,13 @@ def take_steps(
         optimizer.step()
 
 
-def bits(tensor: Tensor) -> Tensor:
+def bits(tensor):
     """A copy as integers, which compare NaN and signed zeros too."""
     kinds = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     return tensor.detach().contiguous().view(kinds[tensor.element_size()]).clone()
 
 
-def assert_bits(got: Sequence[Tensor], want: Sequence[Tensor]) -> None:
+def assert_bits(got, want):
     """Equal dtypes and bits."""
     assert len(got) == len(want)
     for i, (a, b) in enumerate(zip(got, want)):
@@ -69,7 +60,7 @@ def assert_bits(got: Sequence[Tensor], want: Sequence[Tensor]) -> None:
         assert not different.any(), f"tensor {i}: {int(different.sum())} of {a.numel()} differ"
 
 
-def state_of(optimizer: BNGD, params: Sequence[Tensor]) -> list[Tensor]:
+def state_of(optimizer, params):
     """Every state tensor, in a fixed order."""
     return [
         value

@@ -1,14 +1,11 @@
 """Statistics without rounding error."""
 
-from __future__ import annotations
-
 from fractions import Fraction
 
 import mpmath
-from torch import Tensor
 
 
-def exact(values: Tensor) -> tuple[Fraction, float]:
+def exact(values):
     """Mean and population standard deviation of the stored values; 0 and 0 of none."""
     data = [Fraction(value) for value in values.double().flatten().tolist()] or [Fraction(0)]
     mean = sum(data) / len(data)

@@ -6,8 +6,6 @@ Not in the interpreter, whose kernels are of another kind: `test_launched.py` ru
 of its own. The launchers are Triton's; only what would call the driver's library is replaced.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import os
 import sys
@@ -31,7 +29,7 @@ CPU = torch.device("cpu")
 Launches = list[tuple[Any, ...]]
 
 
-def flat(arguments: tuple[Any, ...]) -> list[Any]:
+def flat(arguments):
     """With tensors by their addresses, and without metadata that is for hooks alone."""
     kinds = ("HookChain", "LazyDict")
     return [
@@ -41,7 +39,7 @@ def flat(arguments: tuple[Any, ...]) -> list[Any]:
     ]
 
 
-def assert_agree(ordinary: Launches, quick: Launches) -> None:
+def assert_agree(ordinary, quick):
     """The same arguments, of the same types."""
     assert len(ordinary) == len(quick)
     for one, other in zip(ordinary, quick):
@@ -53,13 +51,13 @@ def assert_agree(ordinary: Launches, quick: Launches) -> None:
 class Counted:
     """Steps, what they launch, and how often Triton's dispatch is asked."""
 
-    def __init__(self, backend: str) -> None:
+    def __init__(self, backend):
         self.launched: Launches = []
         self.dispatched = 0
         driver.install(backend, self._launch)
         run = JITFunction.run
 
-        def noting(kernel: Any, *args: Any, **kwargs: Any) -> Any:
+        def noting(kernel, *args, **kwargs):
             self.dispatched += 1
             return run(kernel, *args, **kwargs)
 
@@ -74,18 +72,18 @@ class Counted:
         )
         self.inputs = functional_inputs(params, True, None, None, None)
 
-    def _launch(self, *arguments: Any) -> None:
+    def _launch(self, *arguments):
         # 3.6 passes the kernel's arguments in line, 3.7 in a tuple
         flat = arguments[:-1] + arguments[-1] if type(arguments[-1]) is tuple else arguments
         self.launched.append(flat)
 
-    def run(self, prepared: FusedStep) -> tuple[Launches, int]:
+    def run(self, prepared):
         """What a step launches, and how often it asks Triton's dispatch."""
         self.launched, self.dispatched = [], 0
         prepared.update(self.members, self.options, self.inputs)
         return self.launched, self.dispatched
 
-    def measure_and_move(self, prepared: FusedStep) -> tuple[Launches, int, list[torch.Tensor]]:
+    def measure_and_move(self, prepared):
         """The step of sharded tensors, whose tables are new every time."""
         self.launched, self.dispatched = [], 0
         tables = prepared.measure(self.members, self.options, self.inputs)
@@ -93,7 +91,7 @@ class Counted:
         return self.launched, self.dispatched, tables
 
 
-def main(backend: str) -> None:
+def main(backend):
     """Check every launch of a step in either form."""
     assert os.environ.get("TRITON_INTERPRET", "0") != "1"
     counted = Counted(backend)

@@ -1,12 +1,8 @@
 """Models in flat buffers, and where their parameters lie."""
 
-from __future__ import annotations
-
 import itertools
-from collections.abc import Iterable, Sequence
 
 import torch
-from torch import Tensor
 
 from bngd_triton import BNGD
 
@@ -14,7 +10,7 @@ from bngd_triton import BNGD
 ALIGNMENT = 128
 
 
-def make_model(device: torch.device) -> torch.nn.Sequential:
+def make_model(device):
     """Odd sizes, so that views need padding; the same values at every call."""
     torch.manual_seed(3)
     return torch.nn.Sequential(
@@ -22,9 +18,7 @@ def make_model(device: torch.device) -> torch.nn.Sequential:
     ).to(device)
 
 
-def train(
-    model: torch.nn.Module, optimizer: torch.optim.Optimizer, seeds: Iterable[int] = (0,)
-) -> list[Tensor]:
+def train(model, optimizer, seeds=(0,)):
     device = next(model.parameters()).device
     for seed in seeds:
         generator = torch.Generator().manual_seed(seed)
@@ -34,12 +28,12 @@ def train(
     return [param.detach().clone() for param in model.parameters()]
 
 
-def spans(tensors: Sequence[Tensor]) -> list[tuple[int, int]]:
+def spans(tensors):
     """First byte and end of each tensor."""
     return [(t.data_ptr(), t.data_ptr() + t.numel() * t.element_size()) for t in tensors]
 
 
-def assert_in_one_buffer(tensors: Sequence[Tensor]) -> None:
+def assert_in_one_buffer(tensors):
     """In order, aligned, each starting at the first aligned byte after the one before it."""
     found = spans(tensors)
     assert all(start % ALIGNMENT == 0 for start, _ in found)
@@ -47,14 +41,14 @@ def assert_in_one_buffer(tensors: Sequence[Tensor]) -> None:
         assert start == -(-end // ALIGNMENT) * ALIGNMENT
 
 
-def assert_own_storages(tensors: Sequence[Tensor]) -> None:
+def assert_own_storages(tensors):
     for tensor in tensors:
         assert tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
         assert tensor.storage_offset() == 0
         assert tensor.untyped_storage().data_ptr() == tensor.data_ptr()
 
 
-def flat_model(device: torch.device) -> tuple[torch.nn.Sequential, BNGD]:
+def flat_model(device):
     model = make_model(device)
     optimizer = BNGD(model.parameters(), lr=0.1, fused=True)
     assert_in_one_buffer(list(model.parameters()))

@@ -1,13 +1,10 @@
 """Logs of statistics that a test makes up."""
 
-from __future__ import annotations
-
 import math
-from typing import Any
 
 import torch
 
-from bngd_triton import GradStats, GradStatsLog, GradStatsLogger
+from bngd_triton import GradStats, GradStatsLogger
 
 NAN, INF = math.nan, math.inf
 
@@ -15,10 +12,10 @@ NAN, INF = math.nan, math.inf
 class Given:
     """An optimizer whose statistics are given: mean, std and skips by name."""
 
-    def __init__(self, **stats: tuple[Any, Any, Any]) -> None:
+    def __init__(self, **stats):
         self.stats = stats
 
-    def grad_stats(self) -> dict[str, GradStats]:
+    def grad_stats(self):
         found = {}
         for name, values in self.stats.items():
             mean, std, skipped = (torch.tensor(value, dtype=torch.float64) for value in values)
@@ -27,7 +24,7 @@ class Given:
         return found
 
 
-def logged(*stats: dict[str, tuple[Any, Any, Any]]) -> GradStatsLog:
+def logged(*stats):
     """A log of one step each."""
     given = Given()
     logger = GradStatsLogger(given, every=1)

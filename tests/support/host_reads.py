@@ -1,9 +1,5 @@
 """Values read on the host."""
 
-from __future__ import annotations
-
-from typing import Any
-
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -13,6 +9,6 @@ class HostReads(TorchDispatchMode):
 
     count = 0
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         self.count += func is torch.ops.aten._local_scalar_dense.default
         return func(*args, **(kwargs or {}))

@@ -1,9 +1,5 @@
 """Small work items, and tensors, options and guards to try the kernels on."""
 
-from __future__ import annotations
-
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor
@@ -60,25 +56,20 @@ LR = 1e-2
 HOW = {"SOFT": interpreting(), "BLOCK": 2**16 if interpreting() else 2**10}
 
 
-def blocks(x: Tensor) -> tuple[int]:
+def blocks(x):
     """The grid of such a kernel."""
     assert x.numel() % HOW["BLOCK"] == 0
     return (x.numel() // HOW["BLOCK"],)
 
 
-def make(
-    dtype: torch.dtype,
-    grad_dtype: torch.dtype,
-    device: torch.device,
-    shapes: list[tuple[int, ...]],
-) -> Any:
+def make(dtype, grad_dtype, device, shapes):
     """Parameters, gradients and momentum inside larger buffers whose rest must not matter.
 
     A read outside a gradient gives NaN; a write outside a parameter changes a guard.
     """
     guarded: list[tuple[Tensor, int]] = []
 
-    def inside(values: Tensor, guard: float) -> Tensor:
+    def inside(values, guard):
         whole = torch.full((values.numel() + 64,), guard, dtype=values.dtype, device=device)
         whole[32 : 32 + values.numel()] = values.flatten().to(device)
         guarded.append((whole, values.numel()))
@@ -92,7 +83,7 @@ def make(
     return params, grads, buffers, guarded
 
 
-def assert_guards(guarded: list[tuple[Tensor, int]]) -> None:
+def assert_guards(guarded):
     for whole, n in guarded:
         outside = torch.cat([whole[:32], whole[32 + n :]])
         assert ((outside == 77) | outside.isnan()).all()

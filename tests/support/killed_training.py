@@ -6,8 +6,6 @@ killed at each stage of a step and its save. It leaves a last checkpoint of each
 and prints as JSON which deaths at a stage left the beginning of a file.
 """
 
-from __future__ import annotations
-
 import io
 import json
 import os
@@ -34,7 +32,7 @@ MICRO_STEPS = 13
 BATCH = 4
 
 
-def train(path: Path, way: str) -> None:
+def train(path, way):
     """Train to the end, from the checkpoint where there is one; saves after each micro-batch."""
     data = torch.Generator().manual_seed(1)
     x = torch.randn(40, 6, generator=data).bfloat16()
@@ -73,12 +71,12 @@ def train(path: Path, way: str) -> None:
         )  # fmt: skip
 
 
-def die(*_: Any) -> None:
+def die(*_):
     """End as if the machine did, with nothing cleaned up."""
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def write_half(content: Any, file: Any, real: Callable[..., Any] = torch.save) -> None:
+def write_half(content, file, real=torch.save):
     whole = io.BytesIO()
     real(content, whole)
     file.write(whole.getvalue()[: len(whole.getvalue()) // 2])
@@ -86,7 +84,7 @@ def write_half(content: Any, file: Any, real: Callable[..., Any] = torch.save) -
     die()
 
 
-def replace_and_die(*args: Any, real: Callable[..., Any] = os.replace) -> None:
+def replace_and_die(*args, real=os.replace):
     real(*args)
     die()
 
@@ -104,10 +102,10 @@ STAGES: list[tuple[Any, str, int, Callable[..., Any]]] = [
 ]
 
 
-def at_call(module: Any, name: str, number: int, instead: Callable[..., Any]) -> None:
+def at_call(module, name, number, instead):
     real, calls = getattr(module, name), 0
 
-    def counted(*args: Any, **kwargs: Any) -> Any:
+    def counted(*args, **kwargs):
         nonlocal calls
         calls += 1
         return (instead if calls == number else real)(*args, **kwargs)
@@ -115,7 +113,7 @@ def at_call(module: Any, name: str, number: int, instead: Callable[..., Any]) ->
     setattr(module, name, counted)
 
 
-def end_of_life(path: Path, way: str, prepare: Callable[[], Any] = lambda: None) -> int:
+def end_of_life(path, way, prepare=lambda: None):
     """What `os.waitpid` says of a forked process that prepares its death, and trains."""
     child = os.fork()
     if child == 0:
@@ -131,7 +129,7 @@ def end_of_life(path: Path, way: str, prepare: Callable[[], Any] = lambda: None)
     return os.waitpid(child, 0)[1]
 
 
-def main(folder: str, way: str) -> None:
+def main(folder, way):
     torch.set_num_threads(1)
     never, at_random, saves = (Path(folder) / f"{name}.pt" for name in ("never", "random", "saves"))
     start, chance = time.monotonic(), random.Random(5)

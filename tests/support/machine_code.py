@@ -1,7 +1,5 @@
 """What the machine code of a kernel says, and what is wrong with it."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import re
@@ -9,7 +7,6 @@ import subprocess
 import tempfile
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import triton
 
@@ -76,7 +73,7 @@ class Report:
     unguarded: int
     seconds: float
 
-    def complaints(self, case: Any, waits_from: tuple[int, int]) -> list[str]:
+    def complaints(self, case, waits_from):
         """What is wrong with it; see `devices.RELEASES_WAIT_FROM`."""
         found = []
         if self.loop_spills or self.spill > case.spill:
@@ -109,7 +106,7 @@ class Report:
         return found
 
 
-def run_tool(name: str, flag: str, cubin: bytes) -> str:
+def run_tool(name, flag, cubin):
     """The output of one of the CUDA tools in Triton's wheel."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
@@ -118,16 +115,16 @@ def run_tool(name: str, flag: str, cubin: bytes) -> str:
         return subprocess.run(command, check=True, text=True, capture_output=True).stdout
 
 
-def innermost(spans: set[tuple[int, int]]) -> list[tuple[int, int]]:
+def innermost(spans):
     """The spans that hold no other span."""
 
-    def holds(outer: tuple[int, int], inner: tuple[int, int]) -> bool:
+    def holds(outer, inner):
         return outer != inner and outer[0] <= inner[0] and inner[1] <= outer[1]
 
     return [a for a in spans if not any(holds(a, b) for b in spans)]
 
 
-def parse_sass(text: str) -> tuple[list[str], list[tuple[int, int]]]:
+def parse_sass(text):
     """Instructions without predicates, and the index spans of the innermost loops."""
     lines = re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?(.*?)\s*;", text, re.M)
     at = {int(address, 16): i for i, (address, _) in enumerate(lines)}
@@ -139,7 +136,7 @@ def parse_sass(text: str) -> tuple[list[str], list[tuple[int, int]]]:
     return [code for _, code in lines], innermost(spans)
 
 
-def parse_amdgcn(text: str) -> tuple[list[str], list[tuple[int, int]]]:
+def parse_amdgcn(text):
     """Like `parse_sass`, from LLVM's assembly."""
     codes: list[str] = []
     labels: dict[str, int] = {}
@@ -155,14 +152,14 @@ def parse_amdgcn(text: str) -> tuple[list[str], list[tuple[int, int]]]:
     return codes, innermost(spans)
 
 
-def sass_width(code: str) -> int:
+def sass_width(code):
     """Bytes per thread of an LDG or STG."""
     modifiers = code.split()[0].split(".")
     bits = {"U8": 8, "S8": 8, "U16": 16, "S16": 16, "64": 64, "128": 128, "256": 256}
     return next((bits[m] for m in modifiers if m in bits), 32) // 8
 
 
-def amdgcn_width(code: str) -> int:
+def amdgcn_width(code):
     """Bytes per thread of a global or buffer access."""
     kind = code.split()[0]
     if times := re.search(r"dwordx(\d)", kind):
@@ -170,7 +167,7 @@ def amdgcn_width(code: str) -> int:
     return 4 if "dword" in kind else 1 if "byte" in kind else 2
 
 
-def asked_widths(ttir: str, threads: int) -> dict[str, Counter[int]]:
+def asked_widths(ttir, threads):
     """Loads and stores, by width in bytes, that the tensors of the streamed accesses ask for."""
     asked: dict[str, Counter[int]] = {"load": Counter(), "store": Counter()}
     access = HINT + r"[>}]* : tensor<([\dx]+)x!tt\.ptr<[a-z]+(\d+)>>"
@@ -185,7 +182,7 @@ def asked_widths(ttir: str, threads: int) -> dict[str, Counter[int]]:
     return asked
 
 
-def count_unguarded(codes: list[str], load: str, store: str, barrier: str) -> tuple[int, int]:
+def count_unguarded(codes, load, store, barrier):
     """How many loads and stores there are, and stores after a load without a barrier between."""
     accesses = unguarded = 0
     loaded = False
@@ -199,7 +196,7 @@ def count_unguarded(codes: list[str], load: str, store: str, barrier: str) -> tu
     return accesses, unguarded
 
 
-def count_hasty(codes: list[str]) -> int:
+def count_hasty(codes):
     """How many atomics follow AMD's write-back of a cache without a wait for its end."""
     hasty = 0
     written = True
@@ -213,7 +210,7 @@ def count_hasty(codes: list[str]) -> int:
     return hasty
 
 
-def inspect(compiled: Any, backend: str, seconds: float) -> Report:
+def inspect(compiled, backend, seconds):
     """Read the machine code."""
     if backend == "cuda":
         cubin = compiled.asm["cubin"]
@@ -238,7 +235,7 @@ def inspect(compiled: Any, backend: str, seconds: float) -> Report:
             r"(global|buffer)_load_ubyte", r"(global|buffer)_store_byte", r"s_barrier"
         )  # fmt: skip
 
-    def matching(pattern: str, lines: list[str]) -> list[str]:
+    def matching(pattern, lines):
         return [code for code in lines if re.match(pattern, code)]
 
     bodies = [codes[first : last + 1] for first, last in loops]

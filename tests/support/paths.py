@@ -1,7 +1,5 @@
 """The two implementations of a step, as tests name them."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch

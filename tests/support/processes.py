@@ -1,23 +1,18 @@
 """Several processes on this machine, joined by gloo: `run` calls a function on every rank."""
 
-from __future__ import annotations
-
 import os
 import pickle
 import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
-from torch import Tensor
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
 from support.time_limits import patience
@@ -37,7 +32,7 @@ class WorkerError(RuntimeError):
     """A worker raised; the message is its traceback."""
 
 
-def run(world_size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
+def run(world_size, function, *args):
     """Call ``function(*args)`` in `world_size` processes, each with a gloo process group.
 
     Args:
@@ -84,14 +79,7 @@ def run(world_size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
         ]
 
 
-def _work(
-    rank: int,
-    world_size: int,
-    folder: str,
-    limit: float,
-    function: Callable[..., Any],
-    args: tuple[Any, ...],
-) -> None:
+def _work(rank, world_size, folder, limit, function, args):
     dist.init_process_group(
         "gloo",
         init_method=f"file://{folder}/store",
@@ -118,7 +106,7 @@ def _work(
     os._exit(0)
 
 
-def through_a_queue(tensor: Tensor) -> Any:
+def through_a_queue(tensor):
     """What a spawned process finds in a tensor that a queue brings it: a list of its entries.
 
     Raises:
@@ -137,5 +125,5 @@ def through_a_queue(tensor: Tensor) -> Any:
         worker.join()
 
 
-def _send_back(inbox: Any, outbox: Any) -> None:
+def _send_back(inbox, outbox):
     outbox.put(inbox.get().tolist())

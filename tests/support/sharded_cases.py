@@ -1,7 +1,5 @@
 """Sharded gradients on 2 to 4 ranks: which are tried, and together with which."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -21,15 +19,15 @@ class Case(NamedTuple):
     values: Callable[[Tensor], Tensor] = lambda x: x
 
 
-def _huge_and_tiny(x: Tensor) -> Tensor:
+def _huge_and_tiny(x):
     """Squares of the first half overflow float64, those of the second half underflow."""
     scale = torch.full(x.shape, 1e-200, dtype=torch.float64)
     scale.view(-1)[: x.numel() // 2] = 1e200
     return x.double() * scale
 
 
-def _with_last(value: float) -> Callable[[Tensor], Tensor]:
-    def change(x: Tensor) -> Tensor:
+def _with_last(value):
+    def change(x):
         x.view(-1)[-1] = value
         return x
 
@@ -109,7 +107,7 @@ SPOILT = {
 WORLDS = sorted(CASES)
 
 
-def _every(_: Case) -> bool:
+def _every(_):
     return True
 
 
@@ -125,7 +123,7 @@ RUNS: dict[str, tuple[str, Callable[[Case], bool]]] = {
 }
 
 
-def whole(case: Case) -> Tensor:
+def whole(case):
     """The whole gradient: its mean drifts, so that parts have means of their own."""
     generator = torch.Generator().manual_seed(len(case.desc) + 97 * len(case.shape))
     x = torch.randn(case.shape, generator=generator)

@@ -4,15 +4,12 @@ Which entries of a tensor a rank holds is read off: before a model is sharded, i
 their own indices.
 """
 
-from __future__ import annotations
-
 import functools
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_module
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
@@ -23,7 +20,7 @@ from bngd_triton.tensors import local
 class Block(nn.Module):
     """Uneven on 2, 3 and 4 ranks; vectors and a matrix shorter than a world."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.up, self.down = nn.Linear(7, 10), nn.Linear(10, 3)
         self.norm = nn.LayerNorm(3)
@@ -40,19 +37,19 @@ class Parts(NamedTuple):
     params: list[Tensor]
     indices: list[Tensor]
 
-    def place(self, wholes: list[Tensor]) -> None:
+    def place(self, wholes):
         with torch.no_grad():
             for param, index, whole in zip(self.params, self.indices, wholes):
                 local(param).copy_(whole.flatten()[index])
 
-    def give(self, gradients: list[Tensor | None]) -> None:
+    def give(self, gradients):
         for param, index, whole in zip(self.params, self.indices, gradients):
             param.grad = None
             if whole is not None:
                 param.grad = like(param, whole.to(param.dtype).flatten()[index])
 
 
-def like(param: Tensor, part: Tensor) -> Tensor:
+def like(param, part):
     if not isinstance(param, DTensor):
         return part
     return DTensor.from_local(
@@ -61,7 +58,7 @@ def like(param: Tensor, part: Tensor) -> Tensor:
     )  # fmt: skip
 
 
-def shard(block: nn.Module, layout: str, world: int) -> None:
+def shard(block, layout, world):
     """Cut a block's parameters as a layout says; "whole" leaves them."""
     if layout == "fsdp":
         fully_shard(block, mesh=mesh_of((world,)))
@@ -79,17 +76,17 @@ def shard(block: nn.Module, layout: str, world: int) -> None:
         fully_shard(block, mesh=mesh["dp"])
 
 
-def tensor_parallel(block: nn.Module, mesh: DeviceMesh) -> None:
+def tensor_parallel(block, mesh):
     parallelize_module(block, mesh, {"up": ColwiseParallel(), "down": RowwiseParallel()})
 
 
 @functools.cache
-def mesh_of(shape: tuple[int, ...]) -> DeviceMesh:
+def mesh_of(shape):
     return init_device_mesh("cpu", shape, mesh_dim_names=("dp", "tp")[: len(shape)])
 
 
 @torch.no_grad()
-def indices(cut: Callable[[nn.Module], None]) -> list[Tensor]:
+def indices(cut):
     """The flat indices of the entries that a rank holds of a block that is cut like this."""
     numbered = Block()
     for param in numbered.parameters():
@@ -98,7 +95,7 @@ def indices(cut: Callable[[nn.Module], None]) -> list[Tensor]:
     return [local(param).long() for param in numbered.parameters()]
 
 
-def parts(layout: str, world: int, dtype: torch.dtype) -> Parts:
+def parts(layout, world, dtype):
     """A block's parameters, all 1."""
     block = Block().to(dtype)
     shard(block, layout, world)
@@ -108,12 +105,12 @@ def parts(layout: str, world: int, dtype: torch.dtype) -> Parts:
     return made
 
 
-def initial() -> list[Tensor]:
+def initial():
     generator = torch.Generator().manual_seed(1)
     return [torch.randn(shape, generator=generator) for shape in SHAPES]
 
 
-def gradients(step: int) -> list[Tensor | None]:
+def gradients(step):
     """Whole gradients: means drift, so that parts have means of their own; some are not usable."""
     generator = torch.Generator().manual_seed(100 + step)
     found: list[Tensor | None] = []

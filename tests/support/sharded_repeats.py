@@ -1,7 +1,5 @@
 """Repeated steps of sharded parameters on every rank, and what changes between two of them."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any, NamedTuple
 from unittest import mock
@@ -27,60 +25,60 @@ NAMED = ("up.weight", "down.bias", "lone")
 UP, LONE, WHOLE = 0, 2, 3
 
 
-def nothing(params: list[Tensor], optimizer: BNGD) -> None:
+def nothing(params, optimizer):
     pass
 
 
-def other_rates(params: list[Tensor], optimizer: BNGD) -> None:
+def other_rates(params, optimizer):
     for group in optimizer.param_groups:
         group["lr"], group["weight_decay"] = 3e-3, 0.2
 
 
-def other_memory(params: list[Tensor], optimizer: BNGD) -> None:
+def other_memory(params, optimizer):
     """As `fully_shard` does when a state dict is assigned."""
     with torch.no_grad():
         params[UP]._local_tensor = params[UP].to_local().clone()
 
 
-def momentum_on_one_rank(params: list[Tensor], optimizer: BNGD) -> None:
+def momentum_on_one_rank(params, optimizer):
     if dist.get_rank() == 1:
         entry = optimizer.state[params[UP]]
         entry["momentum_buffer"] = like(params[UP], local(entry["momentum_buffer"]).clone())
 
 
-def no_gradient(params: list[Tensor], optimizer: BNGD) -> None:
+def no_gradient(params, optimizer):
     params[UP].grad = None
 
 
-def no_gradient_where_empty(params: list[Tensor], optimizer: BNGD) -> None:
+def no_gradient_where_empty(params, optimizer):
     """Of the parameter of which two ranks hold nothing."""
     params[LONE].grad = None
 
 
-def replicated_gradient(params: list[Tensor], optimizer: BNGD) -> None:
+def replicated_gradient(params, optimizer):
     grad = params[UP].grad
     assert isinstance(grad, DTensor)
     params[UP].grad = grad.redistribute(placements=[Replicate()])
 
 
-def partial_gradient(params: list[Tensor], optimizer: BNGD) -> None:
+def partial_gradient(params, optimizer):
     """Shaped here as the reduced one is."""
     part = local(params[WHOLE].grad) * (dist.get_rank() + 1)
     params[WHOLE].grad = DTensor.from_local(part, mesh_of((WORLD,)), [Partial()])
 
 
-def strided_on_one_rank(params: list[Tensor], optimizer: BNGD) -> None:
+def strided_on_one_rank(params, optimizer):
     if dist.get_rank() == 2:
         grad = local(params[UP].grad)
         params[UP].grad = like(params[UP], grad.t().contiguous().t())
 
 
-def by_row(params: list[Tensor], optimizer: BNGD) -> None:
+def by_row(params, optimizer):
     group = optimizer.param_groups[0]
     group["granularity"] = "tensor" if group["granularity"] == "row" else "row"
 
 
-def overflow_elsewhere(params: list[Tensor], optimizer: BNGD) -> None:
+def overflow_elsewhere(params, optimizer):
     """A GradScaler's first step."""
     optimizer.grad_scale, optimizer.found_inf = torch.ones(1), torch.zeros(1)
 
@@ -93,7 +91,7 @@ class Change(NamedTuple):
     options: dict[str, Any] = {}  # noqa: RUF012
 
     @property
-    def name(self) -> str:
+    def name(self):
         """Of the change, and where it is not the default of the granularity."""
         return f"{self.make.__name__} {self.options.get('granularity', '')}".strip()
 
@@ -110,7 +108,7 @@ CHANGES = [
 ]  # fmt: skip
 
 
-def held() -> Parts:
+def held():
     """The named parameters of a block, as this rank holds them."""
     made = parts("fsdp", WORLD, torch.float32)
     made.place(initial())
@@ -122,12 +120,12 @@ def held() -> Parts:
     )
 
 
-def give(one: Parts, step: int) -> None:
+def give(one, step):
     found = dict(zip(NAMES, gradients(step)))
     one.give([*(found[name] for name in NAMED), torch.arange(12.0).sub(step).square()])
 
 
-def run(change: Change, *, recognise: bool) -> tuple[list[int], list[Tensor]]:
+def run(change, *, recognise):
     """Layouts of each step, and what the tensors are in the end."""
     made = held()
     optimizer = BNGD(made.params, 1e-2, fused=True, **change.options)
@@ -144,7 +142,7 @@ def run(change: Change, *, recognise: bool) -> tuple[list[int], list[Tensor]]:
     return layouts, [local(tensor).clone() for tensor in (*made.params, *momenta, *records)]
 
 
-def counted(optimizer: BNGD) -> int:
+def counted(optimizer):
     """Step, and say how often it was laid out."""
     full = Stepper.lay_out_and_step
     with (
@@ -155,7 +153,7 @@ def counted(optimizer: BNGD) -> int:
     return laid_out.call_count
 
 
-def freed() -> list[bool]:
+def freed():
     """Whether gradients are, once they are dropped after repeated steps."""
     made = held()
     optimizer = BNGD(made.params, 1e-2, fused=True)
@@ -170,7 +168,7 @@ def freed() -> list[bool]:
     return [one.expired() for one in memory]
 
 
-def on_every_rank() -> Any:
+def on_every_rank():
     """Each change, with recognition and without; what `freed` says."""
     mesh_of((WORLD,))
     with torch.no_grad():

@@ -3,11 +3,9 @@
 Every world starts once and exchanges all its cases together, as a step would.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -19,10 +17,10 @@ from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 
 from bngd_triton.sharding import exchange, placements
-from bngd_triton.sharding.exchange import Exchange, Share, local_table
+from bngd_triton.sharding.exchange import Exchange, local_table
 from support import processes
 from support.host_reads import HostReads
-from support.sharded_cases import CASES, RUNS, S0, S1, SPOILT, TWO, Case, R, whole
+from support.sharded_cases import CASES, RUNS, S0, S1, SPOILT, TWO, R, whole
 from support.sharded_model import mesh_of
 
 
@@ -58,11 +56,11 @@ class Result(NamedTuple):
 
 
 @contextlib.contextmanager
-def recording(log: list[Collective]) -> Iterator[None]:
+def recording(log):
     """Notes what goes through the collectives that an exchange may use."""
 
-    def wrap(name: str, original: Any) -> Any:
-        def call(output: Tensor, given: Tensor, group: Any) -> None:
+    def wrap(name, original):
+        def call(output, given, group):
             log.append(Collective(name, dist.get_world_size(group), given.nbytes, output.nbytes))
             original(output, given, group=group)
 
@@ -77,7 +75,7 @@ def recording(log: list[Collective]) -> Iterator[None]:
         yield
 
 
-def sharded(case: Case, mesh: DeviceMesh) -> tuple[Tensor, Tensor]:
+def sharded(case, mesh):
     """A parameter and its gradient, whose Partial terms are 0 but for the last one."""
     full = whole(case)
     if case.placements is None:
@@ -96,7 +94,7 @@ def sharded(case: Case, mesh: DeviceMesh) -> tuple[Tensor, Tensor]:
     return param, grad
 
 
-def share_of(name: str, param: Tensor, grad: Tensor, granularity: str) -> Share:
+def share_of(name, param, grad, granularity):
     """As a step would have it of a group of all."""
     share = placements.share_of(name, param, grad, granularity)
     if isinstance(param, DTensor):
@@ -108,7 +106,7 @@ def share_of(name: str, param: Tensor, grad: Tensor, granularity: str) -> Share:
 
 
 @torch.no_grad()
-def global_rows(param: Tensor) -> Tensor:
+def global_rows(param):
     """The indices of dimension 0 that this rank holds, in the order of its local rows."""
     rows = torch.arange(param.shape[0])
     if not isinstance(param, DTensor):
@@ -118,7 +116,7 @@ def global_rows(param: Tensor) -> Tensor:
     return distribute_tensor(rows, param.device_mesh, kept, src_data_rank=None).to_local()
 
 
-def visit(world: int) -> Result:
+def visit(world):
     """Everything that is asked of one world, on one rank."""
     cases = {case.desc: case for case in CASES[world] + SPOILT[world]}
     on = {case.mesh: mesh_of(case.mesh) for case in cases.values()}
@@ -167,7 +165,7 @@ class Transformer(NamedTuple):
     keys: int
     vocabulary: int
 
-    def shapes(self) -> list[tuple[int, ...]]:
+    def shapes(self):
         width, inner, keys = self.width, self.inner, self.keys
         square = [(width, width)] * 2 + [(keys, width)] * 2
         layer = [*square, *[(inner, width)] * 2, (width, inner), (width,), (width,)]
@@ -175,7 +173,7 @@ class Transformer(NamedTuple):
         return layer * self.layers + ends
 
 
-def transformer_on(mesh: DeviceMesh) -> dict[str, tuple[int, list[Collective]]]:
+def transformer_on(mesh):
     """The exchanges of one step over a line of ranks."""
     shapes = Transformer(2, 5, 7, 3, 11).shapes()
     ways: dict[str, tuple[str, Shard]] = {
@@ -204,7 +202,7 @@ def transformer_on(mesh: DeviceMesh) -> dict[str, tuple[int, list[Collective]]]:
     return counted
 
 
-def refused(mesh: DeviceMesh) -> dict[str, str]:
+def refused(mesh):
     """What is refused on a mesh, in which words."""
     full = torch.zeros(4, 2)
     other = init_device_mesh("cpu", (mesh.size(), 1))
@@ -235,5 +233,5 @@ def refused(mesh: DeviceMesh) -> dict[str, str]:
 
 
 @functools.cache
-def visited(world: int) -> list[Result]:
+def visited(world):
     return processes.run(world, visit, world)

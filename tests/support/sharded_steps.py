@@ -4,10 +4,7 @@ Every rank is given its part of the same gradients, so that only the optimizer i
 process.
 """
 
-from __future__ import annotations
-
 import functools
-from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -24,16 +21,7 @@ from bngd_triton.sharding import exchange, placements
 from bngd_triton.state import WINDOW, master_of
 from bngd_triton.tensors import local
 from support import processes
-from support.sharded_model import (
-    Block,
-    Parts,
-    gradients,
-    initial,
-    like,
-    mesh_of,
-    parts,
-    shard,
-)
+from support.sharded_model import Block, gradients, initial, like, mesh_of, parts, shard
 from support.sharded_statistics import global_rows
 
 STEPS = 20
@@ -53,11 +41,7 @@ GROUPS: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
     "micro-batches": (F32, {"accumulation_steps": 2, "weight_decay": 0.1}),
     "micro-batches row": (BF16, {"accumulation_steps": 2, "granularity": "row"}),
 }
-LAYOUTS = {
-    2: ("fsdp", "tp", "mixed"),
-    3: ("fsdp", "mixed"),
-    4: ("fsdp", "hsdp", "fsdp over tp"),
-}
+LAYOUTS = {2: ("fsdp", "tp", "mixed"), 3: ("fsdp", "mixed"), 4: ("fsdp", "hsdp", "fsdp over tp")}
 # the interpreter takes 0.1 s for a group's step: kernels take 20 steps once, elsewhere the two
 # around the first NaN
 LONG_FUSED = ("tensor", "bfloat16 row")
@@ -90,7 +74,7 @@ class Run(NamedTuple):
     steps: range = range(STEPS)
 
 
-def runs(world: int) -> list[Run]:
+def runs(world):
     found = []
     for layout in LAYOUTS[world]:
         found.append(Run(layout, False))
@@ -104,7 +88,7 @@ def runs(world: int) -> list[Run]:
 APART = Run("fsdp", False, ("tensor", "bfloat16", "global"), range(2))
 
 
-def made(run: Run, world: int) -> tuple[BNGD, dict[str, Parts]]:
+def made(run, world):
     held = {name: parts(run.layout, world, GROUPS[name][0]) for name in run.groups}
     groups = [{"params": held[name].params, **GROUPS[name][1]} for name in run.groups]
     optimizer = BNGD(groups, lr=LR, fused=run.fused)
@@ -113,7 +97,7 @@ def made(run: Run, world: int) -> tuple[BNGD, dict[str, Parts]]:
     return optimizer, held
 
 
-def train(run: Run, world: int) -> dict[str, Group]:
+def train(run, world):
     optimizer, held = made(run, world)
     for step in run.steps:
         for part in held.values():
@@ -123,7 +107,7 @@ def train(run: Run, world: int) -> dict[str, Group]:
 
 
 @torch.no_grad()
-def outcome(optimizer: BNGD, index: int, part: Parts) -> Group:
+def outcome(optimizer, index, part):
     group = optimizer.param_groups[index]
     options = Options.of(group)
     stats = optimizer.grad_stats()
@@ -149,7 +133,7 @@ def outcome(optimizer: BNGD, index: int, part: Parts) -> Group:
     return Group(part.indices, values, rows, statistics, placed)
 
 
-def commands(layout: str, world: int) -> int:
+def commands(layout, world):
     """Collectives of one step of all groups."""
     optimizer, held = made(Run(layout, False), world)
     for part in held.values():
@@ -159,7 +143,7 @@ def commands(layout: str, world: int) -> int:
     return counter.get_total_counts()
 
 
-def own(tensors: Sequence[Tensor]) -> list[Tensor]:
+def own(tensors):
     """Copies of what this rank holds."""
     return [local(tensor.detach()).clone() for tensor in tensors]
 
@@ -171,7 +155,7 @@ class Attempt(NamedTuple):
     unchanged: bool
 
 
-def attempt(act: Callable[[], Any], params: Sequence[Tensor], optimizer: BNGD) -> Attempt:
+def attempt(act, params, optimizer):
     tensors = [*params, *(t for state in optimizer.state.values() for t in state.values())]
     before, words = own(tensors), ""
     try:
@@ -181,7 +165,7 @@ def attempt(act: Callable[[], Any], params: Sequence[Tensor], optimizer: BNGD) -
     return Attempt(words, all(map(torch.equal, before, own(tensors))))
 
 
-def start(layout: str, world: int, **options: Any) -> tuple[BNGD, Parts]:
+def start(layout, world, **options):
     held = parts(layout, world, F32)
     optimizer = BNGD(held.params, lr=LR, weight_decay=0.1, **options)
     held.place(initial())
@@ -195,7 +179,7 @@ class Outcome(NamedTuple):
     values: list[Tensor]
 
 
-def raising(layout: str, world: int, granularity: str, fused: bool) -> Outcome:
+def raising(layout, world, granularity, fused):
     """A NaN that one rank holds, under ``nonfinite="raise"``."""
     options = {"granularity": granularity, "nonfinite": "raise"}
     optimizer, held = start(layout, world, fused=fused, **options)
@@ -208,7 +192,7 @@ def raising(layout: str, world: int, granularity: str, fused: bool) -> Outcome:
     return Outcome(tried, own(held.params))
 
 
-def scaled(layout: str, world: int, fused: bool) -> Outcome:
+def scaled(layout, world, fused):
     """A GradScaler's overflow that one rank holds, then a step without."""
     optimizer, held = start(layout, world, fused=fused)
     scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
@@ -222,7 +206,7 @@ def scaled(layout: str, world: int, fused: bool) -> Outcome:
     return Outcome(tried[0], own(held.params))
 
 
-def rounded(layout: str, world: int, fused: bool) -> tuple[int, Tensor]:
+def rounded(layout, world, fused):
     """Equal entries with equal gradients, rounded stochastically: which shard this is, and it."""
     module = nn.Linear(16, 8 * world, bias=False, dtype=BF16)
     nn.init.ones_(module.weight)
@@ -234,7 +218,7 @@ def rounded(layout: str, world: int, fused: bool) -> tuple[int, Tensor]:
     return placements.ordinal(module.weight), local(module.weight.detach()).clone()
 
 
-def scaled_over(world: int, *order: str) -> Attempt:
+def scaled_over(world, *order):
     """A GradScaler over replicated and sharded parameters, in an order."""
     mesh = mesh_of((world,))
     model = nn.ModuleDict({"replicated": Block(), "cut": Block()})
@@ -249,7 +233,7 @@ def scaled_over(world: int, *order: str) -> Attempt:
     return attempt(lambda: scaler.step(optimizer), params, optimizer)
 
 
-def global_micro_batch(world: int) -> Attempt:
+def global_micro_batch(world):
     optimizer, held = start("fsdp", world, granularity="global", accumulation_steps=2)
     held.give(gradients(0))
     return attempt(optimizer.step, held.params, optimizer)
@@ -268,7 +252,7 @@ class Result(NamedTuple):
     tried: dict[str, Attempt]
 
 
-def visit(world: int) -> Result:
+def visit(world):
     layouts, paths = LAYOUTS[world], (False, True)
     with mock.patch.object(exchange.Exchange, "run", lambda self, tables: list(tables)):
         apart = train(APART, world)
@@ -295,7 +279,7 @@ def visit(world: int) -> Result:
 
 
 @functools.cache
-def tried(world: int) -> list[Result] | Exception:
+def tried(world):
     try:
         return processes.run(world, visit, world)
     except Exception as error:
@@ -303,7 +287,7 @@ def tried(world: int) -> list[Result] | Exception:
         return error
 
 
-def visited(world: int) -> list[Result]:
+def visited(world):
     found = tried(world)
     if isinstance(found, Exception):
         raise found
@@ -311,7 +295,7 @@ def visited(world: int) -> list[Result]:
 
 
 @functools.cache
-def alone(run: Run) -> dict[str, Group]:
+def alone(run):
     """The same in one process, on whole parameters, without kernels.
 
     Kernels finish a small whole tensor as a tile, whose statistics are float32.

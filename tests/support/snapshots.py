@@ -1,16 +1,13 @@
 """Copies of what a refused call must leave alone."""
 
-from __future__ import annotations
-
 import copy
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 
-def snapshot(optimizer: torch.optim.Optimizer | None, params: Sequence[Tensor]) -> dict[str, Any]:
+def snapshot(optimizer, params):
     """Everything that a refused call must leave alone, as copies that `==` compares.
 
     Tensors become their bytes, shape, strides and address; parameters in groups become ids.
@@ -30,7 +27,7 @@ def snapshot(optimizer: torch.optim.Optimizer | None, params: Sequence[Tensor]) 
     return found
 
 
-def _frozen(value: Any) -> Any:
+def _frozen(value):
     if not isinstance(value, Tensor):
         return copy.deepcopy(value)
     if value.device.type == "meta":

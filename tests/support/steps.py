@@ -1,17 +1,12 @@
 """Small parameters, and steps of them."""
 
-from __future__ import annotations
-
 import copy
 import pickle
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.nn import Parameter
-
-from bngd_triton import BNGD
 
 # parameters are below 4, where half a unit of float32 is 1.2e-7; a few steps of rounding
 ATOL = 2e-6
@@ -28,11 +23,7 @@ COPIES: dict[str, Callable[[Any], Any]] = {
 }
 
 
-def make_params(
-    device: torch.device,
-    dtype: torch.dtype = torch.float32,
-    shapes: Sequence[tuple[int, ...]] = SHAPES,
-) -> list[Parameter]:
+def make_params(device, dtype=torch.float32, shapes=SHAPES):
     """The same values at every call; four dimensions are channels_last, (6, 4) is transposed."""
     generator = torch.Generator().manual_seed(5)
     params = []
@@ -46,7 +37,7 @@ def make_params(
     return params
 
 
-def make_grads(params: Sequence[Tensor], seed: int) -> list[Tensor]:
+def make_grads(params, seed):
     generator = torch.Generator().manual_seed(seed)
     return [
         torch.randn(param.shape, generator=generator).to(param.device, param.dtype) + 0.25
@@ -54,24 +45,24 @@ def make_grads(params: Sequence[Tensor], seed: int) -> list[Tensor]:
     ]
 
 
-def set_grads(params: Sequence[Tensor], seed: int) -> list[Tensor]:
+def set_grads(params, seed):
     grads = make_grads(params, seed)
     for param, grad in zip(params, grads):
         param.grad = grad
     return grads
 
 
-def take_steps(optimizer: BNGD, params: Sequence[Tensor], seeds: Iterable[int]) -> None:
+def take_steps(optimizer, params, seeds):
     for seed in seeds:
         set_grads(params, seed)
         optimizer.step()
 
 
-def values(params: Sequence[Tensor]) -> list[Tensor]:
+def values(params):
     return [param.detach().clone() for param in params]
 
 
-def assert_equal(got: Sequence[Tensor], want: Sequence[Tensor]) -> None:
+def assert_equal(got, want):
     """Bit for bit, dtypes and strides included."""
     assert len(got) == len(want)
     for a, b in zip(got, want):
@@ -79,10 +70,10 @@ def assert_equal(got: Sequence[Tensor], want: Sequence[Tensor]) -> None:
         torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True, check_stride=True)
 
 
-def assert_close(got: Sequence[Tensor], want: Sequence[Tensor], atol: float = ATOL) -> None:
+def assert_close(got, want, atol=ATOL):
     for a, b in zip(got, want):
         torch.testing.assert_close(a.detach().cpu().double(), b, rtol=0, atol=atol)
 
 
-def momenta(optimizer: BNGD, params: Sequence[Tensor]) -> list[Tensor]:
+def momenta(optimizer, params):
     return [optimizer.state[param]["momentum_buffer"] for param in params]

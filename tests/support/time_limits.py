@@ -1,11 +1,8 @@
 """How long a test may take on a GPU, which an endless kernel would hold for good, and elsewhere."""
 
-from __future__ import annotations
-
 import contextlib
 import faulthandler
 import os
-from collections.abc import Iterator
 
 # a kernel takes 6 to 10 s to compile, four times that where every core compiles, and a test may
 # need a dozen; the longest wait of any test is far below
@@ -15,7 +12,7 @@ stderr = 2
 
 
 @contextlib.contextmanager
-def limited(seconds: float) -> Iterator[None]:
+def limited(seconds):
     """End the whole process, with a traceback of every thread, if the block outlasts `seconds`.
 
     No exception can be raised instead: a thread that waits for a device runs no Python. What the
@@ -28,7 +25,7 @@ def limited(seconds: float) -> Iterator[None]:
         faulthandler.cancel_dump_traceback_later()
 
 
-def patience(seconds: float) -> float:
+def patience(seconds):
     """How long to wait for what takes less than `seconds` on a quiet machine of two cores.
 
     Longer where more waits for each core. The environment variable BNGD_TEST_TIMEOUT decides alone.

@@ -1,16 +1,10 @@
 """A step prepared in two launches and in one, on equal tensors."""
 
-from __future__ import annotations
-
 import dataclasses
 
 import torch
-from torch import Tensor
 
-from bngd_triton.kernels import Tuning
 from bngd_triton.kernels.fused_step import FusedStep
-from bngd_triton.kernels.plan import Plan
-from bngd_triton.options import Options
 from bngd_triton.records import StepTensor
 from support.exact_runs import assert_bits
 from support.handmade_plans import member, nothing_new
@@ -23,10 +17,7 @@ SINGLE = {"form": "single-launch", "wave": 1024}
 class Twins:
     """The same step prepared in both forms, on equal tensors that lie as the first ones do."""
 
-    def __init__(
-        self, tensors: list[tuple[Tensor, Tensor, Tensor]], options: Options, tuning: Tuning,
-        programs: int,
-    ) -> None:  # fmt: skip
+    def __init__(self, tensors, options, tuning, programs):
         self.options = options
         self.device = tensors[0][0].device
         self.steps: list[tuple[list[StepTensor], FusedStep]] = []
@@ -40,12 +31,12 @@ class Twins:
             self.steps.append((members, prepared))
 
     @property
-    def plan(self) -> Plan:
+    def plan(self):
         """The single launch's."""
         (part,) = self.steps[1][1]._devices
         return part.plan
 
-    def step(self) -> None:
+    def step(self):
         """Take a step in both forms, and compare all bits."""
         for members, prepared in self.steps:
             prepared.update(members, [self.options], nothing_new(self.device))
@@ -60,13 +51,13 @@ class Twins:
         for batch in self.plan.batches:
             assert not batch.work(self.plan.tuning).counters.any()
 
-    def new_gradients(self) -> None:
+    def new_gradients(self):
         for two, one in zip(self.steps[0][0], self.steps[1][0]):
             two.grad.normal_()
             one.grad.copy_(two.grad)
 
 
-def like(tensor: Tensor) -> Tensor:
+def like(tensor):
     """A copy at an address with the same remainder modulo 16."""
     offset = tensor.data_ptr() % 16 // tensor.element_size()
     whole = torch.empty(tensor.numel() + 16, dtype=tensor.dtype, device=tensor.device)
@@ -75,8 +66,6 @@ def like(tensor: Tensor) -> Tensor:
     return copy
 
 
-def random_tensors(
-    shapes: list[tuple[int, ...]], device: torch.device, dtype: torch.dtype = torch.float32
-) -> list[tuple[Tensor, Tensor, Tensor]]:
+def random_tensors(shapes, device, dtype=torch.float32):
     params, grads, buffers, _ = make(dtype, dtype, device, shapes)
     return list(zip(params, grads, buffers))

@@ -1,7 +1,5 @@
 """`bngd verify` as tests run it."""
 
-from __future__ import annotations
-
 import torch
 
 from bngd_triton import cli
@@ -9,9 +7,9 @@ from bngd_triton import cli
 CPU = torch.device("cpu")
 
 
-def run(*arguments: str, device: torch.device = CPU) -> int:
+def run(*arguments, device=CPU):
     return cli.main(["verify", "--device", str(device), *arguments])
 
 
-def cases_of(names: tuple[str, ...]) -> list[str]:
+def cases_of(names):
     return [part for name in names for part in ("--case", name)]

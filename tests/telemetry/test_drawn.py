@@ -1,9 +1,6 @@
 """The picture of gradient statistics."""
 
-from __future__ import annotations
-
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +11,7 @@ from bngd_triton.telemetry.plot import _cells
 from support.given_statistics import INF, NAN, Given, logged
 
 
-def test_picture(tmp_path: Path) -> None:
+def test_picture(tmp_path):
     pictures = []
     for skipped in (0.0, 0.0, 1.0):
         many = {f"layers.{i}.weight": (0.0, 10.0**-i, skipped) for i in range(70)}
@@ -26,7 +23,7 @@ def test_picture(tmp_path: Path) -> None:
     assert "</svg>" in (tmp_path / "a.svg").read_text()
 
 
-def test_what_the_picture_shows() -> None:
+def test_what_the_picture_shows():
     names, steps, heights, crosses = _cells(
         logged(
             {"a": (0.0, 100.0, 0.0), "b": (NAN, NAN, 1.0)},
@@ -41,7 +38,7 @@ def test_what_the_picture_shows() -> None:
     assert crosses.tolist() == [[False, True, False], [True, False, True], [False, False, True]]
 
 
-def test_a_long_log_keeps_its_peaks_and_its_skips() -> None:
+def test_a_long_log_keeps_its_peaks_and_its_skips():
     log = GradStatsLog()
     for step in range(1200):
         values = torch.tensor([[0.0, 1.0, 1.0, 1.0, float(step >= 700)]], dtype=torch.float64)
@@ -58,7 +55,7 @@ def test_a_long_log_keeps_its_peaks_and_its_skips() -> None:
     assert crosses.nonzero().tolist() == [[0, 700 // 3]]
 
 
-def test_bad_pictures_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bad_pictures_are_refused(tmp_path, monkeypatch):
     logger = GradStatsLogger(Given(a=(0.0, 1.0, 0.0)), every=1)
     with pytest.raises(TypeError, match=r"log must be a GradStatsLog \(logger\.log\), got GradSta"):
         plot_grad_stats(logger, tmp_path / "a.png")  # type: ignore[arg-type]

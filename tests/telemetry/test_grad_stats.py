@@ -1,38 +1,33 @@
 """`grad_stats()`: what a step has seen of the gradients, against float64."""
 
-from __future__ import annotations
-
 import copy
 import math
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 from torch.nn import Parameter
 
 from bngd_triton import BNGD
-from support.paths import StepPath
 
 # a matrix, a vector, one whose statistics the kernels merge of two, a single entry
 SHAPES = [(4, 6), (7,), (3, 2100), ()]
 NAMES = ["weight", "bias", "table", "scale"]
 
 
-def build(path: StepPath, **options: Any) -> tuple[list[Parameter], BNGD]:
+def build(path, **options):
     params = [Parameter(torch.zeros(shape, device=path.device)) for shape in SHAPES]
     options = {"granularity": "tensor", **options}
     return params, BNGD(list(zip(NAMES, params)), fused=path.fused, **options)
 
 
-def set_grads(params: list[Parameter], seed: int, size: float = 1e-3) -> None:
+def set_grads(params, seed, size=0.001):
     generator = torch.Generator().manual_seed(seed)
     for i, param in enumerate(params):
         grad = torch.randn(param.shape, generator=generator) + i - 1
         param.grad = (grad * size).to(param.device)
 
 
-def slices(params: list[Parameter], granularity: str) -> dict[str, list[Tensor]]:
+def slices(params, granularity):
     """Each parameter's slices, flat, in float64."""
     grads = [param.grad.detach().cpu().double() for param in params]
     if granularity == "global":
@@ -44,7 +39,7 @@ def slices(params: list[Parameter], granularity: str) -> dict[str, list[Tensor]]
     }
 
 
-def assert_stats(optimizer: BNGD, params: list[Parameter], granularity: str) -> None:
+def assert_stats(optimizer, params, granularity):
     found = optimizer.grad_stats()
     assert list(found) == NAMES
     for (name, parts), param in zip(slices(params, granularity).items(), params):
@@ -71,9 +66,7 @@ def assert_stats(optimizer: BNGD, params: list[Parameter], granularity: str) -> 
 
 @pytest.mark.parametrize("granularity", ["tensor", "row", "global"])
 @pytest.mark.parametrize("micro_batches", [1, 2])
-def test_statistics_of_the_last_gradient(
-    granularity: str, micro_batches: int, path: StepPath
-) -> None:
+def test_statistics_of_the_last_gradient(granularity, micro_batches, path):
     options = {"granularity": granularity, "maximize": True}
     params, optimizer = build(path, accumulation_steps=micro_batches, **options)
     assert optimizer.grad_stats() == {}
@@ -87,7 +80,7 @@ def test_statistics_of_the_last_gradient(
 
 
 @pytest.mark.parametrize("granularity", ["tensor", "row"])
-def test_slices_without_spread(granularity: str, path: StepPath) -> None:
+def test_slices_without_spread(granularity, path):
     params, optimizer = build(path, granularity=granularity)
     set_grads(params, 0)
     for value in (0.1, -3.0, 0.0):
@@ -103,7 +96,7 @@ def test_slices_without_spread(granularity: str, path: StepPath) -> None:
         assert math.isinf(scale.kappa)
 
 
-def test_slices_with_an_inf_or_nan_are_counted(path: StepPath) -> None:
+def test_slices_with_an_inf_or_nan_are_counted(path):
     params, optimizer = build(path, granularity="row")
     want = torch.zeros(4, dtype=torch.float64, device=path.device)
     for seed, rows in enumerate(([0], [0, 3], [], [3])):
@@ -131,7 +124,7 @@ def test_slices_with_an_inf_or_nan_are_counted(path: StepPath) -> None:
         torch.testing.assert_close(value, before, rtol=0, atol=0, equal_nan=True)
 
 
-def test_only_parameters_that_have_had_a_gradient(path: StepPath) -> None:
+def test_only_parameters_that_have_had_a_gradient(path):
     params, optimizer = build(path)
     set_grads(params, 0)
     params[1].grad = None
@@ -148,7 +141,7 @@ def test_only_parameters_that_have_had_a_gradient(path: StepPath) -> None:
     assert not torch.equal(second["table"].mean, first["table"].mean)
 
 
-def test_unnamed_parameters_go_by_their_place(path: StepPath) -> None:
+def test_unnamed_parameters_go_by_their_place(path):
     params = [Parameter(torch.zeros(4, 6, device=path.device)) for _ in range(3)]
     groups = [{"params": params[:1]}, {"params": params[1:], "granularity": "row"}]
     optimizer = BNGD(groups, granularity="tensor", fused=path.fused)
@@ -162,7 +155,7 @@ def test_unnamed_parameters_go_by_their_place(path: StepPath) -> None:
     }
 
 
-def test_granularity_changed_between_steps(path: StepPath) -> None:
+def test_granularity_changed_between_steps(path):
     params, optimizer = build(path)
     skipped = 0
     for seed, granularity in enumerate(("tensor", "row", "global", "row", "tensor", "global")):
@@ -179,7 +172,7 @@ def test_granularity_changed_between_steps(path: StepPath) -> None:
         assert optimizer.skipped == skipped
 
 
-def test_a_global_group_grows(path: StepPath) -> None:
+def test_a_global_group_grows(path):
     """A parameter whose first gradient comes late joins the record of the others."""
     params, optimizer = build(path, granularity="global")
     for seed in range(3):
@@ -192,7 +185,7 @@ def test_a_global_group_grows(path: StepPath) -> None:
     assert {float(stats.skipped) for stats in optimizer.grad_stats().values()} == {3.0}
 
 
-def test_an_overflow_found_by_a_scaler_is_recorded(path: StepPath) -> None:
+def test_an_overflow_found_by_a_scaler_is_recorded(path):
     """What a step saw is noted whether or not it moves; only slices of its own are counted."""
     params, optimizer = build(path)
     set_grads(params, 0)
@@ -204,7 +197,7 @@ def test_an_overflow_found_by_a_scaler_is_recorded(path: StepPath) -> None:
     assert not any(param.any() for param in params)
 
 
-def test_statistics_of_float64_gradients(device: torch.device) -> None:
+def test_statistics_of_float64_gradients(device):
     for size in (1.0, 1e200, 1e-200):
         params = [Parameter(torch.zeros(4, 6, dtype=torch.float64, device=device))]
         optimizer = BNGD([("weight", params[0])], granularity="tensor")
@@ -216,7 +209,7 @@ def test_statistics_of_float64_gradients(device: torch.device) -> None:
         assert float(stats.std) == pytest.approx(float(grad.std(correction=0)) * size, rel=1e-12)
 
 
-def test_a_copy_has_its_own(path: StepPath) -> None:
+def test_a_copy_has_its_own(path):
     params, optimizer = build(path)
     set_grads(params, 0)
     optimizer.step()

@@ -1,12 +1,8 @@
 """`GradStatsLogger`, its log, TensorBoard's calls and the picture."""
 
-from __future__ import annotations
-
 import json
 import math
 import sys
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -16,35 +12,32 @@ from torch.nn import Parameter
 from bngd_triton import BNGD, GradStatsLog, GradStatsLogger
 from bngd_triton.telemetry.log import COLUMNS
 from support.given_statistics import INF, NAN, Given, logged
-from support.paths import StepPath
 
 
 class Writer:
     """Keeps what it is told, as TensorBoard would."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         self.scalars: dict[tuple[str, int], float] = {}
         self.histograms: dict[tuple[str, int], Tensor] = {}
 
-    def add_scalar(self, tag: str, value: float, step: int) -> None:
+    def add_scalar(self, tag, value, step):
         self.scalars[tag, step] = value
 
-    def add_histogram(self, tag: str, values: Tensor, step: int) -> None:
+    def add_histogram(self, tag, values, step):
         assert values.numel()
         assert values.isfinite().all()
         self.histograms[tag, step] = values
 
 
-def make(path: StepPath, granularity: str) -> tuple[BNGD, list[Parameter]]:
+def make(path, granularity):
     params = [Parameter(torch.randn(size, device=path.device)) for size in ((5, 7), (5,), (3, 5))]
     named = list(zip(("first.weight", "first.bias", "second.weight"), params))
     return BNGD(named, lr=1e-2, granularity=granularity, fused=path.fused), params
 
 
 @pytest.mark.parametrize("granularity", ["tensor", "row"])
-def test_log_and_writer_have_the_statistics_of_the_gradients(
-    granularity: str, path: StepPath
-) -> None:
+def test_log_and_writer_have_the_statistics_of_the_gradients(granularity, path):
     optimizer, params = make(path, granularity)
     writer = Writer()
     logger = GradStatsLogger(optimizer, every=2, writer=writer)
@@ -81,7 +74,7 @@ def test_log_and_writer_have_the_statistics_of_the_gradients(
 
 
 @pytest.mark.parametrize(("first_step", "logged"), [(0, [0, 10]), (17, [20, 30])])
-def test_every_so_many_steps(first_step: int, logged: list[int]) -> None:
+def test_every_so_many_steps(first_step, logged):
     """Numbers go on from the first step."""
     logger = GradStatsLogger(Given(a=(0.0, 1.0, 0.0)), every=10, first_step=first_step)
     for _ in range(14):
@@ -89,7 +82,7 @@ def test_every_so_many_steps(first_step: int, logged: list[int]) -> None:
     assert [step.step for step in logger.log.steps] == logged
 
 
-def test_a_model_names_parameters_that_the_optimizer_got_unnamed() -> None:
+def test_a_model_names_parameters_that_the_optimizer_got_unnamed():
     model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.ReLU(), torch.nn.Linear(3, 2))
     # in another order, in groups, and one that is no parameter of the model
     stranger = Parameter(torch.ones(3))
@@ -113,11 +106,11 @@ def test_a_model_names_parameters_that_the_optimizer_got_unnamed() -> None:
 
 
 @pytest.mark.parametrize("every", [1, 5])
-def test_one_copy_to_the_host_a_logged_step(every: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_copy_to_the_host_a_logged_step(every, monkeypatch):
     given = Given(a=(0.0, 1.0, 0.0), b=([0.0, 1.0], [1.0, 2.0], [0.0, 0.0]), c=(3.0, 1.0, 1.0))
     calls = []
 
-    def noting(name: str, real: Any) -> Any:
+    def noting(name, real):
         return lambda *args: calls.append(name) or real(*args)
 
     monkeypatch.setattr(given, "grad_stats", noting("grad_stats", given.grad_stats))
@@ -128,7 +121,7 @@ def test_one_copy_to_the_host_a_logged_step(every: int, monkeypatch: pytest.Monk
     assert calls == ["grad_stats", "cpu"] * (5 // every)
 
 
-def test_whole_of_rows_without_finite_statistics() -> None:
+def test_whole_of_rows_without_finite_statistics():
     writer = Writer()
     rows = ([NAN, 1.0, INF, 3.0], [NAN, 2.0, NAN, 0.0], [1.0, 0.0, 2.0, 0.0])
     logger = GradStatsLogger(Given(some=rows, none=([NAN], [NAN], [4.0])), every=1, writer=writer)
@@ -146,7 +139,7 @@ def test_whole_of_rows_without_finite_statistics() -> None:
 
 
 @pytest.mark.parametrize("scale", [1e-300, 1e300, 0.0])
-def test_whole_of_rows_at_the_ends_of_the_range(scale: float) -> None:
+def test_whole_of_rows_at_the_ends_of_the_range(scale):
     log = logged({"a": ([scale, 3 * scale], [2 * scale, 0.0], [0.0, 0.0])})
     mean, std, _, kappa = log.steps[0].values[0, :4].tolist()
     assert mean == pytest.approx(2 * scale, rel=1e-12)
@@ -155,7 +148,7 @@ def test_whole_of_rows_at_the_ends_of_the_range(scale: float) -> None:
     assert kappa == pytest.approx((7 / 3) ** 0.5 if scale else 1.0)
 
 
-def test_a_parameter_without_gradient_so_far() -> None:
+def test_a_parameter_without_gradient_so_far():
     later = {"b": (0.0, 2.0, 0.0), "a": (0.0, 3.0, 0.0)}
     log = logged({"a": (0.0, 1.0, 0.0)}, later)
     with pytest.raises(ValueError, match=r"column must be one of mean, std, .*, got 'max'"):
@@ -165,12 +158,12 @@ def test_a_parameter_without_gradient_so_far() -> None:
     assert table.flatten().tolist() == pytest.approx([1, 3, NAN, 2], nan_ok=True)
 
 
-def test_names_are_kept_once() -> None:
+def test_names_are_kept_once():
     log = logged(*[{"a": (0.0, 1.0, 0.0), "b": (0.0, 1.0, 0.0)}] * 2)
     assert log.steps[0].names is log.steps[1].names
 
 
-def test_through_a_file(tmp_path: Path) -> None:
+def test_through_a_file(tmp_path):
     log = logged({"a": (NAN, INF, 1.0)}, {"a": (-INF, 0.1, 2.0), "b": (1e-300, 2.0, 0.0)})
     log.save(tmp_path / "stats.json")
     text = (tmp_path / "stats.json").read_text()
@@ -198,7 +191,7 @@ HEAD = '{"columns": ["mean", "std", "rms", "kappa", "skipped"], "steps": '
         HEAD + '[{"step": 1, "stats": {"a": [1, 2, 3, 4, "x"]}}]}',
     ],
 )
-def test_a_file_that_is_no_log_is_refused(text: str, tmp_path: Path) -> None:
+def test_a_file_that_is_no_log_is_refused(text, tmp_path):
     file = tmp_path / "stats.json"
     file.write_text(text)
     with pytest.raises(ValueError, match=r"stats\.json is not a log of GradStatsLog\.save"):
@@ -222,14 +215,12 @@ ADAM = torch.optim.Adam([Parameter(torch.ones(2))])
         (GIVEN, {"writer": Writer(), "path": "a"}, ValueError, "a writer or a path, not both"),
     ],
 )
-def test_bad_input_is_refused(
-    optimizer: Any, options: dict[str, Any], error: type[Exception], message: str
-) -> None:
+def test_bad_input_is_refused(optimizer, options, error, message):
     with pytest.raises(error, match=message):
         GradStatsLogger(optimizer, **options)
 
 
-def test_a_step_before_the_optimizer_s_is_refused() -> None:
+def test_a_step_before_the_optimizer_s_is_refused():
     param = Parameter(torch.ones(2))
     optimizer = BNGD([param])
     logger = GradStatsLogger(optimizer)
@@ -241,7 +232,7 @@ def test_a_step_before_the_optimizer_s_is_refused() -> None:
     assert [step.step for step in logger.log.steps] == [0]
 
 
-def test_tensorboard_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tensorboard_is_missing(tmp_path, monkeypatch):
     for module in [name for name in sys.modules if name.startswith("torch.utils.tensorboard")]:
         monkeypatch.delitem(sys.modules, module)
     monkeypatch.setitem(sys.modules, "tensorboard", None)

@@ -1,14 +1,11 @@
 """`verify_step` and `bngd verify --model`: one step of somebody's own model."""
 
-from __future__ import annotations
-
 import copy
 import json
 import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from bngd_triton import BNGD, cli, release_gradients, verify_step
-from support.paths import StepPath
 from support.snapshots import snapshot
 
 FACTORY = """
@@ -33,13 +29,13 @@ def broken():
 """
 
 
-def network(dtype: torch.dtype = torch.float32, device: str = "cpu") -> nn.Sequential:
+def network(dtype=torch.float32, device="cpu"):
     return nn.Sequential(nn.Linear(20, 6), nn.BatchNorm1d(6), nn.Dropout(0.5), nn.Linear(6, 3)).to(
         device=device, dtype=dtype
     )
 
 
-def loss_of(model: nn.Module) -> Tensor:
+def loss_of(model):
     weight = next(model.parameters())
     x = torch.linspace(-1, 1, 160, device=weight.device).view(8, 20).to(weight.dtype)
     out: Tensor = model(x)
@@ -58,9 +54,7 @@ def loss_of(model: nn.Module) -> Tensor:
     ],
     ids=str,
 )
-def test_a_right_step_is_right_for_every_parameter(
-    dtype: torch.dtype, options: dict[str, Any], path: StepPath
-) -> None:
+def test_a_right_step_is_right_for_every_parameter(dtype, options, path):
     """Before the first step, and with the state of one."""
     model = network(dtype, str(path.device))
     optimizer = BNGD(model.parameters(), fused=path.fused, **({"lr": 1e-2} | options))
@@ -75,7 +69,7 @@ def test_a_right_step_is_right_for_every_parameter(
         optimizer.step()
 
 
-def test_nothing_of_the_callers_changes() -> None:
+def test_nothing_of_the_callers_changes():
     model = network()
     params = list(model.parameters())
     optimizer = BNGD(params, lr=0.1)
@@ -91,20 +85,20 @@ def test_nothing_of_the_callers_changes() -> None:
     assert snapshot(optimizer, params) == before
 
 
-def param_off(optimizer: BNGD, params: list[Tensor]) -> None:
+def param_off(optimizer, params):
     """A thousandth of a step, in one entry: bounds are some millionths."""
     params[4].view(-1)[7] += 1e-4
 
 
-def momentum_off(optimizer: BNGD, params: list[Tensor]) -> None:
+def momentum_off(optimizer, params):
     optimizer.state[params[4]]["momentum_buffer"].view(-1)[7] += 1e-4
 
 
-def moved_without_gradient(optimizer: BNGD, params: list[Tensor]) -> None:
+def moved_without_gradient(optimizer, params):
     params[1][2] += 1e-6
 
 
-def lost(key: str) -> Any:
+def lost(key):
     return lambda optimizer, params: optimizer.state[params[4]].pop(key)
 
 
@@ -123,15 +117,13 @@ def lost(key: str) -> Any:
         ),
     ],
 )  # fmt: skip
-def test_a_wrong_step_names_its_parameter(
-    spoil: Any, dtype: torch.dtype, name: str, where: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_wrong_step_names_its_parameter(spoil, dtype, name, where, monkeypatch):
     model = network(dtype)
     model[0].bias.requires_grad_(name != "0.bias")
     right = BNGD._step
 
     @torch.no_grad()
-    def step(optimizer: BNGD) -> None:
+    def step(optimizer):
         right(optimizer)
         spoil(optimizer, optimizer.param_groups[0]["params"])
 
@@ -147,9 +139,7 @@ def test_a_wrong_step_names_its_parameter(
 
 
 @pytest.mark.parametrize("change", ["option", "dtype"])
-def test_masters_that_the_next_step_makes_begin_as_the_parameter(
-    change: str, path: StepPath
-) -> None:
+def test_masters_that_the_next_step_makes_begin_as_the_parameter(change, path):
     model = network(torch.bfloat16, str(path.device))
     if change == "dtype":
         model.float()
@@ -163,7 +153,7 @@ def test_masters_that_the_next_step_makes_begin_as_the_parameter(
 
 
 @pytest.mark.parametrize("scale", [1e-300, 1e-200, 1.0, 1e200, 1e300])
-def test_float64_gradients_may_have_squares_that_do_not_fit(scale: float) -> None:
+def test_float64_gradients_may_have_squares_that_do_not_fit(scale):
     model = network(torch.float64)
     optimizer = BNGD(model.parameters(), lr=0.1, eps=0.0)
     x = torch.randn(8, 20, dtype=torch.float64)
@@ -171,14 +161,14 @@ def test_float64_gradients_may_have_squares_that_do_not_fit(scale: float) -> Non
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_gradients_are_had_wherever_it_is_called(mode: Any) -> None:
+def test_gradients_are_had_wherever_it_is_called(mode):
     model = network()
     optimizer = BNGD(model.parameters())
     with mode():
         assert verify_step(model, optimizer, loss_of).ok
 
 
-def test_what_it_cannot_hold_is_refused() -> None:
+def test_what_it_cannot_hold_is_refused():
     model, keeps, released = network(), network(), network()
     optimizer = BNGD(model.parameters())
     keeps.kept = keeps(torch.ones(8, 20))
@@ -199,9 +189,7 @@ def test_what_it_cannot_hold_is_refused() -> None:
             verify_step(its_model, its_optimizer, loss_fn)
 
 
-def test_the_command_steps_a_factorys_model(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_command_steps_a_factorys_model(tmp_path, monkeypatch, capsys):
     (tmp_path / "factory_of_a_test.py").write_text(FACTORY)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.path", ["/"])
@@ -228,9 +216,7 @@ def test_the_command_steps_a_factorys_model(
 
 
 @pytest.mark.parametrize("unbuffered", ["", "1"])
-def test_the_json_is_written_and_no_verdict_given_where_nobody_reads(
-    unbuffered: str, tmp_path: Path
-) -> None:
+def test_the_json_is_written_and_no_verdict_given_where_nobody_reads(unbuffered, tmp_path):
     (tmp_path / "factory_of_a_test.py").write_text(FACTORY)
     command = [sys.executable, "-m", "bngd_triton", "verify", "--model", "factory_of_a_test:make"]
     read, write = os.pipe()
@@ -244,7 +230,7 @@ def test_the_json_is_written_and_no_verdict_given_where_nobody_reads(
     assert json.loads((tmp_path / "report.json").read_text())["passed"]
 
 
-def test_what_a_step_left_alone_is_told_beside_the_verdict() -> None:
+def test_what_a_step_left_alone_is_told_beside_the_verdict():
     """Nothing is wrong where nothing moved, but nothing was shown either."""
     model = network()
     model[0].bias.requires_grad_(False)

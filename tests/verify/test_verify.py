@@ -1,15 +1,11 @@
 """`bngd verify`: what it runs, prints and refuses."""
 
-from __future__ import annotations
-
 import io
 import itertools
 import json
 import math
 import re
 import sys
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -28,9 +24,7 @@ from support.verify_command import CPU, cases_of, run
 RIGHT = ("bf16,exact,nearest,decay", "row,eps0,vanishing,f32/bf16", "f16,inf,global,stochastic")
 
 
-def test_right_cases_pass(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], device: torch.device
-) -> None:
+def test_right_cases_pass(tmp_path, capsys, device):
     file = tmp_path / "found.json"
     assert run(*cases_of(RIGHT), "--seed", "3", "--json", str(file), device=device) == 0
     printed = capsys.readouterr().out
@@ -55,7 +49,7 @@ def test_right_cases_pass(
     assert 0.6 < found["cases"][2]["kernels"]["ulp"] <= 1.01
 
 
-def test_every_combination_is_in_the_suite() -> None:
+def test_every_combination_is_in_the_suite():
     quick, pairs = suite(0), suite(2)
     assert [case.name for case in quick] == [Case.named(name).name for name in QUICK]
     assert pairs[: len(quick)] == quick
@@ -69,7 +63,7 @@ def test_every_combination_is_in_the_suite() -> None:
         assert {case[factor] for case in quick} == set(values), "quick cases have every value"
 
 
-def test_names() -> None:
+def test_names():
     assert Case.named("defaults") == Case.of({})
     assert Case.of({}).name == "defaults"
     case = Case.named("large,row,bf16")
@@ -91,14 +85,12 @@ def test_names() -> None:
         (["--json", "/tmp"], "--json must be a file, got the folder /tmp"),
     ],
 )
-def test_refusals(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_refusals(arguments, message, capsys):
     assert run(*arguments) == 2
     assert message in capsys.readouterr().err
 
 
-def test_a_device_that_kernels_do_not_serve(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_device_that_kernels_do_not_serve(monkeypatch, capsys):
     monkeypatch.setattr("bngd_triton.kernels.support.has_triton", lambda: False)
     assert run("--quick") == 1
     error = capsys.readouterr().err
@@ -106,9 +98,7 @@ def test_a_device_that_kernels_do_not_serve(
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels are not for the CPU then")
-def test_a_triton_that_cannot_be_imported(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_triton_that_cannot_be_imported(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "triton.language", None)
     assert run("--quick") == 1
     error = capsys.readouterr().err
@@ -124,7 +114,7 @@ def test_a_triton_that_cannot_be_imported(
         ("rows apart", (23, 5, 1)),
     ],
 )  # fmt: skip
-def test_tensors_lie_as_they_are_called(way: str, strides: tuple[int, ...]) -> None:
+def test_tensors_lie_as_they_are_called(way, strides):
     values = torch.randn(3, 4, 5)
     placed = place(values, way)
     assert torch.equal(placed.tensor, values)
@@ -137,10 +127,10 @@ def test_tensors_lie_as_they_are_called(way: str, strides: tuple[int, ...]) -> N
         assert placed.overwritten() == 1
 
 
-def test_gradients_are_what_they_are_called() -> None:
+def test_gradients_are_what_they_are_called():
     tuning = tuning_for(CPU)
 
-    def of(name: str, step: int = 0) -> list[torch.Tensor]:
+    def of(name, step=0):
         found = gradients(Case.named(name), tuning, step, 0)
         return [grad for grad in found if grad.numel()]
 
@@ -163,7 +153,7 @@ PAGE = DOCS / "verify.md"
 
 
 @pytest.mark.skipif(not PAGE.exists(), reason="the tests run without the checkout around them")
-def test_the_page_has_every_value_and_the_right_counts() -> None:
+def test_the_page_has_every_value_and_the_right_counts():
     text = PAGE.read_text()
     for values in FACTORS.values():
         places = [text.find(f"`{value}`", text.index("| of | values |")) for value in values]
@@ -175,7 +165,7 @@ def test_the_page_has_every_value_and_the_right_counts() -> None:
     assert Case.named(command).name == command
 
 
-def test_a_gpu_has_more_arms() -> None:
+def test_a_gpu_has_more_arms():
     gpu = torch.device("cuda", 0)
     assert list(more_arms(Case.named("layouts"), gpu, 0)) == [
         "second run", "two-launch", "single-launch",
@@ -185,17 +175,15 @@ def test_a_gpu_has_more_arms() -> None:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_on_a_gpu() -> None:
+def test_on_a_gpu():
     assert run("--quick", device=torch.device("cuda")) == 0
 
 
-def test_what_breaks_off_or_writes_elsewhere(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], device: torch.device
-) -> None:
+def test_what_breaks_off_or_writes_elsewhere(monkeypatch, capsys, device):
     """Named like any other failure; the rest is run all the same."""
     right = judge.by_optimizer
 
-    def arm(*args: Any, fused: bool) -> Any:
+    def arm(*args, fused):
         if fused:
             raise RuntimeError("no kernel image is available\nand more")
         return right(*args, fused=fused)._replace(overwritten=2)
@@ -209,11 +197,11 @@ def test_what_breaks_off_or_writes_elsewhere(
 
 
 @pytest.fixture
-def shares(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
+def shares(monkeypatch):
     """No case is run: each has the share of its bound that is here, or half; a NaN interrupts."""
     found: dict[str, float] = {}
 
-    def judge(case: Case, *_: Any) -> Result:
+    def judge(case, *_):
         error = Error(1.0, found.get(case.name, 0.5), "step 1, somewhere")
         if math.isnan(error.share):
             raise KeyboardInterrupt
@@ -225,9 +213,7 @@ def shares(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
     return found
 
 
-def test_the_worst_come_first(
-    shares: dict[str, float], capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
+def test_the_worst_come_first(shares, capsys, tmp_path):
     cases = suite(2)[:20]
     shares |= zip((case.name for case in cases), [0.5, 3.0, torch.inf, 1.0, *range(2, 18)])
     file = tmp_path / "found.json"
@@ -247,9 +233,7 @@ def test_the_worst_come_first(
 
 @pytest.mark.parametrize("columns", [60, 80])
 @pytest.mark.parametrize("few", [True, False])
-def test_the_table_fits_the_terminal(
-    columns: int, few: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_table_fits_the_terminal(columns, few, monkeypatch):
     monkeypatch.setenv("COLUMNS", str(columns))
     error = Error(0.5, 0.25, "")
     results = [Result(case.name, error, error) for case in suite(2)]
@@ -264,9 +248,7 @@ def test_the_table_fits_the_terminal(
         assert re.search(r"\ngranularity +tensor +\d+ ", text)
 
 
-def test_interrupted(
-    shares: dict[str, float], capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
+def test_interrupted(shares, capsys, tmp_path):
     shares[suite(0)[1].name] = math.nan
     file = tmp_path / "found.json"
     assert verify.verify(suite(0), CPU, 0, file) == 130
@@ -277,9 +259,7 @@ def test_interrupted(
 
 @pytest.mark.usefixtures("shares")
 @pytest.mark.parametrize("terminal", [True, False])
-def test_progress_is_for_terminals(
-    terminal: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_progress_is_for_terminals(terminal, monkeypatch, capsys):
     stream = io.StringIO()
     monkeypatch.setattr(stream, "isatty", lambda: terminal, raising=False)
     monkeypatch.setattr("sys.stderr", stream)

@@ -1,8 +1,5 @@
 """Kernels and a reference that are broken on purpose: `bngd verify` names each."""
 
-from __future__ import annotations
-
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -68,11 +65,11 @@ def _careless(x, like: tl.constexpr, SOFT: tl.constexpr):
         return x.to(like)
 
 
-def encoding(column: int, value: float) -> Callable[..., list[float]]:
+def encoding(column, value):
     """`encode` with one column of the option table wrong."""
     right = fused_step.encode
 
-    def encode(options: Any, closing: bool = True) -> list[float]:
+    def encode(options, closing=True):
         row = right(options, closing)
         row[column] = value
         return row
@@ -80,7 +77,7 @@ def encoding(column: int, value: float) -> Callable[..., list[float]]:
     return encode
 
 
-def without_tail(*args: Any, **kwargs: Any) -> Any:
+def without_tail(*args, **kwargs):
     """A plan that does not move the last entry of a tensor of 257."""
     plan = build(*args, **kwargs)
     for batch in plan.batches:
@@ -91,12 +88,12 @@ def without_tail(*args: Any, **kwargs: Any) -> Any:
 build = fused_step.build
 
 
-def sample_moments(*args: Any, **kwargs: Any) -> Any:
+def sample_moments(*args, **kwargs):
     found = moments(*args, **kwargs)
     return found._replace(m2=found.m2 * found.n / max(found.n - 1, 1))
 
 
-def no_remainder(param: Any, master: Any, new: Any, hashed: Any) -> None:
+def no_remainder(param, master, new, hashed):
     store(param, master, new, hashed)
     if master is not None:
         master.zero_()
@@ -130,14 +127,7 @@ MUTANTS: dict[str, tuple[list[tuple[Any, str]], Any, str, str]] = {
 
 @interpreted
 @pytest.mark.parametrize(("places", "wrong", "case", "words"), MUTANTS.values(), ids=MUTANTS)
-def test_what_is_broken_is_named(
-    places: list[tuple[Any, str]],
-    wrong: Any,
-    case: str,
-    words: str,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_what_is_broken_is_named(places, wrong, case, words, monkeypatch, capsys):
     for module, name in places:
         monkeypatch.setattr(module, name, wrong)
     # a form of its own would show the same
@@ -152,23 +142,13 @@ def test_what_is_broken_is_named(
 
 @pytest.mark.parametrize(
     ("bits", "slices", "words"),
-    [
-        (1, 0, "param of shape (2, 3, 4, 5) after step 1"),
-        (0, 1, "0 and 3 slices"),
-    ],
+    [(1, 0, "param of shape (2, 3, 4, 5) after step 1"), (0, 1, "0 and 3 slices")],
 )
-def test_a_form_that_differs(
-    bits: int,
-    slices: int,
-    words: str,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    device: torch.device,
-) -> None:
+def test_a_form_that_differs(bits, slices, words, monkeypatch, capsys, device):
     """In one bit of one entry, or in its count of skipped slices."""
     right = arms.fused_step_
 
-    def wrong(params: Any, *args: Any, **kwargs: Any) -> Any:
+    def wrong(params, *args, **kwargs):
         found = right(params, *args, **kwargs)
         params[-1].view(torch.int32)[(0,) * params[-1].dim()] += bits
         return found + slices
