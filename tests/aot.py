@@ -32,7 +32,7 @@ from triton.compiler import ASTSource
 from support.compiled_cases import ALWAYS, BUDGETS, PINNED, SIMPLE_KERNELS, cases, find_loose
 from support.machine_code import VERSION, inspect
 
-KERNELS = Path(str(importlib.util.find_spec("bngd_triton.kernels").origin)).parent  # type: ignore[union-attr]
+KERNELS = Path(str(importlib.util.find_spec("bngd_triton.kernels").origin)).parent
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),

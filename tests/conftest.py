@@ -62,7 +62,7 @@ def launched(monkeypatch):
     """The names of the kernels launched."""
     from bngd_triton.kernels.launcher import Launch
 
-    names: list[str] = []
+    names = []
     launch = Launch.__call__
 
     def noting(self, *args, **more):
@@ -78,7 +78,7 @@ def layouts(monkeypatch):
     """Counts how often a step was laid out or checked in full since the last call."""
     from bngd_triton.engine.step import Stepper
 
-    laid_out: list[Stepper] = []
+    laid_out = []
     full = Stepper.lay_out_and_step
 
     def counting(self, *args):

@@ -1,7 +1,6 @@
 """The comparison of optimizers: rates are found where they are, and documents show the results."""
 
 import json
-from typing import Any
 
 import pytest
 import torch
@@ -29,7 +28,7 @@ def valley(seed):
 
 def test_a_sweep_widens_until_both_ends_are_worse():
     task = Task("valley", 20, False, valley)
-    found: dict[str, Any] = {}
+    found = {}
     far_off = CONTESTANTS["sgd"]._replace(centre=1e-4)
     assert fill(task, far_off, found, [0, 1])
     choice = {int(third): scores for third, scores in found["choice"].items()}

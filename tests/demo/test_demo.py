@@ -118,9 +118,8 @@ def test_ctrl_c_keeps_what_is_done(two_arms, tmp_path, after):
         if len(seen) > after:
             raise KeyboardInterrupt
 
-    code, document, printed = run(
-        demo.Settings(epochs=1, scales=(1.0, 10.0), scale_epochs=2), tmp_path, watch
-    )
+    settings = demo.Settings(epochs=1, scales=(1.0, 10.0), scale_epochs=2)
+    code, document, printed = run(settings, tmp_path, watch)
     assert code == 130
     assert document["interrupted"] is True
     runs = document["exploding"] + document["loss_scale"]

@@ -36,7 +36,7 @@ PATHS = {
 def imports(module, lazy):
     """Modules of the house, and Triton, that a module imports: when it is loaded, or ever."""
     path = PATHS[module]
-    todo: list[ast.AST] = [ast.parse(path.read_text())]
+    todo = [ast.parse(path.read_text())]
     while todo:
         node = todo.pop()
         if isinstance(node, ast.Import):
@@ -71,7 +71,7 @@ def test_imports_go_down_only(module):
 
 def test_there_is_no_circle_even_of_imports_within_functions():
     edges = {(module, name) for module in PATHS for name in imports(module, lazy=True)}
-    graph: dict[str, set[str]] = {module: set() for module in PATHS}
+    graph = {module: set() for module in PATHS}
     for module, name in edges:
         if name in PATHS and name != module:
             graph[module].add(name)
@@ -81,8 +81,6 @@ def test_there_is_no_circle_even_of_imports_within_functions():
 def test_the_folder_kernels_is_empty_under_its_bare_name():
     # as where a checkout's root is on sys.path, and a library looks for Hugging Face's `kernels`
     spec = importlib.util.spec_from_file_location("kernels", kernels.__file__)
-    assert spec is not None
-    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     assert not [name for name in vars(module) if not name.startswith("__")]

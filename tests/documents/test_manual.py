@@ -13,11 +13,9 @@ from bngd_triton import BNGD, kernels
 from bngd_triton.kernels import fused_step_
 from bngd_triton.options import Options, StepOptions
 from bngd_triton.reference import step_
-from support.checkout import DOCS, ROOT
+from support.checkout import DOCS, ROOT, needs_docs
 
-pytestmark = pytest.mark.skipif(
-    not DOCS.exists(), reason="the tests run without the checkout around them"
-)
+pytestmark = needs_docs
 
 
 def test_every_fault_is_shown_by_a_test_that_exists():

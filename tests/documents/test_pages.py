@@ -9,19 +9,16 @@ import symtable
 import sys
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from support.checkout import DOCS, EXAMPLES, ROOT, blocks
+from support.checkout import DOCS, EXAMPLES, ROOT, blocks, needs_docs
 
 PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
 TELEMETRY = DOCS / "telemetry.md"
-pytestmark = pytest.mark.skipif(
-    not DOCS.exists(), reason="the tests run without the checkout around them"
-)
+pytestmark = needs_docs
 NUMBER = r"(?<![\w.])\d+(?:\.\d+)?(?![\w]|\.\w)"
 # what a block may import without a first line that says `# needs PACKAGE`
 ALWAYS = {*sys.stdlib_module_names, "torch", "bngd_triton"}
@@ -59,7 +56,7 @@ def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch):
         pytest.skip("this torch has no gloo")
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("RANK", raising=False)
-    scope: dict[str, Any] = {"__name__": page.stem}
+    scope = {"__name__": page.stem}
     try:
         for block in blocks(page.read_text()):
             if all(map(importlib.util.find_spec, needs(block))):
@@ -75,9 +72,9 @@ def test_the_graph_of_the_training_page_is_rehearsed(monkeypatch):
     """Without a GPU a replay is an iteration, which must leave gradients where they were."""
     setup, *_ = found = blocks((DOCS / "training.md").read_text())
     (code,) = [block for block in found if "graph.replay" in block]
-    scope: dict[str, Any] = {}
+    scope = {}
     exec(setup, scope)
-    where: list[torch.Tensor] = []
+    where = []
 
     def replay():
         where[:] = where or [param.grad for param in scope["net"].parameters()]

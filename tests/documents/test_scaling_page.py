@@ -6,14 +6,12 @@ import re
 import pytest
 
 from bngd_triton.sharding import exchange
-from support.checkout import DOCS
+from support.checkout import DOCS, needs_docs
 from support.sharded_cases import WORLDS
 from support.sharded_statistics import Transformer, visited
 
 PAGE = DOCS / "scaling.md"
-pytestmark = pytest.mark.skipif(
-    not PAGE.exists(), reason="the tests run without the checkout around them"
-)
+pytestmark = needs_docs
 # the transformer that the worlds exchange, in the words of the page
 SMALL = {"tensors": 21, "vectors": 5, "rows": 2 * (2 * 5 + 2 * 3 + 2 * 7 + 5) + 2 * 11}
 # what the worlds do, and the lines of the page that speak of it

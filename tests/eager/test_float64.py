@@ -1,7 +1,5 @@
 """What the reference does for float64, mixed dtypes and tensors of more than one block."""
 
-from typing import Any
-
 import pytest
 import torch
 
@@ -86,7 +84,7 @@ def test_a_step_in_blocks_is_a_step_of_the_whole(granularity):
     """Each block of a large parameter moves by its own gradient and its own momentum."""
     param, grad, buffer = torch.randn(3, 300, 500).unbind()
     grad = grad * 1e-3 + 1
-    options: dict[str, Any] = {"lr": 0.1, "granularity": granularity, "weight_decay": 0.1}
+    options = {"lr": 0.1, "granularity": granularity, "weight_decay": 0.1}
     (want,), (want_buffer,) = oracle_step([param], [grad], [buffer], **options)
     before = param.double()
     step_([param], [grad], [buffer], **options)

@@ -1,7 +1,6 @@
 """Rounding to bfloat16 and float16: remainders, masters, and stochastic rounding."""
 
 import dataclasses
-from typing import Any
 
 import pytest
 import torch
@@ -23,7 +22,7 @@ LOWER = torch.tensor([0, 1, 0x0FFF, 0x1000, 0x7FFF, 0x8000, 0x8001, 0xFFFF])
 HASHES = torch.tensor([0, 0xFFFFFFFF, 0x7FFFFFFF, 0x80000000, 0x12345678])
 
 # the kinds of storage of kernels/device/rounding.py: parameter, master
-KINDS: dict[str, tuple[torch.dtype, torch.dtype | None, Any]] = {
+KINDS = {
     "remainder": (BFLOAT16, torch.int16, kernels.REMAINDER),
     "float16 master": (FLOAT16, FLOAT32, kernels.MASTER_COPY),
     "bfloat16 master": (BFLOAT16, FLOAT32, kernels.MASTER_COPY),

@@ -1,7 +1,5 @@
 """Small tensors of one shape are stacked: each fares as it would alone, and as in float64."""
 
-from typing import Any
-
 import pytest
 import torch
 from torch.nn import Parameter
@@ -10,7 +8,7 @@ from bngd_triton import BNGD
 from bngd_triton.eager import runs as eager_runs
 
 SHAPES = [(6, 4), (3,), (6, 4), (2, 3, 2, 2), (6, 4), (3,), (1,), (3,), (6, 4), (0, 4), (70, 130)]
-CASES: dict[str, dict[str, Any]] = {
+CASES = {
     "tensor": {},
     "row, nesterov": {"granularity": "row", "nesterov": True, "center_1d": True},
     "global": {"granularity": "global"},

@@ -5,13 +5,11 @@ that need no file. What is exact is taken from the data as stored in float32.
 """
 
 import math
-from collections.abc import Callable
 from fractions import Fraction
 
 import mpmath
 import pytest
 import torch
-from torch import Tensor
 
 from bngd_triton.eager import moments
 from bngd_triton.kernels import Tuning, segment_statistics
@@ -24,14 +22,12 @@ def _pi_digits():
         return [float(digit) for digit in str(+mpmath.pi) if digit != "."][:5000]
 
 
-NIST: dict[str, list[float]] = {
+NIST = {
     "NumAcc1": [10000001, 10000003, 10000002],
     "NumAcc2 x 10": [12] + [11, 13] * 500,
     "NumAcc3 x 10": [10000002] + [10000001, 10000003] * 500,
     "PiDigits": _pi_digits(),
 }
-
-Backend = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 def eager(values):
@@ -50,7 +46,7 @@ def kernel(wide, block):
     return run
 
 
-BACKENDS: dict[str, Backend] = {
+BACKENDS = {
     "eager": eager,
     "float64 lanes": kernel(wide=True, block=64),
     "float64 lanes, one slice": kernel(wide=True, block=4096),
@@ -99,7 +95,7 @@ def test_range(backend, scale, device):
     check(backend, values.float().to(device))
 
 
-HARD: dict[str, Callable[[], Tensor]] = {
+HARD = {
     "mean 1e4, std 1e-2": lambda: torch.randn(3000) * 1e-2 + 1e4,
     "mean 1e8, std 64": lambda: torch.randn(3000) * 64 + 1e8,
     "an outlier": lambda: torch.cat([torch.randn(2999), torch.tensor([1e6])]),

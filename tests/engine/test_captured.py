@@ -1,7 +1,6 @@
 """Steps in CUDA graphs and in compiled functions."""
 
 import gc
-from typing import Any
 
 import pytest
 import torch
@@ -13,7 +12,7 @@ from bngd_triton.kernels import launch
 from bngd_triton.verify.tolerances import CDF
 from support import capture
 from support.exact_runs import exact_gradient, give, make_params, state_of, take_steps
-from support.snapshots import snapshot
+from support.runs import refused
 
 
 def test_capture_refuses_what_it_could_not_replay(device, monkeypatch):
@@ -42,17 +41,15 @@ def test_capture_needs_a_step_before_and_every_gradient(device, monkeypatch):
     optimizer = BNGD([("weight", params[0]), ("head", params[1])], fused=True)
     params[0].grad = torch.randn_like(params[0])
     optimizer.step()
-    before = snapshot(optimizer, params)
     capture.pretend(monkeypatch)
-    with pytest.raises(RuntimeError, match="head has no gradient while a CUDA graph"):
+    with refused(RuntimeError, "head has no gradient while a CUDA graph", optimizer, params):
         optimizer.step()
     params[1].grad = torch.randn_like(params[1])
-    with pytest.raises(RuntimeError, match="must repeat the one before"):
+    with refused(RuntimeError, "must repeat the one before", optimizer, params):
         optimizer.step()
-    assert snapshot(optimizer, params) == before
 
 
-CHANGES: list[dict[str, Any]] = [
+CHANGES = [
     {"lr": 1e-1}, {"lr": 0.0}, {"momentum": 0.5}, {"nesterov": True}, {"weight_decay": 0.5},
     {"eps": 0.1}, {"centering": 0.3}, {"normalizer": "cdf"}, {"maximize": True},
     {"nonfinite": "propagate"},
@@ -69,7 +66,6 @@ def test_sync_hyperparameters_reaches_a_replay(change, device):
         take_steps(one, its, range(2))
         one.param_groups[0].update(change)
     step = optimizer._stepper.prepared
-    assert step is not None
     optimizer.sync_hyperparameters()
     for place, (param, twin) in enumerate(zip(params, twins)):
         for one in (param, twin):
@@ -195,7 +191,7 @@ def test_gradient_release_cannot_be_captured(device, monkeypatch):
 def test_compiled_training_step(device):
     """torch.compile breaks its graph at `step`, and compiles once under any schedule."""
     torch._dynamo.reset()
-    compiled: list[torch.fx.GraphModule] = []
+    compiled = []
 
     def backend(graph, inputs):
         compiled.append(graph)

@@ -70,7 +70,7 @@ def test_an_empty_parameter_that_grows(device, layouts):
 def test_state_of_the_users_own(device, layouts):
     param = Parameter(torch.randn(8, device=device))
     optimizer = BNGD([param], fused=True)
-    optimizer.state["epoch"] = 3  # type: ignore[index]
+    optimizer.state["epoch"] = 3
     set_grads([param], 0)
     for _ in range(3):
         optimizer.step()

@@ -1,7 +1,5 @@
 """Gradients that lie where a step writes are those from before the step."""
 
-from collections.abc import Callable
-
 import pytest
 import torch
 from torch import Tensor
@@ -27,8 +25,7 @@ def shifted(tensor, by):
     return tensor.detach().as_strided(SHAPE, (190, 1), tensor.storage_offset() + by)
 
 
-Sharing = Callable[[BNGD, list[Parameter]], tuple[Tensor, Tensor]]
-SHARING: dict[str, Sharing] = {
+SHARING = {
     "itself": lambda o, p: (p[0].detach(), p[1].detach()),
     "transposed": lambda o, p: (p[0].detach().t(), p[1].detach().t()),
     "the_other": lambda o, p: (p[1].detach(), p[0].detach()),

@@ -1,8 +1,6 @@
 """One warning of a run in which nothing moves any more, without waiting for the device."""
 
 import warnings
-from collections.abc import Sequence
-from typing import Any
 
 import pytest
 import torch
@@ -49,7 +47,7 @@ def said(path, bad, where=..., shapes=SHAPES, **options):
 ALWAYS = range(100)
 MOVES_AGAIN = [step for step in range(2 * EVERY + EVERY // 2) if step != EVERY + 1]
 SOON, NEVER = range(2 * EVERY - 2, 3 * EVERY - 2), range(0)
-RUNS: dict[str, tuple[Sequence[int], dict[str, Any], range]] = {
+RUNS = {
     "every_step": (ALWAYS, {}, SOON),
     "every_step_by_row": (ALWAYS, {"granularity": "row"}, SOON),
     "every_step_of_one_slice": (ALWAYS, {"granularity": "global"}, SOON),

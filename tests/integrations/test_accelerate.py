@@ -1,7 +1,5 @@
 """Accelerate's gradient accumulation divides by N, which the z-score does not see."""
 
-from typing import Any
-
 import pytest
 import torch
 from torch import nn
@@ -10,7 +8,7 @@ from bngd_triton import BNGD
 
 accelerate = pytest.importorskip("accelerate")
 MICRO_BATCHES = 4
-OPTIONS: dict[str, Any] = {"lr": 1e-2, "granularity": "row", "eps": 0.0}
+OPTIONS = {"lr": 1e-2, "granularity": "row", "eps": 0.0}
 
 
 @pytest.fixture(autouse=True)
@@ -82,7 +80,7 @@ def test_accelerate_does_not_notice_an_overflow(kind):
 
     accelerate.Accelerator(cpu=True)
     net = model()
-    plain: Any = BNGD(net.parameters(), **OPTIONS)
+    plain = BNGD(net.parameters(), **OPTIONS)
     if kind == "fused SGD":
         plain = torch.optim.SGD(net.parameters(), lr=0.1, fused=True)
     scaler = torch.amp.GradScaler("cpu")

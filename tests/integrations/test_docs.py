@@ -1,20 +1,16 @@
 """Every section of docs/integrations.md trains as it says, after the page's first block alone."""
 
 import re
-from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from bngd_triton import BNGD
-from support.checkout import DOCS, blocks
-from support.processes import run
+from support.checkout import DOCS, blocks, needs_docs
+from support.processes import needs_gloo, run
 
 PAGE = DOCS / "integrations.md"
-pytestmark = pytest.mark.skipif(
-    not PAGE.exists(), reason="the tests run without the checkout around them"
-)
+pytestmark = needs_docs
 
 
 def snippets():
@@ -28,7 +24,7 @@ def snippets():
 def preamble():
     """The page's first block: a model, batches and a loss function."""
     torch.manual_seed(0)
-    names: dict[str, Any] = {}
+    names = {}
     first, *_ = blocks(PAGE.read_text())
     exec(first, names)
     return names
@@ -101,9 +97,7 @@ def run_snippets(sections):
     return losses
 
 
-@pytest.mark.skipif(
-    not (dist.is_available() and dist.is_gloo_available()), reason="this torch has no gloo"
-)
+@needs_gloo
 def test_distributed():
     data_parallel = snippets()["DistributedDataParallel"]
     zero = snippets()["ZeroRedundancyOptimizer"]

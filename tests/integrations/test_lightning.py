@@ -13,7 +13,7 @@ CLIP = 1e-3
 
 
 def module(make_optimizer):
-    class Net(lightning.LightningModule):  # type: ignore[misc, name-defined]
+    class Net(lightning.LightningModule):
         def __init__(self):
             super().__init__()
             torch.manual_seed(0)

@@ -2,7 +2,6 @@
 
 import ast
 import re
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,7 +15,6 @@ pytestmark = pytest.mark.slow
 VERSION = tuple(map(int, triton.__version__.split(".")[:2]))
 KERNELS = Path(bngd_triton.kernels.__file__).parent
 OTHER_POLICY = {"evict_first": "evict_last", "evict_last": "evict_first"}
-Rule = Callable[[ast.AST], ast.AST]
 
 
 def run_check(*arguments):
@@ -25,13 +23,13 @@ def run_check(*arguments):
 
 def unhinted(node):
     hints = isinstance(node, ast.Call) and ast.unparse(node.func) == "tl.multiple_of"
-    return node.args[0] if hints else node  # type: ignore[attr-defined]
+    return node.args[0] if hints else node
 
 
 def swapped(node):
     """Asks the caches to keep what is not read again, and not to keep what is."""
     named = isinstance(node, ast.Constant) and isinstance(node.value, str)
-    other = OTHER_POLICY.get(node.value) if named else None  # type: ignore[attr-defined]
+    other = OTHER_POLICY.get(node.value) if named else None
     return ast.Constant(other) if other else node
 
 

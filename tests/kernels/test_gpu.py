@@ -154,7 +154,7 @@ def test_a_hundred_runs_give_the_same_bits(device, monkeypatch):
     """Every other one without hints to the caches."""
     tunings = [dataclasses.replace(tuning_for(device), hints=hints) for hints in (True, False)]
     shapes = [(1000, 1000), (3000,), (64, 3, 3, 3), (300_001,)] if GPU else [(50, 60), (9, 3)]
-    first: list[Tensor] | None = None
+    first = None
     for k in range(100 if GPU else 3):
         monkeypatch.setattr(fused_step, "tuning_for", lambda device, k=k: tunings[k % 2])
         params, optimizer = start(shapes, device)

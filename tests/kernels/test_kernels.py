@@ -1,7 +1,6 @@
 """The kernels against the eager reference, and both against float64."""
 
 import functools
-from typing import Any
 
 import pytest
 import torch
@@ -76,7 +75,7 @@ def test_other_dtypes(dtype, grad_dtype, granularity, device):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_exact_statistics_give_the_same_bits(granularity, tuning, dtype, device):
     """As the reference's; of centring in part no factor but the deviation is a power of two."""
-    options: dict[str, Any] = {"nesterov": True, "weight_decay": 0.1, "centering": 0.7}
+    options = {"nesterov": True, "weight_decay": 0.1, "centering": 0.7}
     shapes = [(1,), (2,), (18,), (130,), (1010,), (), (6, 8), (3, 272), (2, 3, 4, 5)]
     params, _, buffers, _ = make(dtype, dtype, device, shapes)
     grads = [exact_gradient(param, 3).to(dtype) for param in params]
@@ -124,7 +123,7 @@ def test_updates_start_where_the_statistics_ended(device, monkeypatch):
     (batch,) = prepared._devices[0].plan.batches
 
     def watch(module, name, table):
-        seen: list[list[int]] = []
+        seen = []
         do = getattr(module, name)
 
         def noting(row, *args):

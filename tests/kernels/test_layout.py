@@ -1,7 +1,7 @@
 """Steps on tensors of any memory layout, against a float64 computation that goes by index."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -142,7 +142,7 @@ def test_layout(layout, granularity, path):
     base, stride, address = param.detach(), param.stride(), param.data_ptr()
     memory = torch.empty(0, device=path.device).set_(base.untyped_storage())
     neighbours = memory == BETWEEN
-    options: dict[str, Any] = {"lr": LR, "granularity": granularity, "weight_decay": 0.1}
+    options = {"lr": LR, "granularity": granularity, "weight_decay": 0.1}
     optimizer = BNGD([param, other], fused=path.fused, flatten=False, **options)
 
     expected, buffers = [start, other.detach().clone()], [None, None]

@@ -1,7 +1,6 @@
 """Steps laid out once: how many launches they take, and what may change between them."""
 
 import itertools
-from typing import Any
 
 import pytest
 import torch
@@ -16,7 +15,7 @@ from support.kernel_cases import LR
 @pytest.mark.parametrize("granularity", ["tensor", "row"])
 def test_launches_do_not_grow(granularity, device, launched):
     """For one tensor, 10 and 300, in one group or one each, with options of every kind."""
-    kinds: list[dict[str, Any]] = [
+    kinds = [
         {}, {"momentum": 0.0}, {"nesterov": True}, {"maximize": True}, {"normalizer": "cdf"}
     ]  # fmt: skip
     for n, per_group in ((1, 1), (10, 10), (10, 1), (300, 300), (300, 10)):
@@ -102,7 +101,6 @@ def test_a_sync_refuses_what_no_replay_follows(change, named, device):
         param.grad = torch.randn_like(param)
     optimizer.step()
     prepared = optimizer._stepper.prepared
-    assert prepared is not None
     (part,) = prepared._devices
     before = part.table.clone()
     if change is None:

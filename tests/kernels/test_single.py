@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-from typing import Any
 
 import pytest
 import torch
@@ -183,7 +182,7 @@ def test_a_global_group_across_dtypes_takes_two_launches(form, device, launched)
     params = [torch.randn(700, device=device), torch.randn(900, device=device).bfloat16()]
     grads = [torch.randn_like(param) * 3 + 1 for param in params]
     before = [param.double().cpu() for param in params]
-    options: dict[str, Any] = {"lr": LR, "momentum": 0.0, "granularity": "global"}
+    options = {"lr": LR, "momentum": 0.0, "granularity": "global"}
     want, _ = oracle_step(params, grads, [None, None], **options)
     fused_step_(params, grads, None, tuning=dataclasses.replace(LANES, form=form), **options)
     assert launched == [f"_{word}_kernel" for word in KERNELS["two-launch"]]

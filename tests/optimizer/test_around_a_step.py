@@ -1,8 +1,5 @@
 """Hooks, schedulers, copies and pickles: what others do with an optimizer."""
 
-from collections.abc import Callable
-from typing import Any
-
 import pytest
 import torch
 from torch.optim import lr_scheduler
@@ -37,7 +34,7 @@ def test_hooks_run_around_the_step_and_may_change_it(path):
     assert_close(params, oracle_step(before, grads, [None] * 3, lr=0.3)[0])
 
 
-SCHEDULERS: dict[str, Callable[[Any], Any]] = {
+SCHEDULERS = {
     "lambda": lambda o: lr_scheduler.LambdaLR(o, lambda step: 1 / (step + 1)),
     "cosine": lambda o: lr_scheduler.CosineAnnealingLR(o, T_max=4),
     "one_cycle": lambda o: lr_scheduler.OneCycleLR(o, max_lr=0.2, total_steps=5),

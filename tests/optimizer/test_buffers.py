@@ -20,7 +20,7 @@ from support.flat_models import (
 
 def test_flattening_keeps_values_shapes_and_strides():
     """In one buffer for each dtype."""
-    shapes: list[tuple[int, ...]] = [(5, 7), (), (3,), (4, 3, 2, 5), (6, 1), (1, 129)]
+    shapes = [(5, 7), (), (3,), (4, 3, 2, 5), (6, 1), (1, 129)]
     kinds = (torch.float32, torch.bfloat16, torch.float64)
     params = [Parameter(torch.randn(shape).to(kind)) for shape in shapes for kind in kinds]
     for param in params:
@@ -154,7 +154,7 @@ def test_buffers_are_of_bounded_size(monkeypatch):
 
 def test_buffers_are_made_on_their_own_device(device, monkeypatch):
     """DLPack refuses tensors of a GPU that is not the current one."""
-    entered: list[torch.device] = []
+    entered = []
     leave = flat_buffers.on_device
 
     def on_device(where):

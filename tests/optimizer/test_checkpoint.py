@@ -2,7 +2,6 @@
 
 import copy
 import functools
-from typing import Any
 
 import pytest
 import torch
@@ -173,12 +172,12 @@ def test_a_tensor_lr_is_saved_and_loaded_as_its_own(path):
 @pytest.mark.parametrize("stochastic", [0, 1, 3])
 def test_a_checkpoint_waits_once_and_only_for_stochastic_rounding(stochastic, path, monkeypatch):
     params, _ = start(path, flatten=False)
-    groups: list[dict[str, Any]] = [{"params": [param]} for param in params[:3]]
+    groups = [{"params": [param]} for param in params[:3]]
     for group in groups[:stochastic]:
         group["master_weights"] = "stochastic"
     optimizer = BNGD(groups, fused=path.fused)
     take_steps(optimizer, params[:3], [0])
-    waits: list[str] = []
+    waits = []
 
     def noting(name):
         read = getattr(Tensor, name)
@@ -196,7 +195,7 @@ def test_a_checkpoint_waits_once_and_only_for_stochastic_rounding(stochastic, pa
 # a group without a granularity is another optimizer's
 @pytest.mark.parametrize("name", [name for name in OPTION_NAMES if name != "granularity"])
 def test_an_option_that_a_checkpoint_lacks_stays_as_it_is(name, path):
-    ours: dict[str, Any] = {
+    ours = {
         "lr": 0.3, "momentum": 0.7, "weight_decay": 0.1, "eps": 1e-3, "normalizer": "cdf",
         "centering": 0.5, "center_1d": True, "nonfinite": "raise",
         "maximize": True, "master_weights": None, "momentum_dtype": BFLOAT16,

@@ -2,14 +2,11 @@
 
 import copy
 import io
-from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from torch import Tensor
 from torch.nn import Parameter
 
 from bngd_triton import BNGD, flat_buffers
@@ -149,7 +146,7 @@ def two_parameters_one_storage():
 
 
 def flattened_before():
-    params: list[Tensor] = [Parameter(torch.randn(3, 4)), Parameter(torch.randn(5))]
+    params = [Parameter(torch.randn(3, 4)), Parameter(torch.randn(5))]
     flat_buffers.flatten_(params)
     return params, None
 
@@ -157,8 +154,7 @@ def flattened_before():
 PART, SHARED = "part of a larger storage", "other tensors share its storage"
 FOREIGN = "memory belongs to somebody else"
 # parameters and what must be kept alive, and why they stay
-Made = Callable[[], tuple[list[Tensor], Any]]
-STAYS: dict[str, tuple[Made, str]] = {
+STAYS = {
     "views_of_one_storage": (views_of_one_storage, PART),
     "numpy_memory": (lambda: wrapped(np.ones(3, dtype=np.float32), torch.from_numpy), FOREIGN),
     "dlpack_memory": (lambda: wrapped(torch.randn(3, 4), torch.from_dlpack), FOREIGN),

@@ -1,7 +1,7 @@
 """Parameters without a gradient: of any kind, and not looked at before one comes."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -54,7 +54,7 @@ odd_ones = pytest.mark.parametrize("odd", ODD, ids=[odd.desc for odd in ODD])
 @odd_ones
 @pytest.mark.parametrize("added", [False, True], ids=["constructor", "add_param_group"])
 def test_parameters_of_any_kind_are_left_alone_until_a_gradient_comes(added, odd, path):
-    options: dict[str, Any] = {"lr": 0.1, "granularity": "global" if added else "row"}
+    options = {"lr": 0.1, "granularity": "global" if added else "row"}
     params, one = make_params(path.device), odd.make()
     alone, plain = start(path, **options)
     given = [no_grad(torch.ones(1))] if added else [*params, one]

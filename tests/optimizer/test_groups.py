@@ -1,7 +1,6 @@
 """Groups of parameters: each has its own options, which may change between steps."""
 
 import copy
-from typing import Any
 
 import numpy
 import pytest
@@ -15,7 +14,7 @@ from support import steps
 from support.runs import start
 from support.steps import assert_close, assert_equal, make_grads, make_params, take_steps, values
 
-GROUPS: list[dict[str, Any]] = [
+GROUPS = [
     {"lr": 0.2},
     {"momentum": 0.0},
     {"momentum": 0.5, "nesterov": True},
@@ -50,7 +49,7 @@ def test_every_group_steps_with_its_own_options(path):
         assert ("momentum_buffer" in optimizer.state[params[0]]) == (options.get("momentum") != 0)
 
 
-CHANGES: list[tuple[dict[str, Any], dict[str, Any]]] = [
+CHANGES = [
     ({"lr": 0.1}, {"lr": 0.02}),
     ({"lr": 0.1}, {"lr": 0.0}),
     ({"lr": torch.tensor(0.1)}, {"lr": 0.02}),

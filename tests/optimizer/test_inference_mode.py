@@ -1,7 +1,5 @@
 """Optimizers that are made, stepped or loaded under `torch.inference_mode`."""
 
-from typing import Any
-
 import pytest
 import torch
 from torch.nn import Parameter
@@ -12,7 +10,7 @@ from support.exact_runs import assert_bits, state_of
 from support.runs import everything, refused, start
 from support.steps import make_params, set_grads, take_steps, values
 
-OPTION_SETS: list[dict[str, Any]] = [
+OPTION_SETS = [
     {},
     {"granularity": "row", "accumulation_steps": 2},
     {"granularity": "global", "momentum": 0.0},

@@ -72,7 +72,7 @@ def gpus(monkeypatch):
         )  # fmt: skip
 
     class OnGPU(torch.Tensor):
-        device = property(lambda self: self.where)  # type: ignore[assignment]
+        device = property(lambda self: self.where)
 
     def empty(*_, device, **__):
         tensor = torch.zeros(1).as_subclass(OnGPU)

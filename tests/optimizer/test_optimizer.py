@@ -1,7 +1,6 @@
 """What users of torch.optim rely on, on both paths."""
 
 import math
-from typing import Any
 
 import pytest
 import torch
@@ -68,7 +67,7 @@ def test_step_without_any_gradient_does_nothing(path):
 
 @pytest.mark.parametrize("granularity", ["tensor", "row"])
 def test_a_late_first_gradient_starts_as_in_a_new_optimizer(granularity, path):
-    options: dict[str, Any] = {"lr": 0.1, "granularity": granularity, "fused": path.fused}
+    options = {"lr": 0.1, "granularity": granularity, "fused": path.fused}
     params, optimizer = start(path, **options)
     for seed in range(4):
         steps.set_grads(params, seed)
@@ -116,7 +115,7 @@ def test_automatic_path_on_the_cpu_is_the_reference(monkeypatch):
 @pytest.mark.parametrize("granularity", ["tensor", "row", "global"])
 @pytest.mark.parametrize("shape", [(0,), (0, 3), (3, 0), (2, 0, 4)], ids=str)
 def test_empty_parameters(shape, granularity, path):
-    options: dict[str, Any] = {"lr": 0.1, "granularity": granularity, "fused": path.fused}
+    options = {"lr": 0.1, "granularity": granularity, "fused": path.fused}
     params = make_params(path.device)
     empty = Parameter(torch.empty(shape, device=path.device))
     optimizer = BNGD([params[0], empty, *params[1:]], **options)

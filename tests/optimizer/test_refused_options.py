@@ -127,7 +127,7 @@ def test_what_is_no_option_is_refused_with_what_to_write(options, match):
 
 
 def test_options_by_position_are_refused():
-    params: Any = make_params(torch.device("cpu"))
+    params = make_params(torch.device("cpu"))
     with pytest.raises(TypeError, match=r"got also 0\.01; write options by their names"):
         BNGD(params, 1e-3, 0.9, 0.01)
 

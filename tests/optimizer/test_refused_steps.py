@@ -25,7 +25,7 @@ def test_duplicate_parameters_are_refused(path):
 
 
 # float tensors that the reference serves, and the kernels do not
-NOT_FUSED: dict[str, Callable[[], Tensor]] = {
+NOT_FUSED = {
     r".*float16, bfloat16, float32, got torch\.float64; use": lambda: torch.ones(3).double(),
     ".*meta": lambda: torch.ones(3, device="meta"),
 }
@@ -149,7 +149,7 @@ def test_step_refuses_and_changes_nothing(bad, steps, names, path):
         pytest.skip("there is no momentum yet")
     first, second = make_params(path.device), make_params(path.device)
     params = [*first, *second]
-    groups: list[dict[str, Any]] = [{"params": first}, {"params": second[::-1]}]
+    groups = [{"params": first}, {"params": second[::-1]}]
     if names:
         groups[0]["params"] = [(f"first.{i}", param) for i, param in enumerate(first)]
         groups[1]["params"] = [(f"second.{i}", param) for i, param in enumerate(second[::-1])]

@@ -195,7 +195,7 @@ def test_a_missing_folder_is_named(tmp_path):
 
 
 def test_the_file_is_on_the_disk_before_its_name_is(path, monkeypatch):
-    calls: list[str] = []
+    calls = []
 
     def note(name, real):
         return lambda *args: (calls.append(name), real(*args))[1]

@@ -1,7 +1,5 @@
 """Loss scaling: `torch.amp.GradScaler` without unscaling, without a wait, without a trace."""
 
-from typing import Any
-
 import pytest
 import torch
 from torch.nn import Parameter
@@ -14,7 +12,7 @@ from support.paths import StepPath
 from support.runs import everything
 
 FLOAT32, BFLOAT16 = torch.float32, torch.bfloat16
-OPTION_SETS: list[dict[str, Any]] = [
+OPTION_SETS = [
     {"weight_decay": 0.1},
     {"granularity": "row", "nesterov": True, "eps": 0.5},
     {"granularity": "global", "normalizer": "cdf", "eps": 1e-3},

@@ -33,7 +33,7 @@ class NoArithmetic(TwoTensor):
 def test_kernels_serve_only_plain_memory():
     odd = {
         "subclass": twice(torch.ones(3)),
-        "zeros_without_memory": torch._efficientzerotensor((3,)),  # type: ignore[attr-defined]
+        "zeros_without_memory": torch._efficientzerotensor((3,)),
         "functional": torch._to_functional_tensor(torch.ones(3)),
         "meta": torch.ones(3, device="meta"),
     }

@@ -1,7 +1,6 @@
 """Windows of micro-batches against a literal float64 oracle."""
 
 import math
-from typing import Any
 
 import pytest
 import torch
@@ -24,7 +23,7 @@ class Oracle:
         self.momenta = [torch.zeros_like(param) for param in self.params]
         self.steps, self.options, self.count = steps, options, 0
         by_row = options["granularity"] == "row"
-        places: list[tuple[int, Any]] = [
+        places = [
             (i, row)
             for i, param in enumerate(self.params)
             for row in (range(len(param)) if by_row else [...])
@@ -63,9 +62,6 @@ class Oracle:
         self.count = 0 if closing else self.count
 
 
-Grads = list[Any]
-
-
 def spoil(grads, fault):
     if fault == "nan":
         for grad in (grads[0], grads[2]):
@@ -102,7 +98,7 @@ def oracle_params(device, dtype=torch.float32):
     return make_params(device, dtype, shapes=[(4, 6), (3, 7), (3, 2100)])
 
 
-CASES: list[tuple[int, dict[str, Any]]] = [
+CASES = [
     (4, {"granularity": "tensor"}),
     (2, {"granularity": "row", "normalizer": "cdf", "momentum": 0.0, "weight_decay": 0.0}),
     (4, {"granularity": "row"}),

@@ -8,7 +8,7 @@ what it does alone.
 
 import io
 import os
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -41,9 +41,6 @@ def model(seed=0):
 def replica(**options):
     """Of rank 0's weights; every other rank starts from weights of its own."""
     return DistributedDataParallel(model(seed=dist.get_rank()), **options)
-
-
-Batch = tuple[Tensor, Tensor]
 
 
 def batch():
@@ -244,7 +241,7 @@ def inside_zero(fused, bucket_view):
     # imported by the workers alone: it compiles TorchScript
     from torch.distributed.optim import ZeroRedundancyOptimizer
 
-    options: dict[str, Any] = {"lr": LR, "momentum": 0.8, "fused": fused}
+    options = {"lr": LR, "momentum": 0.8, "fused": fused}
 
     def zero(ddp):
         return ZeroRedundancyOptimizer(

@@ -5,7 +5,6 @@ from fractions import Fraction
 
 import pytest
 import torch
-from torch import Tensor
 
 from bngd_triton.sharding.exchange import Exchange, merge
 from support.exact_statistics import exact
@@ -61,7 +60,7 @@ def test_every_rank_has_the_same_bits(world):
     results = visited(world)
     compared = 0
     for run, desc in results[0].found:
-        seen: dict[int, Tensor] = {}
+        seen = {}
         for result in results:
             table = result.found[run, desc].table.view(torch.int64)
             by_row = RUNS[run][0] == "row" and desc in result.rows

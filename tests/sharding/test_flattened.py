@@ -19,7 +19,7 @@ def fsdp1(use_orig_params, strategy, made_first):
     from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
 
     torch.manual_seed(0)
-    net: nn.Module = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
+    net = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
     optimizer = BNGD(net.parameters()) if made_first else None
     net = FullyShardedDataParallel(
         net, use_orig_params=use_orig_params, sharding_strategy=ShardingStrategy[strategy],

@@ -7,7 +7,6 @@ import functools
 
 import pytest
 import torch
-from torch import Tensor
 
 from bngd_triton.verify.tolerances import LRE, ULP, ulps
 from support import sharded_steps
@@ -123,7 +122,7 @@ def assert_alike(ranks, layout, world, want):
 @pytest.mark.parametrize("world", WORLDS)
 def test_replicas_round_alike_and_shards_apart(world):
     for key in visited(world)[0].rounded:
-        seen: dict[int, Tensor] = {}
+        seen = {}
         replicas = 0
         for rank in visited(world):
             ordinal, part = rank.rounded[key]
@@ -138,17 +137,14 @@ def test_replicas_round_alike_and_shards_apart(world):
 
 
 @pytest.mark.parametrize("world", WORLDS)
-def test_refuses_global_micro_batches(world):
+def test_what_one_rank_cannot_do_is_refused_on_all(world):
+    """Micro-batches of a global group, and an overflow of which some ranks are not told."""
     for rank in visited(world):
-        words, unchanged = rank.tried["global micro-batches"]
-        assert "granularity='global' with accumulation_steps > 1" in words
-        assert unchanged
-
-
-@pytest.mark.parametrize("world", WORLDS)
-def test_refuses_an_overflow_of_which_some_ranks_are_not_told(world):
-    for rank in visited(world):
-        words, unchanged = rank.tried["replicated first"]
-        assert "param_groups[0]['params'][0] is cut, and param_groups[0]['params'][7]" in words
-        assert unchanged
+        for tried, message in (
+            ("global micro-batches", "granularity='global' with accumulation_steps > 1"),
+            ("replicated first", "['params'][0] is cut, and param_groups[0]['params'][7]"),
+        ):
+            words, unchanged = rank.tried[tried]
+            assert message in words
+            assert unchanged
         assert rank.tried["cut first"] == ("", False)

@@ -3,10 +3,15 @@
 import re
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "examples"
 DOCS = ROOT / "docs"
 BENCH = ROOT / "bench"
+needs_docs = pytest.mark.skipif(
+    not DOCS.exists(), reason="the tests run without the checkout around them"
+)
 
 
 def blocks(page, language="python"):

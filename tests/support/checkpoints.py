@@ -5,7 +5,7 @@ import io
 import torch
 
 # the second is channels_last
-SHAPES: list[tuple[int, ...]] = [(4, 3), (3, 2, 2, 5), (5,), ()]
+SHAPES = [(4, 3), (3, 2, 2, 5), (5,), ()]
 
 
 def through_a_file(state_dict):

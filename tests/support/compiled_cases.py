@@ -3,7 +3,6 @@
 import dataclasses
 import itertools
 from collections import Counter
-from typing import Any
 
 from support.machine_code import VERSION
 
@@ -21,7 +20,7 @@ MASTER_COMBINATIONS = (
     ("stochastic", ("fp16", "fp16", "fp32")),
 )
 # kernels of one form: module, constants, warps
-SIMPLE_KERNELS: dict[str, tuple[str, dict[str, Any], int]] = {
+SIMPLE_KERNELS = {
     "column_moments": ("columns", {"UNROLL": 8, "COLUMNS": 32}, 1),
     "standardize": ("columns", {"SOFT": False, "ROWS": 64, "COLUMNS": 32}, 4),
     "publish": ("publish", {"WIDE": True, "WINDOWS": True}, 1),
@@ -152,7 +151,7 @@ class Case:
 def cases(quick, targets, only):
     """What to compile, the longest first."""
     found = []
-    variants: list[tuple[str, bool]] = [("tiles", True)]
+    variants = [("tiles", True)]
     variants += itertools.product(("single", "statistics"), (True, False))
     variants += [(kernel, True) for kernel in ("update", *SIMPLE_KERNELS)]
     for (kernel, wide), target, dtypes in itertools.product(variants, targets, COMBINATIONS):
@@ -178,7 +177,7 @@ def cases(quick, targets, only):
 
 def find_loose(taken):
     """Budgets that are a step or more above all that is taken, where everything was compiled."""
-    most: dict[tuple[str, str, int], int] = {}
+    most = {}
     for case, registers in taken:
         key = case.variant, case.target, case.budget
         most[key] = max(most.get(key, 0), registers)

@@ -31,7 +31,7 @@ from support.sharded_steps import BF16, F32
 
 # saved in the middle of a window; on fewer ranks, training goes on to the middle of the next
 SAVED, HANDED, LAST = 3, 5, 7
-GROUPS: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
+GROUPS = {
     "micro": (F32, {"accumulation_steps": 2, "weight_decay": 0.1}),
     "micro_row": (BF16, {"accumulation_steps": 2, "granularity": "row"}),
     "narrow": (F32, {"momentum_dtype": BF16, "granularity": "row"}),

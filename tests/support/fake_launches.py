@@ -11,7 +11,6 @@ import os
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 from unittest import mock
 
 import torch
@@ -23,10 +22,9 @@ from bench import driver
 from bngd_triton.kernels import devices
 from bngd_triton.kernels.fused_step import FusedStep
 from bngd_triton.options import Options
-from bngd_triton.records import StepTensor, functional_inputs, functional_tensors
+from bngd_triton.records import functional_inputs, functional_tensors
 
 CPU = torch.device("cpu")
-Launches = list[tuple[Any, ...]]
 
 
 def flat(arguments):
@@ -52,7 +50,7 @@ class Counted:
     """Steps, what they launch, and how often Triton's dispatch is asked."""
 
     def __init__(self, backend):
-        self.launched: Launches = []
+        self.launched = []
         self.dispatched = 0
         driver.install(backend, self._launch)
         run = JITFunction.run
@@ -67,9 +65,7 @@ class Counted:
         params, grads = ([torch.zeros(n, dtype=kind) for n, kind in shapes] for _ in range(2))
         self.options = [Options()]
         momenta = [torch.zeros(n) for n, _ in shapes]
-        self.members: list[StepTensor] = functional_tensors(
-            params, grads, momenta, None, None, self.options[0]
-        )
+        self.members = functional_tensors(params, grads, momenta, None, None, self.options[0])
         self.inputs = functional_inputs(params, True, None, None, None)
 
     def _launch(self, *arguments):

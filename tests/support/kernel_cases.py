@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from torch import Tensor
 
 from bngd_triton.kernels import Tuning
 from bngd_triton.kernels.support import interpreting
@@ -67,7 +66,7 @@ def make(dtype, grad_dtype, device, shapes):
 
     A read outside a gradient gives NaN; a write outside a parameter changes a guard.
     """
-    guarded: list[tuple[Tensor, int]] = []
+    guarded = []
 
     def inside(values, guard):
         whole = torch.full((values.numel() + 64,), guard, dtype=values.dtype, device=device)

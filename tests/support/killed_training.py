@@ -13,11 +13,9 @@ import random
 import signal
 import sys
 import time
-from collections.abc import Callable
 from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -43,7 +41,7 @@ def train(path, way):
         {"params": list(model[0].parameters()), "granularity": "row"},
         {"params": list(model[2].parameters()), "master_weights": "stochastic"},
     ]
-    options: dict[str, Any] = {"lr": 1e-2, "weight_decay": 0.1, "accumulation_steps": 2, "seed": 3}
+    options = {"lr": 1e-2, "weight_decay": 0.1, "accumulation_steps": 2, "seed": 3}
     optimizer = BNGD(groups, fused=way == "fused", **options)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: 1 - i / MICRO_STEPS)
     order = torch.Generator().manual_seed(4)
@@ -90,7 +88,7 @@ def replace_and_die(*args, real=os.replace):
 
 
 # where a process dies: at which call of what. fsync is called for the file and then for its folder
-STAGES: list[tuple[Any, str, int, Callable[..., Any]]] = [
+STAGES = [
     (nn.functional, "cross_entropy", 3, die),
     (BNGD, "_step", 2, die),
     (torch, "save", 2, die),

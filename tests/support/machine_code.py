@@ -138,8 +138,8 @@ def parse_sass(text):
 
 def parse_amdgcn(text):
     """Like `parse_sass`, from LLVM's assembly."""
-    codes: list[str] = []
-    labels: dict[str, int] = {}
+    codes = []
+    labels = {}
     spans = set()
     for line in text.splitlines():
         if label := re.match(r"(\.LBB\w+):", line):
@@ -169,7 +169,7 @@ def amdgcn_width(code):
 
 def asked_widths(ttir, threads):
     """Loads and stores, by width in bytes, that the tensors of the streamed accesses ask for."""
-    asked: dict[str, Counter[int]] = {"load": Counter(), "store": Counter()}
+    asked = {"load": Counter(), "store": Counter()}
     access = HINT + r"[>}]* : tensor<([\dx]+)x!tt\.ptr<[a-z]+(\d+)>>"
     found = re.findall(access, ttir)
     for kind, policy, shape, bits in found:
@@ -216,7 +216,6 @@ def inspect(compiled, backend, seconds):
         cubin = compiled.asm["cubin"]
         usage = run_tool("cuobjdump", "--dump-resource-usage", cubin)
         found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
-        assert found is not None
         registers, stack, local = map(int, found.groups())
         codes, loops = parse_sass(run_tool("cuobjdump", "-sass", cubin))
         width, any_load, spilling = sass_width, r"LDG\b", r"(LDL|STL)\b"

@@ -57,7 +57,6 @@ def run(world_size, function, *args):
             context = torch.multiprocessing.spawn(
                 _work, (world_size, folder, limit, function, args), nprocs=world_size, join=False
             )
-        assert context is not None
         end = time.monotonic() + limit
         try:
             while not context.join(timeout=max(end - time.monotonic(), 0.0)):
@@ -80,13 +79,8 @@ def run(world_size, function, *args):
 
 
 def _work(rank, world_size, folder, limit, function, args):
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/store",
-        rank=rank,
-        world_size=world_size,
-        timeout=timedelta(seconds=limit),
-    )
+    store = f"file://{folder}/store"
+    dist.init_process_group("gloo", store, timedelta(seconds=limit), world_size, rank)
     try:
         result = function(*args)
     except BaseException:  # pytest's own failures too

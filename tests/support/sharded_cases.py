@@ -112,7 +112,7 @@ def _every(_):
 
 
 # what is exchanged together: granularity, then whether a case takes part
-RUNS: dict[str, tuple[str, Callable[[Case], bool]]] = {
+RUNS = {
     "tensor": ("tensor", _every),
     "row": ("row", _every),
     "global": ("global", lambda case: bool((whole(case).abs() < 1e30).all())),

@@ -113,7 +113,7 @@ def initial():
 def gradients(step):
     """Whole gradients: means drift, so that parts have means of their own; some are not usable."""
     generator = torch.Generator().manual_seed(100 + step)
-    found: list[Tensor | None] = []
+    found = []
     for shape in SHAPES:
         drift = torch.linspace(-1, 1, shape.numel()).view(shape)
         found.append(torch.randn(shape, generator=generator) + drift)

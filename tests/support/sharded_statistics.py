@@ -5,15 +5,14 @@ Every world starts once and exchanges all its cases together, as a step would.
 
 import contextlib
 import functools
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 from unittest import mock
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 
 from bngd_triton.sharding import exchange, placements
@@ -123,15 +122,15 @@ def visit(world):
     tensors = {desc: sharded(case, on[case.mesh]) for desc, case in cases.items()}
     parts = {desc: placements.local_parts(desc, *pair) for desc, pair in tensors.items()}
 
-    found: dict[tuple[str, str], Found] = {}
-    collectives: dict[str, list[Collective]] = {}
-    commands: dict[str, int] = {}
+    found = {}
+    collectives = {}
+    commands = {}
     reads, repeated = HostReads(), True
     for run, (granularity, takes) in RUNS.items():
         names = [desc for desc in tensors if takes(cases[desc])]
         shares = [share_of(d, *tensors[d], granularity) for d in names]
         plan = Exchange(shares)
-        log: list[Collective] = []
+        log = []
         bound = 0 if "dealt" in run else exchange.GATHERED
         with mock.patch.object(exchange, "GATHERED", bound), CommDebugMode() as counter:
             with recording(log), reads:
@@ -176,7 +175,7 @@ class Transformer(NamedTuple):
 def transformer_on(mesh):
     """The exchanges of one step over a line of ranks."""
     shapes = Transformer(2, 5, 7, 3, 11).shapes()
-    ways: dict[str, tuple[str, Shard]] = {
+    ways = {
         "tensor": ("tensor", S0),
         "tensor, dealt out": ("tensor", S0),
         "row": ("row", S0),
@@ -194,7 +193,7 @@ def transformer_on(mesh):
         ]
         shares = [share_of(way, grad, grad, granularity) for grad in grads]
         tables = [local_table(grad.to_local(), granularity) for grad in grads]
-        log: list[Collective] = []
+        log = []
         bound = 0 if "dealt" in way else exchange.GATHERED
         with mock.patch.object(exchange, "GATHERED", bound), recording(log):
             Exchange(shares).run(tables)
@@ -214,7 +213,7 @@ def refused(mesh):
     wide = distribute_tensor(torch.zeros(4, 3), mesh, [S0], src_data_rank=None)
     elsewhere = distribute_tensor(full, other, [S0, R], src_data_rank=None)
     partial = DTensor.from_local(full, mesh, [Partial()], run_check=False)
-    calls: dict[str, Callable[[], Any]] = {
+    calls = {
         "plain gradient": lambda: placements.local_parts("w", cut, full),
         "plain parameter": lambda: placements.local_parts("w", full, cut),
         "shape": lambda: placements.local_parts("w", cut, wide),

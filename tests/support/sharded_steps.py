@@ -5,7 +5,7 @@ process.
 """
 
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 from unittest import mock
 
 import torch
@@ -28,7 +28,7 @@ STEPS = 20
 LR = 1e-2
 F32, BF16 = torch.float32, torch.bfloat16
 # one parameter group for each; all are stepped together
-GROUPS: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
+GROUPS = {
     "tensor": (F32, {}),
     "row": (F32, {"granularity": "row", "nesterov": True, "weight_decay": 0.1}),
     "global": (F32, {"granularity": "global", "weight_decay": 0.1, "maximize": True}),

@@ -2,22 +2,20 @@
 
 import copy
 import pickle
-from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch.nn import Parameter
 
 # parameters are below 4, where half a unit of float32 is 1.2e-7; a few steps of rounding
 ATOL = 2e-6
-SHAPES: list[tuple[int, ...]] = [(4, 3), (5,), ()]
+SHAPES = [(4, 3), (5,), ()]
 OPTION_NAMES = (
     "lr", "momentum", "nesterov", "weight_decay", "eps", "granularity", "normalizer", "centering",
     "center_1d", "nonfinite", "maximize", "master_weights", "momentum_dtype", "accumulation_steps",
     "seed",
 )  # fmt: skip
 # how an optimizer, or all of a run, is copied
-COPIES: dict[str, Callable[[Any], Any]] = {
+COPIES = {
     "deepcopy": copy.deepcopy,
     "pickle": lambda value: pickle.loads(pickle.dumps(value)),
 }

@@ -5,7 +5,6 @@ import dataclasses
 import torch
 
 from bngd_triton.kernels.fused_step import FusedStep
-from bngd_triton.records import StepTensor
 from support.exact_runs import assert_bits
 from support.handmade_plans import member, nothing_new
 from support.kernel_cases import make
@@ -20,7 +19,7 @@ class Twins:
     def __init__(self, tensors, options, tuning, programs):
         self.options = options
         self.device = tensors[0][0].device
-        self.steps: list[tuple[list[StepTensor], FusedStep]] = []
+        self.steps = []
         one = dataclasses.replace(tuning, programs_per_sm=programs, **SINGLE)
         for form in (dataclasses.replace(tuning, form="two-launch"), one):
             members = [

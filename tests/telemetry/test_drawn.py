@@ -58,7 +58,7 @@ def test_a_long_log_keeps_its_peaks_and_its_skips():
 def test_bad_pictures_are_refused(tmp_path, monkeypatch):
     logger = GradStatsLogger(Given(a=(0.0, 1.0, 0.0)), every=1)
     with pytest.raises(TypeError, match=r"log must be a GradStatsLog \(logger\.log\), got GradSta"):
-        plot_grad_stats(logger, tmp_path / "a.png")  # type: ignore[arg-type]
+        plot_grad_stats(logger, tmp_path / "a.png")
     with pytest.raises(ValueError, match="log is empty"):
         plot_grad_stats(logger.log, tmp_path / "a.png")
     logger.step()

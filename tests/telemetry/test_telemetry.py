@@ -18,8 +18,8 @@ class Writer:
     """Keeps what it is told, as TensorBoard would."""
 
     def __init__(self):
-        self.scalars: dict[tuple[str, int], float] = {}
-        self.histograms: dict[tuple[str, int], Tensor] = {}
+        self.scalars = {}
+        self.histograms = {}
 
     def add_scalar(self, tag, value, step):
         self.scalars[tag, step] = value

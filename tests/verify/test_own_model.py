@@ -6,14 +6,13 @@ import os
 import re
 import subprocess
 import sys
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from bngd_triton import BNGD, cli, release_gradients, verify_step
-from support.snapshots import snapshot
+from support.runs import snapshot
 
 FACTORY = """
 import torch
@@ -30,15 +29,14 @@ def broken():
 
 
 def network(dtype=torch.float32, device="cpu"):
-    return nn.Sequential(nn.Linear(20, 6), nn.BatchNorm1d(6), nn.Dropout(0.5), nn.Linear(6, 3)).to(
-        device=device, dtype=dtype
-    )
+    layers = nn.Linear(20, 6), nn.BatchNorm1d(6), nn.Dropout(0.5), nn.Linear(6, 3)
+    return nn.Sequential(*layers).to(device, dtype)
 
 
 def loss_of(model):
     weight = next(model.parameters())
     x = torch.linspace(-1, 1, 160, device=weight.device).view(8, 20).to(weight.dtype)
-    out: Tensor = model(x)
+    out = model(x)
     return (out.float() - 1).square().mean()
 
 
@@ -175,7 +173,7 @@ def test_what_it_cannot_hold_is_refused():
     keeping, releasing = BNGD(keeps.parameters()), BNGD(released.parameters())
     release_gradients(released, releasing)
     windowed = BNGD(model.parameters(), accumulation_steps=2)
-    sgd: Any = torch.optim.SGD(model.parameters())
+    sgd = torch.optim.SGD(model.parameters())
     for its_model, its_optimizer, loss_fn, error, message in (
         (model, sgd, loss_of, TypeError, "must be a BNGD, got SGD"),
         (model, windowed, loss_of, NotImplementedError, "accumulation_steps > 1"),

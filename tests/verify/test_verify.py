@@ -199,7 +199,7 @@ def test_what_breaks_off_or_writes_elsewhere(monkeypatch, capsys, device):
 @pytest.fixture
 def shares(monkeypatch):
     """No case is run: each has the share of its bound that is here, or half; a NaN interrupts."""
-    found: dict[str, float] = {}
+    found = {}
 
     def judge(case, *_):
         error = Error(1.0, found.get(case.name, 0.5), "step 1, somewhere")

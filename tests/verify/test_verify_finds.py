@@ -1,7 +1,5 @@
 """Kernels and a reference that are broken on purpose: `bngd verify` names each."""
 
-from typing import Any
-
 import pytest
 import torch
 import triton
@@ -102,7 +100,7 @@ def no_remainder(param, master, new, hashed):
 store = eager_.store_
 FACTORS, ENCODE = [(device_factors, "factors_from")], [(fused_step, "encode")]
 # what is replaced, by what, in which case it shows, in what words
-MUTANTS: dict[str, tuple[list[tuple[Any, str]], Any, str, str]] = {
+MUTANTS = {
     "eps in the root": (FACTORS, _eps_in_the_root, "eps0.1", "kernels: step"),
     "ddof 1": (FACTORS, _sample_deviation, "row", "kernels: step"),
     "worse when large": (FACTORS, _worse_when_large, "eps0,exploding", "power of"),
