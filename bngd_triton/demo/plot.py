@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import platform
 from collections.abc import Sequence
@@ -16,8 +15,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from .. import __version__
-from ..strict_json import nulls
+from .. import __version__, strict_json
 from .results import Results, Run, Settings
 
 
@@ -205,5 +203,4 @@ def write_json(
         **shared,
         **asdict(settings),
     }
-    figures = {"settings": about, "interrupted": interrupted, **nulls(asdict(results))}
-    path.write_text(json.dumps(figures, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    strict_json.write(path, {"settings": about, "interrupted": interrupted, **asdict(results)})

@@ -194,35 +194,22 @@ def covering(strength: int, given: Sequence[Case]) -> list[Case]:
         for factors in itertools.combinations(FACTORS, strength)
         for values in itertools.product(*(FACTORS[factor] for factor in factors))
     )
+
+    def fresh(values: dict[str, str]) -> list[Any]:
+        """The missing combinations that occur among the values of factors."""
+        ordered = [(name, values[name]) for name in FACTORS if name in values]
+        return [one for one in itertools.combinations(ordered, strength) if one in missing]
+
     found: list[Case] = []
     for case in given:
-        _strike(case, missing, strength)
+        for combination in fresh(dict(case.values)):
+            del missing[combination]
     while missing:
         chosen = dict(next(iter(missing)))
         for factor, values in FACTORS.items():
             if factor not in chosen:
-                gains = {v: _gain({**chosen, factor: v}, factor, missing, strength) for v in values}
-                chosen[factor] = max(gains, key=lambda value: gains[value])
+                chosen[factor] = max(values, key=lambda one: len(fresh({**chosen, factor: one})))
         found.append(Case.of(chosen))
-        _strike(found[-1], missing, strength)
+        for combination in fresh(chosen):
+            del missing[combination]
     return found
-
-
-_Combination = tuple[tuple[str, str], ...]
-
-
-def _strike(case: Case, missing: dict[_Combination, None], strength: int) -> None:
-    for combination in itertools.combinations(case.values, strength):
-        missing.pop(combination, None)
-
-
-def _gain(
-    chosen: dict[str, str], factor: str, missing: dict[_Combination, None], strength: int
-) -> int:
-    """How many missing combinations the value of a factor completes."""
-    ordered = [(name, chosen[name]) for name in FACTORS if name in chosen]
-    return sum(
-        combination in missing
-        for combination in itertools.combinations(ordered, strength)
-        if (factor, chosen[factor]) in combination
-    )

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +23,8 @@ from .tolerances import step_bounds
 _BITS = {torch.float32: 24, torch.bfloat16: 8, torch.float16: 11}
 
 
-class Error(NamedTuple):
+@dataclass(frozen=True)
+class Error:
     """How far parameters are from where the definition in float64 would have moved them.
 
     Attributes:
@@ -130,8 +131,8 @@ class _Truth:
             for error in self._errors(step, run.steps[step], run.steps[step + 1]):
                 ulp = max(worst.ulp, error.ulp)
                 if error.share > worst.share:
-                    worst = error._replace(where=f"step {step + 1}, {error.where}")
-                worst = worst._replace(ulp=ulp)
+                    worst = replace(error, where=f"step {step + 1}, {error.where}")
+                worst = replace(worst, ulp=ulp)
         return worst
 
     def _targets(self, step: int, before: Sequence[Snapshot]) -> Any:
