@@ -152,22 +152,18 @@ def compare(
 
     `watch` sees a run after each epoch, `finished` gets a line about each run that has ended.
     """
+    plain = [(arm, 1.0) for arm in EXPLODING]
+    scaled = list(product(LOSS_SCALE, settings.scales))
     parts = {
-        "exploding network": (
-            results.exploding, exploding_task, settings.epochs, [(arm, 1.0) for arm in EXPLODING]
-        ),
-        "loss scale": (
-            results.loss_scale, loss_scale_task, settings.scale_epochs,
-            list(product(LOSS_SCALE, settings.scales)),
-        ),
-    }  # fmt: skip
+        "exploding network": (results.exploding, exploding_task, settings.epochs, plain),
+        "loss scale": (results.loss_scale, loss_scale_task, settings.scale_epochs, scaled),
+    }
     bars = {
-        part: progress.add_task(
-            part, total=epochs * len(jobs), completed=epochs * len(runs), now=""
-        )
-        for part, (runs, _, epochs, jobs) in parts.items()
+        part: progress.add_task(part, total=epochs * len(jobs), now="")
+        for part, (_, _, epochs, jobs) in parts.items()
     }
     for part, (runs, task, epochs, jobs) in parts.items():
+        progress.update(bars[part], completed=epochs * len(runs))
         for arm, scale in jobs[len(runs) :]:
             run = Run(arm.name, arm.lr, arm.clip, scale)
             runs.append(run)
