@@ -81,17 +81,14 @@ def place(values: Tensor, way: str, guard: float = _MARK) -> Placed:
     if way == "own":
         return Placed(values.clone(memory_format=torch.contiguous_format), None)
     start = _GUARD + (way == "unaligned")
-    strides = torch.empty(shape, dtype=values.dtype, device="meta").stride()
+    like = torch.empty(shape, device="meta")
     if way == "channels_last":
-        like = torch.empty(
-            shape, dtype=values.dtype, device="meta", memory_format=torch.channels_last
-        )
-        strides = like.stride()
+        like = like.to(memory_format=torch.channels_last)
     elif way in ("transposed", "permuted"):
         # the last dimension outermost
-        turned = torch.empty((shape[-1], *shape[:-1]), dtype=values.dtype, device="meta")
-        strides = turned.permute(*range(1, len(shape)), 0).stride()
-    elif way == "gaps":
+        like = torch.empty((shape[-1], *shape[:-1]), device="meta").movedim(0, -1)
+    strides = like.stride()
+    if way == "gaps":
         strides = tuple(2 * stride for stride in strides)
     elif way == "rows apart":
         strides = (strides[0] + 3, *strides[1:])
@@ -168,6 +165,4 @@ def _exact(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     n = torch.Size(shape).numel() // max(rows, 1)
     row = torch.tensor([1.0, 3.0] * (n // 2) + [2.0] * (n % 2), **_DRAWN)
     order = torch.rand(rows, n, generator=generator, **_DRAWN).argsort(1)
-    return (
-        row.expand(rows, n).gather(1, order).reshape(shape) if n else torch.empty(shape, **_DRAWN)
-    )
+    return row.expand(rows, n).gather(1, order).reshape(shape)
