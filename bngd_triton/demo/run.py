@@ -115,10 +115,9 @@ def train(
 
 def _norm(params: list[nn.Parameter], clip: float | None) -> Tensor:
     """The norm of the whole gradient; clips it in place where asked."""
-    grads = [param.grad for param in params if param.grad is not None]
-    norm: Tensor = torch.stack([grad.norm() for grad in grads]).norm()
+    norm = nn.utils.get_total_norm([param.grad for param in params if param.grad is not None])
     if clip is not None:
-        nn.utils.clip_grad_norm_(params, clip)
+        nn.utils.clip_grads_with_norm_(params, clip, norm)
     return norm
 
 

@@ -62,7 +62,7 @@ def by_form(case: Case, device: torch.device, seed: int, form: str) -> Run:
     tuning = tuning_for(device)
     placed = weights(case, tuning, device, seed)
     params = [one.tensor for one in placed]
-    grads = empty_gradients(case, placed, tuning)
+    grads = empty_gradients(case, placed)
     options = Options(**case.options)
     state: dict[Tensor, dict[str, Tensor]] = defaultdict(dict)
     make_state(state, params, options)
@@ -112,7 +112,7 @@ class _Optimizing:
         self.tuning: Tuning = tuning_for(device)
         self.placed = weights(case, self.tuning, device, seed)
         self.params = [Parameter(one.tensor) for one in self.placed]
-        self.grads = empty_gradients(case, self.placed, self.tuning)
+        self.grads = empty_gradients(case, self.placed)
         self.options = Options(**case.options)
         self.optimizer = BNGD(self.params, fused=fused, **case.options)
         for param, grad in zip(self.params, self.grads):

@@ -55,6 +55,7 @@ FACTORS: dict[str, dict[str, Any]] = {
     "gradients": dict.fromkeys(_GRADIENTS),
     "tensors": dict.fromkeys(("tiny", "borders", "layouts", "large")),
 }
+_FACTOR_OF = {value: factor for factor, values in FACTORS.items() for value in values}
 _STEPPED = [n for n in FACTORS if n not in ("storage", "gradients", "tensors")]
 
 # every value in a dozen cases: what `--quick` runs, and every other run first. With an eps,
@@ -100,14 +101,12 @@ class Case:
         found: dict[str, str] = {}
         parts = [part.strip() for part in name.split(",")]
         for value in parts if parts != ["defaults"] else []:
-            factors = [factor for factor, values in FACTORS.items() if value in values]
-            if not factors:
-                every = [value for values in FACTORS.values() for value in values]
-                close = difflib.get_close_matches(value, every)
+            if value not in _FACTOR_OF:
+                close = difflib.get_close_matches(value, _FACTOR_OF)
                 known = "; ".join(f"{f}: {', '.join(FACTORS[f])}" for f in FACTORS)
                 way_out = f"did you mean {' or '.join(close)}?" if close else f"parts are {known}"
                 raise ValueError(f"a case has no part {value!r}, in {name!r}; {way_out}")
-            (factor,) = factors
+            factor = _FACTOR_OF[value]
             if factor in found:
                 raise ValueError(
                     f"{name!r} names two values of {factor}, {found[factor]} and {value}; keep one"

@@ -40,10 +40,11 @@ _LAYOUTS = (
 
 
 class Placed(NamedTuple):
-    """A tensor, and the buffer in which it lies; None if it has a storage of its own."""
+    """A tensor, and how it lies in which buffer; None if it has a storage of its own."""
 
     tensor: Tensor
-    buffer: Tensor | None
+    way: str
+    buffer: Tensor | None = None
 
     def overwritten(self) -> int:
         """How many entries of the buffer beside the tensor have changed."""
@@ -79,7 +80,7 @@ def place(values: Tensor, way: str, guard: float = _MARK) -> Placed:
     """A copy of `values` that lies in memory in a certain way."""
     shape = values.shape
     if way == "own":
-        return Placed(values.clone(memory_format=torch.contiguous_format), None)
+        return Placed(values.clone(memory_format=torch.contiguous_format), way)
     start = _GUARD + (way == "unaligned")
     like = torch.empty(shape, device="meta")
     if way == "channels_last":
@@ -95,7 +96,7 @@ def place(values: Tensor, way: str, guard: float = _MARK) -> Placed:
     extent = 1 + sum((size - 1) * stride for size, stride in zip(shape, strides))
     length = start + max(extent, 0) + _GUARD
     buffer = torch.full((length,), guard, dtype=values.dtype, device=values.device)
-    return Placed(buffer.as_strided(shape, strides, start).copy_(values), buffer)
+    return Placed(buffer.as_strided(shape, strides, start).copy_(values), way, buffer)
 
 
 def weights(case: Case, tuning: Tuning, device: torch.device, seed: int) -> list[Placed]:
@@ -108,13 +109,13 @@ def weights(case: Case, tuning: Tuning, device: torch.device, seed: int) -> list
     return placed
 
 
-def empty_gradients(case: Case, params: list[Placed], tuning: Tuning) -> list[Tensor]:
+def empty_gradients(case: Case, params: list[Placed]) -> list[Tensor]:
     """Where gradients are written: as the parameters lie, but for every third tensor."""
     found = []
-    for i, (param, (_, way)) in enumerate(zip(params, shapes(case, tuning))):
-        values = torch.zeros(param.tensor.shape, dtype=case.dtypes[1], device=param.tensor.device)
-        other = {"transposed": "inside", "inside": "unaligned"}.get(way, way)
-        found.append(place(values, other if i % 3 == 2 else way, torch.nan).tensor)
+    others = {"transposed": "inside", "inside": "unaligned"}
+    for i, (param, way, _) in enumerate(params):
+        values = torch.zeros(param.shape, dtype=case.dtypes[1], device=param.device)
+        found.append(place(values, others.get(way, way) if i % 3 == 2 else way, torch.nan).tensor)
     return found
 
 
