@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -126,14 +127,14 @@ class _Truth:
 
     def error(self, run: Run) -> Error:
         """The largest of a run's errors, over all steps and tensors."""
-        worst = Error(0.0, 0.0, "")
-        for step in range(STEPS):
-            for error in self._errors(step, run.steps[step], run.steps[step + 1]):
-                ulp = max(worst.ulp, error.ulp)
-                if error.share > worst.share:
-                    worst = replace(error, where=f"step {step + 1}, {error.where}")
-                worst = replace(worst, ulp=ulp)
-        return worst
+        options = Options(**self.case.options)
+        errors = [Error(0.0, 0.0, "")]
+        for step, (before, after) in enumerate(pairwise(run.steps)):
+            for old, new, target, momentum in zip(before, after, *self._targets(step, before)):
+                for error in step_errors(old, new, target, momentum, options):
+                    errors.append(replace(error, where=f"step {step + 1}, {error.where}"))
+        worst = max(errors, key=lambda error: error.share)
+        return replace(worst, ulp=max(error.ulp for error in errors))
 
     def _targets(self, step: int, before: Sequence[Snapshot]) -> Any:
         """Parameters and momenta after the step; runs that agree so far share them."""
@@ -144,13 +145,6 @@ class _Truth:
             found = oracle_step(start[:n], self.grads[step], start[n:], **self.case.rule)  # type: ignore[arg-type]
             known = self.known[step] = start, found
         return known[1]
-
-    def _errors(
-        self, step: int, before: Sequence[Snapshot], after: Sequence[Snapshot]
-    ) -> Iterator[Error]:
-        options = Options(**self.case.options)
-        for old, new, target, momentum in zip(before, after, *self._targets(step, before)):
-            yield from step_errors(old, new, target, momentum, options)
 
 
 def step_errors(

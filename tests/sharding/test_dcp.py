@@ -24,7 +24,8 @@ from torch.multiprocessing import ProcessExitedException
 
 from bngd_triton import BNGD
 from bngd_triton.state_dicts import COUNTS
-from bngd_triton.verify.tolerances import ULP, ulps
+from bngd_triton.verify.tolerances import ULP
+from support.closeness import ulps
 from support.distributed_checkpoints import (
     BF16,
     EXAMPLES,

@@ -13,7 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from bngd_triton.verify.tolerances import LRE, ULP, ulps
+from bngd_triton.verify.tolerances import LRE, ULP
+from support.closeness import ulps
 from support.sharded_model import NAMES, SHAPES
 from support.sharded_steps import (
     APART,
