@@ -6,6 +6,7 @@ skipped in every step, the run is over and says nothing.
 
 from __future__ import annotations
 
+import itertools
 import warnings
 import weakref
 from collections.abc import Generator, Iterator
@@ -29,7 +30,6 @@ class Standstill:
     def __init__(self, optimizer: Any) -> None:
         # or the two would keep each other alive until Python looks for circles
         self._watch = _watch(weakref.proxy(optimizer))
-        next(self._watch)
 
     def look(self) -> None:
         """Note a step that was made."""
@@ -38,26 +38,12 @@ class Standstill:
 
 
 def _watch(optimizer: Any) -> Iterator[None]:
-    """Go on by one step of the optimizer with each `next`, until there is something to say."""
-    while True:
-        for _ in range(EVERY):
-            yield
-        if not (yield from _answer(_skipped_just_now(optimizer))):
-            continue
-        found = _overflow(optimizer)
-        overflows = None if found is None else torch.zeros_like(found)
-        before = [record[:, SKIPPED].clone() for record in _skips(optimizer)]
-        for _ in range(EVERY):
-            yield
-            found = _overflow(optimizer)
-            if found is not None and overflows is not None:
-                overflows = overflows + (found != 0)
-        if overflows is not None:
-            still: Tensor | None = overflows == EVERY
-        else:
-            still = None if found is not None else _all_skipped_since(optimizer, before)
-        if (yield from _answer(still)):
+    """Wait for the next step at each `yield`, until there is something to say."""
+    for step in itertools.count(1):
+        doubtful = step % EVERY == 0 and (yield from _answer(_skipped_just_now(optimizer)))
+        if doubtful and (yield from _stands_still(optimizer)):
             break
+        yield
     warnings.warn(
         f"BNGD moved nothing in the last {EVERY} steps: each had an inf or a NaN in every "
         "slice, or an overflow that a GradScaler found. Look at the loss; "
@@ -65,6 +51,23 @@ def _watch(optimizer: Any) -> Iterator[None]:
         RuntimeWarning,
         stacklevel=2,
     )
+
+
+def _stands_still(optimizer: Any) -> Generator[None, None, bool]:
+    """Whether the next steps move nothing at all."""
+    found = _overflow(optimizer)
+    overflows = None if found is None else torch.zeros_like(found)
+    before = _counts(optimizer)
+    for _ in range(EVERY):
+        yield
+        found = _overflow(optimizer)
+        if found is not None and overflows is not None:
+            overflows = overflows + (found != 0)
+    if overflows is not None:
+        return (yield from _answer(overflows == EVERY))
+    if found is not None:
+        return False
+    return (yield from _answer(_all_skipped(before, _counts(optimizer))))
 
 
 def _answer(flag: Tensor | None) -> Generator[None, None, bool]:
@@ -88,28 +91,33 @@ def _overflow(optimizer: Any) -> Tensor | None:
     return found if isinstance(found, Tensor) else None
 
 
+@torch.no_grad()
 def _skipped_just_now(optimizer: Any) -> Tensor | None:
     """Whether the first parameter was skipped in the last step."""
     found = _overflow(optimizer)
     if found is not None:
         return found != 0
-    for record in _skips(optimizer):
+    for record in _stepped(optimizer):
         return ~record[:, :SKIPPED].sum(-1).isfinite().any()
     return None
 
 
-def _all_skipped_since(optimizer: Any, before: list[Tensor]) -> Tensor | None:
-    """Whether every slice was skipped in every step since it had been skipped so often."""
-    counts = [record[:, SKIPPED] for record in _skips(optimizer)]
-    if not counts or list(map(len, counts)) != list(map(len, before)):
+def _all_skipped(before: list[Tensor], now: list[Tensor]) -> Tensor | None:
+    """Whether every slice was skipped in every step between two counts."""
+    if not now or list(map(len, now)) != list(map(len, before)):
         return None
-    missed = [(now - then != EVERY).any() for now, then in zip(counts, before)]
+    missed = [(new - old != EVERY).any() for old, new in zip(before, now)]
     here = missed[0].device
     return ~torch.stack([one.to(here, non_blocking=True) for one in missed]).any()
 
 
 @torch.no_grad()
-def _skips(optimizer: Any) -> Iterator[Tensor]:
+def _counts(optimizer: Any) -> list[Tensor]:
+    """How often each slice of the parameters that were stepped has been skipped."""
+    return [record[:, SKIPPED].clone() for record in _stepped(optimizer)]
+
+
+def _stepped(optimizer: Any) -> Iterator[Tensor]:
     """The records of parameters that were stepped."""
     for group in optimizer.param_groups:
         for param in group["params"]:

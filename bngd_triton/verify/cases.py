@@ -29,11 +29,7 @@ FACTORS: dict[str, dict[str, Any]] = {
         "bf16/f32": (_BRAIN, _SINGLE),
         "f32/bf16": (_SINGLE, _BRAIN),
     },
-    "granularity": {
-        "tensor": {"granularity": "tensor"},
-        "row": {"granularity": "row"},
-        "global": {"granularity": "global"},
-    },
+    "granularity": {value: {"granularity": value} for value in ("tensor", "row", "global")},
     "centring": {
         "centred": {},
         "rms": {"centering": 0.0},
