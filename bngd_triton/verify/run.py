@@ -32,7 +32,7 @@ def verify(cases: Sequence[Case], device: torch.device, seed: int, path: Path | 
     """Run cases one after the other, and report; after Ctrl-C those that were run.
 
     Args:
-        cases: see `verify_cases.suite`.
+        cases: see `cases.suite`.
         device: where; the kernels must serve it.
         seed: of parameters and gradients.
         path: where to write a JSON of everything.
