@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from . import __version__
+from . import __version__, strict_json
 
 _DEMO_PACKAGES = ("sklearn", "matplotlib", "rich")
 _INTERRUPTED = 130
@@ -238,7 +238,7 @@ def _verify_model(args: argparse.Namespace) -> int:
         traceback.print_exc()
         return _fail(f"--model {args.model}: no step could be made, see above", 2)
     if args.json is not None:
-        args.json.write_text(json.dumps(report.as_dict(), indent=1) + "\n", encoding="utf-8")
+        strict_json.write(args.json, report.as_dict())
     print(report)
     return 0 if report.ok else 1
 

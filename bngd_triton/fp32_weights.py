@@ -12,7 +12,7 @@ from .eager.rounding import master_dtype, store_, widen
 from .flat_buffers import zeros_like
 from .optimizer import BNGD
 from .options import Options
-from .state import as_state, master_key, master_of
+from .state import as_state, master_key
 from .tensors import is_sharded, local
 
 
@@ -52,10 +52,8 @@ def fp32_state_dict(model: nn.Module, optimizer: BNGD) -> dict[str, Any]:
     """
     check_pair(model, optimizer)
     found = dict(model.state_dict())
-    for name, param, options in _with_masters(model, optimizer):
-        master = None
-        if master_key(param) in optimizer.state.get(param, {}):
-            master = master_of(optimizer.state[param], param, options)
+    for name, param, _ in _with_masters(model, optimizer):
+        master = optimizer.state.get(param, {}).get(master_key(param))
         wide = widen(local(param), None if master is None else local(master)).float()
         found[name] = as_state(param, wide)
     return found
@@ -79,7 +77,7 @@ def load_fp32_state_dict(
     """
     check_pair(model, optimizer)
     model.load_state_dict(dict(state_dict), strict=strict)
-    for name, param, options in _with_masters(model, optimizer):
+    for name, param, dtype in _with_masters(model, optimizer):
         value = state_dict.get(name)
         if value is None:
             continue
@@ -88,8 +86,6 @@ def load_fp32_state_dict(
             from .sharding.placements import local_value
 
             value = local_value(value, param)
-        dtype = master_dtype(param, options.master_weights)
-        assert dtype is not None
         entry = optimizer.state[param]
         if master_key(param) not in entry:
             (made,) = zeros_like([part], [dtype])
@@ -97,11 +93,12 @@ def load_fp32_state_dict(
         store_(part, local(entry[master_key(param)]), value.to(part.device), None)
 
 
-def _with_masters(model: nn.Module, optimizer: BNGD) -> Iterator[tuple[str, Tensor, Options]]:
-    """Names of the parameters whose options ask for a master."""
+def _with_masters(model: nn.Module, optimizer: BNGD) -> Iterator[tuple[str, Tensor, torch.dtype]]:
+    """Names of the parameters whose options ask for a master, and its dtype."""
     options = {param: Options.of(group) for group in optimizer.param_groups
                for param in group["params"]}  # fmt: skip
     for name, param in model.named_parameters(remove_duplicate=False):
         one = options.get(param)
-        if one is not None and master_dtype(param, one.master_weights) is not None:
-            yield name, param, one
+        dtype = None if one is None else master_dtype(param, one.master_weights)
+        if dtype is not None:
+            yield name, param, dtype

@@ -109,12 +109,12 @@ class GradientRelease:
         self._moved: set[Tensor] = set()
         self._skipped: dict[Tensor, Tensor] = {}
         optimizer._release = self
-        release = weakref.ref(self)
+        # hooks must not keep it alive
+        move = weakref.WeakMethod(self._move)
 
         def moving(param: Tensor) -> None:
-            owner = release()
-            if owner is not None:
-                owner._move(param)
+            if (alive := move()) is not None:
+                alive(param)
 
         # group and name; making a group's names takes longer than a parameter's other checks
         self._places = {
@@ -195,8 +195,7 @@ class GradientRelease:
                 "release_gradients(model, optimizer, grad_scaler=scaler)"
             )
         optimizer._stepper.replay = None
-        inputs = inputs_of(optimizer)
-        optimizer._stepper.lay_out_and_step(optimizer, inputs, self._moved)
+        optimizer._stepper.lay_out_and_step(optimizer, inputs_of(optimizer), self._moved)
         self._moved.clear()
         if self._scaler is not None and self._scaler.is_enabled():
             self._report(self._scaler)

@@ -12,7 +12,6 @@ import platform
 import shutil
 import subprocess
 from collections.abc import Callable, Mapping
-from functools import partial
 from operator import attrgetter
 from typing import Any
 
@@ -50,7 +49,7 @@ def collect() -> dict[str, Any]:
             "python": platform.python_version(),
             "platform": platform.platform(),
             "torch": str(torch.__version__),
-            **{name: _version(name) for name in PACKAGES},
+            **{name: _tried(_version, name) for name in PACKAGES},
             "CUDA runtime": torch.version.cuda,
             "HIP runtime": torch.version.hip,
             "NVIDIA driver": _tried(_driver),
@@ -61,8 +60,8 @@ def collect() -> dict[str, Any]:
             "interpreter": _tried(interpreting),
         },
         "devices": devices,
-        "private functions of torch": {name: _tried(partial(_found, name)) for name in PRIVATE},
-        "optional packages": {name: _version(name) for name in EXTRAS},
+        "private functions of torch": {name: _tried(_found, name) for name in PRIVATE},
+        "optional packages": {name: _tried(_version, name) for name in EXTRAS},
     }
 
 
@@ -89,24 +88,21 @@ def _plain(value: Any) -> str:
     return str(value)
 
 
-def _tried(part: Callable[[], Any]) -> Any:
+def _tried(part: Callable[..., Any], *args: Any) -> Any:
     """What `part` returns, or the error that it raises."""
     try:
-        return part()
+        return part(*args)
     # a broken installation may raise anything, on import too
     except Exception as error:
         first = str(error).partition("\n")[0]
         return f"{_ERROR}{type(error).__name__}: {first}"
 
 
-def _version(package: str) -> Any:
-    def find() -> str | None:
-        try:
-            return importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            return None
-
-    return _tried(find)
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def _driver() -> str | None:
@@ -135,15 +131,15 @@ def _found(name: str) -> bool:
 
 
 def _devices() -> Any:
-    found = {"cpu": _tried(lambda: _device(torch.device("cpu")))}
+    found = {"cpu": _tried(_device, torch.device("cpu"))}
     for kind in ("cuda", "xpu", "mps"):
-        count = _tried(partial(_count, kind))
+        count = _tried(_count, kind)
         if not isinstance(count, int):
             found[kind] = count
             continue
         for index in range(count):
             device = torch.device(kind, index)
-            found[str(device)] = _tried(partial(_device, device))
+            found[str(device)] = _tried(_device, device)
     return found
 
 
@@ -158,10 +154,10 @@ def _device(device: torch.device) -> dict[str, Any]:
     """What a device is, and what a step of float32 parameters there does."""
     about: dict[str, Any] = {"name": platform.processor() or platform.machine()}
     if device.type != "cpu":
-        about = _tried(lambda: _hardware(device))
+        about = _tried(_hardware, device)
         if not isinstance(about, dict):
             about = {"name": about}
-    reason = _tried(partial(_why_not, device))
+    reason = _tried(_why_not, device)
     about["served by"] = "the eager reference"
     if reason is None:
         # in the interpreter kernels are for tests
@@ -170,7 +166,7 @@ def _device(device: torch.device) -> dict[str, Any]:
         about["served by"] = "unknown"
     about["because"] = reason
     if device.type != "mps":
-        about |= {name: _tried(partial(part, device)) for name, part in _KERNEL_PARTS.items()}
+        about |= {name: _tried(part, device) for name, part in _KERNEL_PARTS.items()}
     return about
 
 

@@ -234,7 +234,7 @@ class BNGD(Optimizer):
         if self._stepper.rounding:
             for clock in self._clocks.values():
                 clock.add_(1)
-        self._standstill.look(self)
+        self._standstill.look()
 
     @property
     def skipped(self) -> int:
@@ -291,7 +291,7 @@ class BNGD(Optimizer):
     def _forget(self) -> None:
         """Drop what can be made again; it holds addresses and must not be copied or saved."""
         self._stepper = Stepper()
-        self._standstill = Standstill()
+        self._standstill = Standstill(self)
         self._summed = SummedGradients()
         self._clocks = Clocks()
         # a compiled training step breaks its graph here, and nothing in it depends on an option's

@@ -10,8 +10,6 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
-from torch import Tensor
-
 
 class SummedGradients:
     """Looks at one gradient of each accumulating group after every micro-batch."""
@@ -29,7 +27,7 @@ class SummedGradients:
             grad = next((p.grad for p in group["params"] if p.grad is not None), None)
             if group["accumulation_steps"] == 1 or grad is None or grad.is_inference():
                 continue
-            now = _identity(grad)
+            now = id(grad), grad._version
             last = self._before.get(index)
             self._before[index] = now
             # a fresh gradient is another tensor, or written twice: zeroed and added to
@@ -44,7 +42,3 @@ class SummedGradients:
                     stacklevel=2,
                 )
                 return
-
-
-def _identity(grad: Tensor) -> tuple[int, int]:
-    return id(grad), grad._version

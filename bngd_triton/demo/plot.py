@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import math
 import platform
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from matplotlib.figure import Figure
@@ -16,28 +15,20 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from .. import __version__
-from ..strict_json import nulls
+from .. import __version__, strict_json
 from .results import Results, Run, Settings
 
-
-class _Look(NamedTuple):
-    """How one optimizer is drawn; the colours are Okabe and Ito's."""
-
-    color: str
-    line: str = "-"
-
-
+# how optimizers are drawn; the colours are Okabe and Ito's
 _LOOKS = {
-    "SGD": _Look("#E69F00"),
-    "SGD, clip 1": _Look("#E69F00", "--"),
-    "AdamW": _Look("#0072B2"),
-    "AdamW, clip 1": _Look("#0072B2", "--"),
-    "BNGD tensor": _Look("#CC79A7"),
-    "BNGD row": _Look("#009E73"),
-    "BNGD row, center_1d": _Look("#000000", "-."),
-    "BNGD, eps 0": _Look("#009E73"),
-    "BNGD, eps 1e-8": _Look("#000000", ":"),
+    "SGD": ("#E69F00", "-"),
+    "SGD, clip 1": ("#E69F00", "--"),
+    "AdamW": ("#0072B2", "-"),
+    "AdamW, clip 1": ("#0072B2", "--"),
+    "BNGD tensor": ("#CC79A7", "-"),
+    "BNGD row": ("#009E73", "-"),
+    "BNGD row, center_1d": ("#000000", "-."),
+    "BNGD, eps 0": ("#009E73", "-"),
+    "BNGD, eps 1e-8": ("#000000", ":"),
 }
 # of the sweep that chose the rates of `run.EXPLODING`
 SWEEP_EPOCHS = 15
@@ -49,14 +40,9 @@ def print_tables(results: Results, settings: Settings, console: Console) -> None
     """One table per experiment, and what they do not say by themselves."""
     # the same for all: they share the weights and the first batch
     first = results.exploding[0].first_loss if results.exploding else math.nan
-    table = Table(
-        title=f"Exploding network: digits, 20 ReLU layers, {settings.epochs} epochs, "
-        f"first loss {first:.0f}",
-        box=SIMPLE_HEAD,
-        title_justify="left",
-        show_edge=False,
-        collapse_padding=True,
-        pad_edge=False,
+    table = _table(
+        f"Exploding network: digits, 20 ReLU layers, {settings.epochs} epochs, "
+        f"first loss {first:.0f}"
     )
     table.add_column("optimizer", overflow="fold")
     # the whole table has 79 columns
@@ -79,11 +65,9 @@ def print_tables(results: Results, settings: Settings, console: Console) -> None
     names = list(dict.fromkeys(run.optimizer for run in results.loss_scale))
     if names:
         console.print(_scale_table(results.loss_scale, names, settings), "")
-    other = (
-        ""
-        if settings.epochs == SWEEP_EPOCHS
-        else f"With epochs = {settings.epochs} other rates may be better. "
-    )
+    other = ""
+    if settings.epochs != SWEEP_EPOCHS:
+        other = f"With epochs = {settings.epochs} other rates may be better. "
     console.print(
         f"Norms{'' if with_norms else ', in the JSON,'} are the gradient's, before clipping. "
         f"One seed ({settings.seed}): a few points between two rows are no result. "
@@ -96,14 +80,8 @@ def print_tables(results: Results, settings: Settings, console: Console) -> None
 
 
 def _scale_table(runs: Sequence[Run], names: list[str], settings: Settings) -> Table:
-    table = Table(
-        title=f"Test accuracy % by factor c of the loss: {settings.scale_epochs} epochs, "
-        "lr 0.01 for all",
-        box=SIMPLE_HEAD,
-        title_justify="left",
-        show_edge=False,
-        collapse_padding=True,
-        pad_edge=False,
+    table = _table(
+        f"Test accuracy % by factor c of the loss: {settings.scale_epochs} epochs, lr 0.01 for all"
     )
     for name in ("c", *names):
         table.add_column(name, justify="right", overflow="fold")
@@ -111,6 +89,13 @@ def _scale_table(runs: Sequence[Run], names: list[str], settings: Settings) -> T
     for scale in settings.scales:
         table.add_row(f"{scale:g}", *(cells.get((scale, name), "-") for name in names))
     return table
+
+
+def _table(title: str) -> Table:
+    return Table(
+        title=title, box=SIMPLE_HEAD, title_justify="left", show_edge=False, collapse_padding=True,
+        pad_edge=False,
+    )  # fmt: skip
 
 
 def _accuracy(run: Run) -> str:
@@ -139,56 +124,55 @@ def draw(results: Results, settings: Settings, path: Path) -> None:
 
 
 def _draw_losses(axes: Any, runs: Sequence[Run]) -> None:
-    axes.set_title("Exploding network: 20 ReLU layers, weights too large")
-    axes.set_xlabel("epoch (0: the first batch, before any step)")
-    axes.set_ylabel("mean training loss")
-    axes.set_yscale("log")
+    axes.set(
+        title="Exploding network: 20 ReLU layers, weights too large",
+        xlabel="epoch (0: the first batch, before any step)",
+        ylabel="mean training loss",
+        yscale="log",
+    )
     axes.xaxis.get_major_locator().set_params(integer=True)
     for run in runs:
-        look = _LOOKS[run.optimizer]
+        color, line = _LOOKS[run.optimizer]
         points = [(0, run.first_loss), *enumerate(run.losses, start=1)] if run.losses else []
         finite = [(x, y) for x, y in points if math.isfinite(y)]
         label = f"{run.optimizer} (lr {run.lr:g}): test {_accuracy(run)}"
         label += " %" if run.status != "not finite" else f" from epoch {len(run.losses)}"
         axes.plot(
-            [x for x, _ in finite], [y for _, y in finite], color=look.color, linestyle=look.line,
+            [x for x, _ in finite], [y for _, y in finite], color=color, linestyle=line,
             linewidth=2, label=label,
         )  # fmt: skip
         if run.status == "not finite" and finite:
-            axes.plot(*finite[-1], color=look.color, marker="x", markersize=12, markeredgewidth=3)
+            axes.plot(*finite[-1], color=color, marker="x", markersize=12, markeredgewidth=3)
             axes.annotate(
-                "NaN",
-                finite[-1],
-                (10, 0),
-                textcoords="offset points",
-                color=look.color,
-                va="center",
+                "NaN", finite[-1], (10, 0), textcoords="offset points", color=color, va="center"
             )
 
 
 def _draw_scales(axes: Any, runs: Sequence[Run], settings: Settings) -> None:
-    axes.set_title("The loss times c: a 64-64-10 network, lr 0.01 for all")
-    axes.set_xlabel("factor c of the loss")
-    axes.set_ylabel("test accuracy, %")
-    axes.set_xscale("log")
-    axes.set_xticks(settings.scales)
-    axes.set_xlim(min(settings.scales) / 30, max(settings.scales) * 30)
-    axes.set_ylim(-14, 104)
+    axes.set(
+        title="The loss times c: a 64-64-10 network, lr 0.01 for all",
+        xlabel="factor c of the loss",
+        ylabel="test accuracy, %",
+        xscale="log",
+        xticks=settings.scales,
+        xlim=(min(settings.scales) / 30, max(settings.scales) * 30),
+        ylim=(-14, 104),
+    )
     axes.set_yticks([_NAN_HEIGHT, *range(0, 101, 20)], ["NaN", *range(0, 101, 20)])
     axes.axhspan(-14, -2, color="0.92", zorder=0)
     names = list(dict.fromkeys(run.optimizer for run in runs))
     for place, name in enumerate(names):
-        look = _LOOKS[name]
+        color, line = _LOOKS[name]
         mine = [run for run in runs if run.optimizer == name and run.accuracies]
         x = [run.loss_scale for run in mine]
         accuracies = [run.accuracies[-1] for run in mine]
         # at most scales most optimizers are within a point: rings in rings, the last the smallest
         axes.plot(
             x, [value if math.isfinite(value) else _NAN_HEIGHT for value in accuracies],
-            color=look.color, linestyle="none", marker="o", markerfacecolor="none",
+            color=color, linestyle="none", marker="o", markerfacecolor="none",
             markersize=20 - 4 * place, markeredgewidth=1.8, label=name,
         )  # fmt: skip
-        axes.plot(x, accuracies, color=look.color, linestyle=look.line, linewidth=1, alpha=0.4)
+        axes.plot(x, accuracies, color=color, linestyle=line, linewidth=1, alpha=0.4)
 
 
 def write_json(
@@ -205,5 +189,4 @@ def write_json(
         **shared,
         **asdict(settings),
     }
-    figures = {"settings": about, "interrupted": interrupted, **nulls(asdict(results))}
-    path.write_text(json.dumps(figures, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    strict_json.write(path, {"settings": about, "interrupted": interrupted, **asdict(results)})

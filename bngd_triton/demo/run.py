@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -114,10 +115,9 @@ def train(
 
 def _norm(params: list[nn.Parameter], clip: float | None) -> Tensor:
     """The norm of the whole gradient; clips it in place where asked."""
-    grads = [param.grad for param in params if param.grad is not None]
-    norm: Tensor = torch.stack([grad.norm() for grad in grads]).norm()
+    norm = nn.utils.get_total_norm([param.grad for param in params if param.grad is not None])
     if clip is not None:
-        nn.utils.clip_grad_norm_(params, clip)
+        nn.utils.clip_grads_with_norm_(params, clip, norm)
     return norm
 
 
@@ -151,39 +151,35 @@ def compare(
 
     `watch` sees a run after each epoch, `finished` gets a line about each run that has ended.
     """
-    first = [(results.exploding, arm, 1.0, settings.epochs, exploding_task) for arm in EXPLODING]
-    second = [
-        (results.loss_scale, arm, scale, settings.scale_epochs, loss_scale_task)
-        for arm in LOSS_SCALE
-        for scale in settings.scales
-    ]
-    parts = {"exploding network": first, "loss scale": second}
-    bars = {
-        name: progress.add_task(name, total=sum(job[3] for job in jobs), now="")
-        for name, jobs in parts.items()
+    plain = [(arm, 1.0) for arm in EXPLODING]
+    scaled = list(product(LOSS_SCALE, settings.scales))
+    parts = {
+        "exploding network": (results.exploding, exploding_task, settings.epochs, plain),
+        "loss scale": (results.loss_scale, loss_scale_task, settings.scale_epochs, scaled),
     }
-    for (name, jobs), there in zip(parts.items(), (results.exploding, results.loss_scale)):
-        earlier = len(there)
-        ended = sum(job[3] for job in jobs[:earlier])
-        progress.update(bars[name], completed=ended)
-        for number, (runs, arm, scale, epochs, task) in enumerate(jobs[earlier:], earlier + 1):
+    bars = {
+        part: progress.add_task(part, total=epochs * len(jobs), now="")
+        for part, (_, _, epochs, jobs) in parts.items()
+    }
+    for part, (runs, task, epochs, jobs) in parts.items():
+        progress.update(bars[part], completed=epochs * len(runs))
+        for arm, scale in jobs[len(runs) :]:
             run = Run(arm.name, arm.lr, arm.clip, scale)
             runs.append(run)
             label = arm.name if task is exploding_task else f"{arm.name}, c = {scale:g}"
-            progress.update(bars[name], now=label)
+            progress.update(bars[part], now=label)
 
-            def show(run: Run, bar: TaskID = bars[name], label: str = label) -> None:
+            def show(run: Run, bar: TaskID = bars[part], label: str = label) -> None:
                 progress.update(bar, advance=1, now=f"{label}: loss {run.losses[-1]:.3g}")
                 watch(run)
 
             train(run, arm, task(settings.seed), epochs, settings, show)
             finished(
-                f"{name} {number}/{len(jobs)}, {label}: loss {run.losses[-1]:.3g}, "
+                f"{part} {len(runs)}/{len(jobs)}, {label}: loss {run.losses[-1]:.3g}, "
                 f"test {run.accuracies[-1]:.1f} %"
             )
             # a run that stopped early leaves a gap
-            ended += epochs
-            progress.update(bars[name], completed=ended)
+            progress.update(bars[part], completed=epochs * len(runs))
 
 
 def demo(

@@ -65,18 +65,14 @@ class GradStatsLog:
         """
         if column not in COLUMNS:
             raise ValueError(f"column must be one of {', '.join(COLUMNS)}, got {column!r}")
-        place: dict[str, int] = {}
-        for logged in self.steps:
-            for name in logged.names:
-                place.setdefault(name, len(place))
-        found = torch.full(
-            (len(place), len(self.steps)), torch.nan, dtype=torch.float64, device="cpu"
-        )
+        names = list(dict.fromkeys(name for logged in self.steps for name in logged.names))
+        place = {name: i for i, name in enumerate(names)}
+        shape = len(names), len(self.steps)
+        found = torch.full(shape, torch.nan, dtype=torch.float64, device="cpu")
         for i, logged in enumerate(self.steps):
-            found[[place[name] for name in logged.names], i] = logged.values[
-                :, COLUMNS.index(column)
-            ]
-        return list(place), [logged.step for logged in self.steps], found
+            lines = [place[name] for name in logged.names]
+            found[lines, i] = logged.values[:, COLUMNS.index(column)]
+        return names, [logged.step for logged in self.steps], found
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write everything as JSON; an older file of that name is replaced when it is complete.

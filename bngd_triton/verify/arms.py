@@ -5,20 +5,20 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from ..eager.rounding import widen
+from ..eager.rounding import master_dtype, widen
 from ..kernels import fused_step_
 from ..kernels.devices import Tuning, tuning_for
 from ..kernels.launch import FORMS
 from ..optimizer import BNGD
 from ..options import Options
-from ..state import MOMENTUM, make_state, master_of
+from ..state import MOMENTUM, make_state, master_key, master_of
 from .cases import STEPS, Case
 from .tensors import Placed, empty_gradients, gradients, weights
 
@@ -62,13 +62,13 @@ def by_form(case: Case, device: torch.device, seed: int, form: str) -> Run:
     tuning = tuning_for(device)
     placed = weights(case, tuning, device, seed)
     params = [one.tensor for one in placed]
-    grads = empty_gradients(case, placed, tuning)
+    grads = empty_gradients(case, placed)
     options = Options(**case.options)
     state: dict[Tensor, dict[str, Tensor]] = defaultdict(dict)
     make_state(state, params, options)
     masters = [master_of(state[param], param, options) for param in params]
     buffers = [state[param][MOMENTUM] for param in params] if options.buffered else None
-    steps = [snapshot(params, masters, buffers)]
+    steps = [snapshots(state, params, options)]
     skipped = 0
     for step in range(STEPS):
         _fill(grads, gradients(case, tuning, step, seed))
@@ -79,7 +79,7 @@ def by_form(case: Case, device: torch.device, seed: int, form: str) -> Run:
                 rounding_key=step if case.stochastic else None, **case.rule,
             )
         )  # fmt: skip
-        steps.append(snapshot(params, masters, buffers))
+        steps.append(snapshots(state, params, options))
     return Run(steps, skipped, _overwritten(placed))
 
 
@@ -112,13 +112,14 @@ class _Optimizing:
         self.tuning: Tuning = tuning_for(device)
         self.placed = weights(case, self.tuning, device, seed)
         self.params = [Parameter(one.tensor) for one in self.placed]
-        self.grads = empty_gradients(case, self.placed, self.tuning)
+        self.grads = empty_gradients(case, self.placed)
+        self.options = Options(**case.options)
         self.optimizer = BNGD(self.params, fused=fused, **case.options)
         for param, grad in zip(self.params, self.grads):
             # torch checks dtype and strides only on assignment
             param.grad = torch.empty_like(param)
             param.grad.data = grad
-        self.steps = [self._snapshot()]
+        self.steps = [snapshots(self.optimizer.state, self.params, self.options)]
 
     def run(self) -> Run:
         for step in range(STEPS):
@@ -142,16 +143,7 @@ class _Optimizing:
     def _step(self, step: int, move: Callable[[], Any]) -> None:
         _fill(self.grads, gradients(self.case, self.tuning, step, self.seed))
         move()
-        self.steps.append(self._snapshot())
-
-    def _snapshot(self) -> list[Snapshot]:
-        state, options = self.optimizer.state, Options.of(self.optimizer.param_groups[0])
-        params = [param.detach() for param in self.params]
-        if not state:
-            return snapshot(params, [None] * len(params), None)
-        masters = [master_of(state[param], param, options) for param in self.params]
-        buffers = [state[p][MOMENTUM] for p in self.params] if options.buffered else None
-        return snapshot(params, masters, buffers)
+        self.steps.append(snapshots(self.optimizer.state, self.params, self.options))
 
     def _done(self) -> Run:
         # parameters with a storage of their own have moved to flat buffers
@@ -167,17 +159,30 @@ def _overwritten(placed: Sequence[Placed]) -> int:
     return sum(one.overwritten() for one in placed)
 
 
-def snapshot(
-    params: Sequence[Tensor],
-    masters: Sequence[Tensor | None],
-    buffers: Sequence[Tensor | None] | None,
+def snapshots(
+    state: Mapping[Tensor, Mapping[str, Tensor]], params: Sequence[Tensor], options: Options
 ) -> list[Snapshot]:
-    """Copies of parameters, masters and momenta on the CPU."""
-    return [
-        Snapshot(
-            param.cpu().clone(),
-            widen(param, master).cpu().clone(),
-            None if buffer is None else buffer.cpu().clone(),
+    """What is kept of parameters; state that is not there yet begins as the parameter, as zeros."""
+    found = []
+    for param in params:
+        theta, kept = param.detach(), state.get(param, {})
+        master, momentum = (
+            kept.get(key) if key in kept_keys(param, options) else None
+            for key in (master_key(param), MOMENTUM)
         )
-        for param, master, buffer in zip(params, masters, buffers or [None] * len(params))
-    ]
+        found.append(
+            Snapshot(
+                theta.cpu().clone(),
+                widen(theta, master).cpu().clone(),
+                None if momentum is None else momentum.cpu().clone(),
+            )
+        )
+    return found
+
+
+def kept_keys(param: Tensor, options: Options) -> list[str]:
+    """Keys of the state that a step leaves for a parameter, but for windows."""
+    keys = [MOMENTUM] if options.buffered else []
+    if master_dtype(param, options.master_weights) is not None:
+        keys.append(master_key(param))
+    return keys

@@ -29,11 +29,7 @@ FACTORS: dict[str, dict[str, Any]] = {
         "bf16/f32": (_BRAIN, _SINGLE),
         "f32/bf16": (_SINGLE, _BRAIN),
     },
-    "granularity": {
-        "tensor": {"granularity": "tensor"},
-        "row": {"granularity": "row"},
-        "global": {"granularity": "global"},
-    },
+    "granularity": {value: {"granularity": value} for value in ("tensor", "row", "global")},
     "centring": {
         "centred": {},
         "rms": {"centering": 0.0},
@@ -55,6 +51,7 @@ FACTORS: dict[str, dict[str, Any]] = {
     "gradients": dict.fromkeys(_GRADIENTS),
     "tensors": dict.fromkeys(("tiny", "borders", "layouts", "large")),
 }
+_FACTOR_OF = {value: factor for factor, values in FACTORS.items() for value in values}
 _STEPPED = [n for n in FACTORS if n not in ("storage", "gradients", "tensors")]
 
 # every value in a dozen cases: what `--quick` runs, and every other run first. With an eps,
@@ -100,14 +97,12 @@ class Case:
         found: dict[str, str] = {}
         parts = [part.strip() for part in name.split(",")]
         for value in parts if parts != ["defaults"] else []:
-            factors = [factor for factor, values in FACTORS.items() if value in values]
-            if not factors:
-                every = [value for values in FACTORS.values() for value in values]
-                close = difflib.get_close_matches(value, every)
+            if value not in _FACTOR_OF:
+                close = difflib.get_close_matches(value, _FACTOR_OF)
                 known = "; ".join(f"{f}: {', '.join(FACTORS[f])}" for f in FACTORS)
                 way_out = f"did you mean {' or '.join(close)}?" if close else f"parts are {known}"
                 raise ValueError(f"a case has no part {value!r}, in {name!r}; {way_out}")
-            (factor,) = factors
+            factor = _FACTOR_OF[value]
             if factor in found:
                 raise ValueError(
                     f"{name!r} names two values of {factor}, {found[factor]} and {value}; keep one"
@@ -194,35 +189,22 @@ def covering(strength: int, given: Sequence[Case]) -> list[Case]:
         for factors in itertools.combinations(FACTORS, strength)
         for values in itertools.product(*(FACTORS[factor] for factor in factors))
     )
+
+    def fresh(values: dict[str, str]) -> list[Any]:
+        """The missing combinations that occur among the values of factors."""
+        ordered = [(name, values[name]) for name in FACTORS if name in values]
+        return [one for one in itertools.combinations(ordered, strength) if one in missing]
+
     found: list[Case] = []
     for case in given:
-        _strike(case, missing, strength)
+        for combination in fresh(dict(case.values)):
+            del missing[combination]
     while missing:
         chosen = dict(next(iter(missing)))
         for factor, values in FACTORS.items():
             if factor not in chosen:
-                gains = {v: _gain({**chosen, factor: v}, factor, missing, strength) for v in values}
-                chosen[factor] = max(gains, key=lambda value: gains[value])
+                chosen[factor] = max(values, key=lambda one: len(fresh({**chosen, factor: one})))
         found.append(Case.of(chosen))
-        _strike(found[-1], missing, strength)
+        for combination in fresh(chosen):
+            del missing[combination]
     return found
-
-
-_Combination = tuple[tuple[str, str], ...]
-
-
-def _strike(case: Case, missing: dict[_Combination, None], strength: int) -> None:
-    for combination in itertools.combinations(case.values, strength):
-        missing.pop(combination, None)
-
-
-def _gain(
-    chosen: dict[str, str], factor: str, missing: dict[_Combination, None], strength: int
-) -> int:
-    """How many missing combinations the value of a factor completes."""
-    ordered = [(name, chosen[name]) for name in FACTORS if name in chosen]
-    return sum(
-        combination in missing
-        for combination in itertools.combinations(ordered, strength)
-        if (factor, chosen[factor]) in combination
-    )

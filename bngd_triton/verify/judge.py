@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, NamedTuple
+from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +24,8 @@ from .tolerances import step_bounds
 _BITS = {torch.float32: 24, torch.bfloat16: 8, torch.float16: 11}
 
 
-class Error(NamedTuple):
+@dataclass(frozen=True)
+class Error:
     """How far parameters are from where the definition in float64 would have moved them.
 
     Attributes:
@@ -125,14 +127,14 @@ class _Truth:
 
     def error(self, run: Run) -> Error:
         """The largest of a run's errors, over all steps and tensors."""
-        worst = Error(0.0, 0.0, "")
-        for step in range(STEPS):
-            for error in self._errors(step, run.steps[step], run.steps[step + 1]):
-                ulp = max(worst.ulp, error.ulp)
-                if error.share > worst.share:
-                    worst = error._replace(where=f"step {step + 1}, {error.where}")
-                worst = worst._replace(ulp=ulp)
-        return worst
+        options = Options(**self.case.options)
+        errors = [Error(0.0, 0.0, "")]
+        for step, (before, after) in enumerate(pairwise(run.steps)):
+            for old, new, target, momentum in zip(before, after, *self._targets(step, before)):
+                for error in step_errors(old, new, target, momentum, options):
+                    errors.append(replace(error, where=f"step {step + 1}, {error.where}"))
+        worst = max(errors, key=lambda error: error.share)
+        return replace(worst, ulp=max(error.ulp for error in errors))
 
     def _targets(self, step: int, before: Sequence[Snapshot]) -> Any:
         """Parameters and momenta after the step; runs that agree so far share them."""
@@ -143,13 +145,6 @@ class _Truth:
             found = oracle_step(start[:n], self.grads[step], start[n:], **self.case.rule)  # type: ignore[arg-type]
             known = self.known[step] = start, found
         return known[1]
-
-    def _errors(
-        self, step: int, before: Sequence[Snapshot], after: Sequence[Snapshot]
-    ) -> Iterator[Error]:
-        options = Options(**self.case.options)
-        for old, new, target, momentum in zip(before, after, *self._targets(step, before)):
-            yield from step_errors(old, new, target, momentum, options)
 
 
 def step_errors(

@@ -12,16 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import is_served
-from ..eager.rounding import master_dtype
 from ..engine.collect import gather
 from ..engine.step import inputs_of
 from ..optimizer import BNGD
 from ..options import Options
-from ..state import MOMENTUM, master_key
 from ..state_dicts import names_in, parameter_names
 from ..strict_json import nulls
 from ..tensors import is_sharded
-from .arms import Snapshot, snapshot
+from .arms import kept_keys, snapshots
 from .judge import step_errors
 from .oracle import oracle_step
 
@@ -125,11 +123,11 @@ def verify_step(model: nn.Module, optimizer: BNGD, loss_fn: LossFunction) -> Ste
         NotImplementedError: micro-batches, gradient release and sharded parameters.
     """
     _check(optimizer)
-    names = _names(model, optimizer)
     cuda = list({p.device for p in model.parameters() if p.device.type == "cuda"})
     # which turns gradients on, too
     with torch.random.fork_rng(cuda), torch.inference_mode(False):
         model, optimizer = _copied(model, optimizer)
+        names = _names(model, optimizer)
         optimizer.zero_grad()
         loss = loss_fn(model)
         if not isinstance(loss, Tensor) or not loss.requires_grad or loss.numel() != 1:
@@ -186,33 +184,32 @@ def _copied(model: nn.Module, optimizer: BNGD) -> tuple[nn.Module, BNGD]:
         ) from error
 
 
-def _names(model: nn.Module, optimizer: BNGD) -> dict[tuple[int, int], str]:
-    """The name of each parameter, by the places of its group and of itself."""
+def _names(model: nn.Module, optimizer: BNGD) -> dict[Tensor, str]:
+    """The name of each parameter of the optimizer."""
     of_model = names_in(model, optimizer)
     return {
-        (i, j): own if "param_names" in group else of_model.get(own, own)
-        for i, group in enumerate(optimizer.param_groups)
-        for j, own in enumerate(parameter_names(group, i))
+        param: own if "param_names" in group else of_model.get(own, own)
+        for index, group in enumerate(optimizer.param_groups)
+        for param, own in zip(group["params"], parameter_names(group, index))
     }
 
 
 class _Before:
     """One group of parameters before the step, and where the definition takes them."""
 
-    def __init__(self, optimizer: BNGD, index: int, names: dict[tuple[int, int], str]) -> None:
+    def __init__(self, optimizer: BNGD, index: int, names: dict[Tensor, str]) -> None:
         group = optimizer.param_groups[index]
         self.options = Options.of(group)
-        places = [j for j, param in enumerate(group["params"]) if param.grad is not None]
-        self.params: list[Tensor] = [group["params"][j] for j in places]
-        self.names = [names[index, j] for j in places]
+        self.names = names
+        self.params: list[Tensor] = [p for p in group["params"] if p.grad is not None]
         # what the step must leave alone
-        self.others = [
-            (names[index, j], param, param.detach().cpu().clone())
-            for j, param in enumerate(group["params"])
+        self.others: list[tuple[Tensor, Tensor]] = [
+            (param, param.detach().cpu().clone())
+            for param in group["params"]
             if param.grad is None and is_served(param) and not param.is_meta
         ]
         self.fused = gather(optimizer, index, self.options, inputs_of(optimizer), ()).fused
-        self.snapshots = self._snapshots(optimizer)
+        self.snapshots = snapshots(optimizer.state, self.params, self.options)
         self.target = oracle_step(
             [one.wide for one in self.snapshots],
             [param.grad for param in self.params],
@@ -220,43 +217,25 @@ class _Before:
             **{name: getattr(self.options, name) for name in oracle_step.__kwdefaults__ or ()},
         )
 
-    def _wanted(self, param: Tensor) -> list[str]:
-        """Keys of the state that a step leaves for a parameter."""
-        keys = [MOMENTUM] if self.options.buffered else []
-        if master_dtype(param, self.options.master_weights) is not None:
-            keys.append(master_key(param))
-        return keys
-
-    def _snapshots(self, optimizer: BNGD) -> list[Snapshot]:
-        # state that is not there yet begins as the parameter, and as zeros
-        states = [
-            {key: optimizer.state.get(param, {}).get(key) for key in self._wanted(param)}
-            for param in self.params
-        ]
-        return snapshot(
-            [param.detach() for param in self.params],
-            [state.get(master_key(param)) for param, state in zip(self.params, states)],
-            [state.get(MOMENTUM) for state in states],
-        )
-
     def compare(self, optimizer: BNGD) -> Iterator[CheckedParameter]:
         """With what the step did."""
-        rows = zip(
-            self.params, self.names, self.fused, self.snapshots, self._snapshots(optimizer),
-            *self.target,
-        )  # fmt: skip
-        for param, name, fused, old, new, target, momentum in rows:
+        after = snapshots(optimizer.state, self.params, self.options)
+        rows = zip(self.params, self.fused, self.snapshots, after, *self.target)
+        for param, fused, old, new, target, momentum in rows:
             errors = step_errors(old, new, target, momentum, self.options)
             worst = max(errors, key=lambda error: error.share)
             share, where = worst.share, worst.where
-            lost = [key for key in self._wanted(param) if key not in optimizer.state.get(param, {})]
+            kept = optimizer.state.get(param, {})
+            lost = [key for key in kept_keys(param, self.options) if key not in kept]
             if lost:
                 share, where = math.inf, f"the step left no {' and no '.join(lost)}"
-            path = "kernels" if fused else "eager"
-            yield CheckedParameter(name, tuple(param.shape), param.dtype, path, share, where)
-        for name, param, kept in self.others:
+            yield self._checked(param, "kernels" if fused else "eager", share, where)
+        for param, before in self.others:
             now = param.detach().cpu()
-            if not torch.equal(now.nan_to_num(), kept.nan_to_num()):
+            if not torch.equal(now.nan_to_num(), before.nan_to_num()):
                 where = "has no gradient, and the step moved it"
-                shape = tuple(param.shape)
-                yield CheckedParameter(name, shape, param.dtype, "none", math.inf, where)
+                yield self._checked(param, "none", math.inf, where)
+
+    def _checked(self, param: Tensor, path: str, share: float, where: str) -> CheckedParameter:
+        name, shape = self.names[param], tuple(param.shape)
+        return CheckedParameter(name, shape, param.dtype, path, share, where)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import platform
 import shutil
@@ -11,15 +10,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
 import numpy as np
 import torch
 
-from .. import __version__
+from .. import __version__, strict_json
 from ..info import collect
 from ..kernels.support import interpreting
-from ..strict_json import nulls
 from .cases import FACTORS, STEPS, Case
 from .judge import Result, judge
 
@@ -34,7 +32,7 @@ def verify(cases: Sequence[Case], device: torch.device, seed: int, path: Path | 
     """Run cases one after the other, and report; after Ctrl-C those that were run.
 
     Args:
-        cases: see `verify_cases.suite`.
+        cases: see `cases.suite`.
         device: where; the kernels must serve it.
         seed: of parameters and gradients.
         path: where to write a JSON of everything.
@@ -157,13 +155,7 @@ def _write(
         "steps": STEPS,
         "complete": complete,
         "passed": complete and not any(one.failures for one in results),
-        "cases": [{**asdict(one), **_errors(one)} for one in results],
+        "cases": [asdict(one) for one in results],
         "info": collect(),
     }
-    path.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-
-
-def _errors(result: Result) -> dict[str, Any]:
-    """The errors as dictionaries, with None for what JSON cannot hold."""
-    errors = {"kernels": result.kernels, "eager": result.eager}
-    return {name: error and nulls(error._asdict()) for name, error in errors.items()}
+    strict_json.write(path, document)

@@ -40,10 +40,11 @@ _LAYOUTS = (
 
 
 class Placed(NamedTuple):
-    """A tensor, and the buffer in which it lies; None if it has a storage of its own."""
+    """A tensor, and how it lies in which buffer; None if it has a storage of its own."""
 
     tensor: Tensor
-    buffer: Tensor | None
+    way: str
+    buffer: Tensor | None = None
 
     def overwritten(self) -> int:
         """How many entries of the buffer beside the tensor have changed."""
@@ -79,26 +80,23 @@ def place(values: Tensor, way: str, guard: float = _MARK) -> Placed:
     """A copy of `values` that lies in memory in a certain way."""
     shape = values.shape
     if way == "own":
-        return Placed(values.clone(memory_format=torch.contiguous_format), None)
+        return Placed(values.clone(memory_format=torch.contiguous_format), way)
     start = _GUARD + (way == "unaligned")
-    strides = torch.empty(shape, dtype=values.dtype, device="meta").stride()
+    like = torch.empty(shape, device="meta")
     if way == "channels_last":
-        like = torch.empty(
-            shape, dtype=values.dtype, device="meta", memory_format=torch.channels_last
-        )
-        strides = like.stride()
+        like = like.to(memory_format=torch.channels_last)
     elif way in ("transposed", "permuted"):
         # the last dimension outermost
-        turned = torch.empty((shape[-1], *shape[:-1]), dtype=values.dtype, device="meta")
-        strides = turned.permute(*range(1, len(shape)), 0).stride()
-    elif way == "gaps":
+        like = torch.empty((shape[-1], *shape[:-1]), device="meta").movedim(0, -1)
+    strides = like.stride()
+    if way == "gaps":
         strides = tuple(2 * stride for stride in strides)
     elif way == "rows apart":
         strides = (strides[0] + 3, *strides[1:])
     extent = 1 + sum((size - 1) * stride for size, stride in zip(shape, strides))
     length = start + max(extent, 0) + _GUARD
     buffer = torch.full((length,), guard, dtype=values.dtype, device=values.device)
-    return Placed(buffer.as_strided(shape, strides, start).copy_(values), buffer)
+    return Placed(buffer.as_strided(shape, strides, start).copy_(values), way, buffer)
 
 
 def weights(case: Case, tuning: Tuning, device: torch.device, seed: int) -> list[Placed]:
@@ -111,13 +109,13 @@ def weights(case: Case, tuning: Tuning, device: torch.device, seed: int) -> list
     return placed
 
 
-def empty_gradients(case: Case, params: list[Placed], tuning: Tuning) -> list[Tensor]:
+def empty_gradients(case: Case, params: list[Placed]) -> list[Tensor]:
     """Where gradients are written: as the parameters lie, but for every third tensor."""
     found = []
-    for i, (param, (_, way)) in enumerate(zip(params, shapes(case, tuning))):
-        values = torch.zeros(param.tensor.shape, dtype=case.dtypes[1], device=param.tensor.device)
-        other = {"transposed": "inside", "inside": "unaligned"}.get(way, way)
-        found.append(place(values, other if i % 3 == 2 else way, torch.nan).tensor)
+    others = {"transposed": "inside", "inside": "unaligned"}
+    for i, (param, way, _) in enumerate(params):
+        values = torch.zeros(param.shape, dtype=case.dtypes[1], device=param.device)
+        found.append(place(values, others.get(way, way) if i % 3 == 2 else way, torch.nan).tensor)
     return found
 
 
@@ -168,6 +166,4 @@ def _exact(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     n = torch.Size(shape).numel() // max(rows, 1)
     row = torch.tensor([1.0, 3.0] * (n // 2) + [2.0] * (n % 2), **_DRAWN)
     order = torch.rand(rows, n, generator=generator, **_DRAWN).argsort(1)
-    return (
-        row.expand(rows, n).gather(1, order).reshape(shape) if n else torch.empty(shape, **_DRAWN)
-    )
+    return row.expand(rows, n).gather(1, order).reshape(shape)

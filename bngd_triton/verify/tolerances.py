@@ -80,12 +80,3 @@ def _stored(size: Tensor, dtype: torch.dtype) -> Tensor:
 # summed in another order and move a weight by 1e-15 of a step, which shows where it lay next to
 # the middle of two floats
 ULP = 2
-
-
-def ulps(ours: Tensor, theirs: Tensor) -> int:
-    """The largest distance of two tensors' entries, in float32 numbers."""
-    ordered = []
-    for values in (ours, theirs):
-        bits = values.float().contiguous().view(torch.int32).long()
-        ordered.append(torch.where(bits < 0, -(bits & 0x7FFFFFFF), bits))
-    return int((ordered[0] - ordered[1]).abs().max()) if ours.numel() else 0

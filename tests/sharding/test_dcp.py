@@ -18,9 +18,10 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.multiprocessing import ProcessExitedException
 
 from bngd_triton import BNGD
-from bngd_triton.verify.tolerances import ULP, ulps
+from bngd_triton.verify.tolerances import ULP
 from support import distributed_checkpoints
 from support.checkout import EXAMPLES
+from support.closeness import ulps
 from support.distributed_checkpoints import FORMS, LAST, SAVED, made
 from support.processes import WorkerError, needs_gloo, run
 from support.time_limits import patience

@@ -8,8 +8,9 @@ import functools
 import pytest
 import torch
 
-from bngd_triton.verify.tolerances import LRE, ULP, ulps
+from bngd_triton.verify.tolerances import LRE, ULP
 from support import sharded_steps
+from support.closeness import ulps
 from support.processes import needs_gloo
 from support.sharded_model import NAMES, SHAPES
 from support.sharded_steps import APART, LAYOUTS, alone, runs, visited

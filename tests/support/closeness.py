@@ -15,3 +15,12 @@ def assert_within(what, got, want, bound):
             f"{what}: {int((error > bound).sum())} of {error.numel()} entries off; entry {i} is "
             f"{got:.9g}, not {want:.9g}: error {far:.3g} > {most:.3g}"
         )
+
+
+def ulps(ours, theirs):
+    """The largest distance of two tensors' entries, in float32 numbers."""
+    ordered = []
+    for values in (ours, theirs):
+        bits = values.float().contiguous().view(torch.int32).long()
+        ordered.append(torch.where(bits < 0, -(bits & 0x7FFFFFFF), bits))
+    return int((ordered[0] - ordered[1]).abs().max()) if ours.numel() else 0
