@@ -206,7 +206,7 @@ class Replay:
         ends = list(accumulate(len(lot.pairs) for lot in self.lots))
         for lot, end in zip(self.lots, ends):
             here = found if len(self.lots) == 1 else found[end - len(lot.pairs) : end]
-            if isinstance(lot.prepared, FusedStep) and not lot.prepared.point_at(here):
+            if isinstance(lot.prepared, FusedStep) and not lot.prepared.plan.point_at(here):
                 return False
         if changed or self.reader.by_value or inputs.closing != self.closing:
             for lot in self.lots:

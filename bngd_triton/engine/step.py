@@ -42,7 +42,8 @@ class Stepper:
     """Steps an optimizer's parameters, all or some; keeps what the next step may repeat."""
 
     def __init__(self) -> None:
-        self.prepared: FusedStep | None = None
+        # the kernels' steps of the last one, for each device
+        self.prepared: list[FusedStep] = []
         self.replay: Replay | None = None
         self.captured: list[Captured] = []
         self.reader = OptionsReader()
@@ -75,9 +76,8 @@ class Stepper:
         """Write every group's options to the tables of the last step and of captured ones."""
         groups = optimizer.param_groups
         options, closing = self.reader.read(groups), closing_of(groups)
-        steps = [one.prepared for one in self.captured]
-        if self.prepared is not None and self.prepared not in steps:
-            steps.insert(0, self.prepared)
+        captured = [one.prepared for one in self.captured]
+        steps = [one for one in self.prepared if one not in captured] + captured
         if steps:
             check_replayable(steps[-1].layouts, options)
         layouts = [one.layout for one in options]
@@ -129,9 +129,7 @@ class Stepper:
             for param in group_work.ending:
                 # the next gradient makes it anew; until then steps can be recognised
                 del optimizer.state[param][WINDOW]
-        self.prepared = self._updated([tensor for _, tensor in served], options, inputs)
-        if self.prepared is not None:
-            lots.insert(0, Lot(self.prepared, served))
+        lots = self._updated(served, options, inputs) + lots
         if sharded_steps or empty:
             lots += lots_of(sharded_steps, empty)
         if _repeatable(work, options) and Replay.serves(lots):
@@ -152,29 +150,33 @@ class Stepper:
         found.measure(here, options, inputs)
         return found
 
-    def _updated(
-        self, tensors: list[StepTensor], options: list[Options], inputs: StepInputs
-    ) -> FusedStep | None:
-        """A step by the kernels, laid out anew where no earlier layout fits; what was run."""
-        if not tensors:
-            return None
-        laid_out = [self.prepared, *(one.prepared for one in self.captured)]
-        prepared = FusedStep.fitting(laid_out, tensors, options)
-        prepared.update(tensors, options, inputs)
-        return prepared
+    def _updated(self, served: Served, options: list[Options], inputs: StepInputs) -> list[Lot]:
+        """Steps by the kernels, laid out anew where no earlier layout fits; what was run."""
+        laid_out = [*self.prepared, *(one.prepared for one in self.captured)]
+        self.prepared, lots = [], []
+        for pairs in served.values():
+            tensors = [tensor for _, tensor in pairs]
+            prepared = FusedStep.fitting(laid_out, tensors, options)
+            prepared.update(tensors, options, inputs)
+            self.prepared.append(prepared)
+            lots.append(Lot(prepared, pairs))
+        return lots
+
+
+Served = dict[torch.device, list[tuple[Tensor, StepTensor]]]
 
 
 class Division(NamedTuple):
     """Who serves what of a step: each parameter beside what this process holds of it.
 
     Attributes:
-        served: by the kernels.
+        served: on each device, by the kernels.
         eager: of each group, by the reference.
         empty: of which other ranks hold all.
         parts: of which other ranks hold parts.
     """
 
-    served: list[tuple[Tensor, StepTensor]]
+    served: Served
     eager: list[list[tuple[Tensor, StepTensor]]]
     empty: list[tuple[Tensor, StepTensor]]
     parts: list[Part]
@@ -185,7 +187,7 @@ def _divided(optimizer: Any, work: Sequence[Work], options: Sequence[Options]) -
     every = [param for group in optimizer.param_groups for param in group["params"]]
     optimizer._records.keep(every)
     keys = {id(param): i for i, param in enumerate(every)}
-    found = Division([], [], [], [])
+    found = Division({}, [], [], [])
     for index, (part, choice) in enumerate(zip(work, options)):
         grads: list[Tensor | None] = [*part.grads, *[None] * len(part.ending)]
         tensors = [
@@ -202,7 +204,7 @@ def _divided(optimizer: Any, work: Sequence[Work], options: Sequence[Options]) -
             elif not fused:
                 found.eager[-1].append((param, tensor))
             elif tensor.param.numel():
-                found.served.append((param, tensor))
+                found.served.setdefault(tensor.param.device, []).append((param, tensor))
             elif is_sharded(param):
                 found.empty.append((param, tensor))
     return found

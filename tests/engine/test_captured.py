@@ -79,15 +79,14 @@ def test_sync_hyperparameters_reaches_a_replay(
     for one, its in ((optimizer, params), (eager, twins)):
         take_steps(one, its, range(2))
         one.param_groups[0].update(change)
-    step = optimizer._stepper.prepared
-    assert step is not None
+    (step,) = optimizer._stepper.prepared
     optimizer.sync_hyperparameters()
     for place, (param, twin) in enumerate(zip(params, twins)):
         for one in (param, twin):
             one.grad.copy_(exact_gradient(one, 200 + place))
     # left alone unless it is to propagate
     params[-1].grad[3] = twins[-1].grad[3] = torch.inf
-    assert step.point_at([param.grad.data_ptr() for param in params])
+    assert step.plan.point_at([param.grad.data_ptr() for param in params])
     step.update_again(inputs_of(optimizer, [True]))
     eager.step()
     # of an erf, which both have of their own
@@ -107,8 +106,8 @@ def captured(optimizer: BNGD) -> FusedStep:
 
 def replayed(optimizer: BNGD) -> None:
     """What a graph's replay does: the captured launches, and nothing on the host."""
-    for device in optimizer._stepper.captured[-1].prepared._devices:
-        launch.update(device.plan, device.held[-1])
+    step = optimizer._stepper.captured[-1].prepared
+    launch.update(step.plan, step.held[-1])
 
 
 def other_gradients(params: list[Parameter], optimizer: BNGD) -> None:
@@ -166,7 +165,7 @@ def test_gradients_of_a_captured_step_find_it_again(
     held = captured(optimizer)
     other_gradients(params, optimizer)
     optimizer.step()
-    own = optimizer._stepper.prepared
+    (own,) = optimizer._stepper.prepared
     assert own is not held
     for param, grad in zip(params, static):
         param.grad = grad
@@ -174,7 +173,7 @@ def test_gradients_of_a_captured_step_find_it_again(
     optimizer.step()
     # the other plan follows: the graph's stays as it was captured
     assert layouts() == 0
-    assert optimizer._stepper.prepared is own
+    assert optimizer._stepper.prepared == [own]
     captured(optimizer)
     assert [one.prepared for one in optimizer._stepper.captured] == [held, own]
 
@@ -185,7 +184,7 @@ def test_a_sync_reaches_every_captured_step_that_can_follow(device: torch.device
     take_steps(optimizer, params, range(2))
     tables = []
     for _ in range(2):
-        tables.append(captured(optimizer)._devices[0].table)
+        tables.append(captured(optimizer).table)
         other_gradients(params, optimizer)
         optimizer.step()
     optimizer.param_groups[0]["lr"] = 0.25
