@@ -14,7 +14,7 @@ from ..kernels.support import why_not, why_not_memory
 from ..options import Layout, Options
 from ..records import StepInputs
 from ..state import KEYS, MOMENTUM, WINDOW
-from ..state_dicts import parameter_names
+from ..state_dicts import named_parameters, parameter_names
 from ..tensors import Written, is_sharded, local
 
 if TYPE_CHECKING:
@@ -42,8 +42,7 @@ def refuse_capture(optimizer: Any) -> None:
     """A CUDA graph can hold only a step that repeats the one before it."""
     captured = [
         (name, param)
-        for index, group in enumerate(optimizer.param_groups)
-        for name, param in zip(parameter_names(group, index), group["params"])
+        for _, name, param in named_parameters(optimizer.param_groups)
         if capturing(param.device)
     ]
     if captured and any(group["accumulation_steps"] > 1 for group in optimizer.param_groups):
@@ -104,12 +103,11 @@ def gather(
     shares = _shares(params, grads, names, options)
     # who looks for an inf alone would leave the others waiting: `ShardedStep` looks with them, and
     # below are looked at the rows that nobody else has a part of, but others have rows beside
-    finite = inputs.found_inf is None
-    fused = check_group(
-        optimizer, params, parts, grads, names, options, finite=finite,
-        apart=[share is not None or is_sharded(p) for share, p in zip(shares, params)],
-    )  # fmt: skip
-    if options.nonfinite == "raise" and finite:
+    alone = [share is None and not is_sharded(p) for share, p in zip(shares, params)]
+    looked = inputs.found_inf is None
+    finite = [looked and one for one in alone]
+    fused = check_group(optimizer, params, parts, grads, names, options, finite=finite)
+    if options.nonfinite == "raise" and looked:
         _refuse_nonfinite(
             [(p, grad, name) for p, grad, name, share in zip(params, grads, names, shares)
              if share is None and is_sharded(p)]
@@ -134,16 +132,11 @@ def copy_shared_gradients(work: Sequence[Work], state: dict[Tensor, Any]) -> Non
 
 def check_scaled(groups: Sequence[dict[str, Any]]) -> None:
     """Refuse a GradScaler where it cannot tell all ranks what one has found."""
-    named = [
-        (param, name)
-        for index, group in enumerate(groups)
-        for param, name in zip(group["params"], parameter_names(group, index))
-        if param.grad is not None
-    ]
-    if any(is_sharded(param) for param, _ in named):
+    named = [(name, param) for _, name, param in named_parameters(groups) if param.grad is not None]
+    if any(is_sharded(param) for _, param in named):
         from ..sharding.placements import check_found_inf
 
-        check_found_inf([param for param, _ in named], [name for _, name in named])
+        check_found_inf(named)
 
 
 def _refuse_nonfinite(sharded: Sequence[tuple[Tensor, Tensor, str]]) -> None:
@@ -207,8 +200,7 @@ def check_group(
     names: Sequence[str],
     options: Options,
     *,
-    finite: bool,
-    apart: Sequence[bool],
+    finite: Sequence[bool],
 ) -> list[bool]:
     """Refuse what a step cannot do with parameters of one group; else say who the kernels serve.
 
@@ -219,9 +211,8 @@ def check_group(
         grads: of the parts.
         names: of the parameters.
         options: the group's.
-        finite: whether ``nonfinite="raise"`` looks for an inf or NaN; an overflow is no error
-            where a GradScaler has seen it.
-        apart: of which parameters it does not, since other processes hold parts of their slices.
+        finite: of which parameters ``nonfinite="raise"`` looks for an inf or NaN; an overflow is
+            no error where a GradScaler has seen it, and other processes may hold parts of a slice.
     """
     state = optimizer.state
     buffers = [
@@ -229,7 +220,7 @@ def check_group(
         for p, part in zip(params, parts)
     ]
     check_tensors(parts, grads, buffers, buffered=options.buffered, names=names)
-    check_step(parts, grads, options, names=names, finite=[finite and not one for one in apart])
+    check_step(parts, grads, options, names=names, finite=finite)
     fused = serve(optimizer.fused, params, names, options)
     # a float32 parameter may have a float64 gradient, or state from a float64 checkpoint
     for i, (param, grad) in enumerate(zip(params, grads)):
@@ -248,15 +239,11 @@ def check_group(
 
 def _why_not_state(entry: dict[str, Any], options: Options) -> str | None:
     """Why the kernels cannot write a parameter's state."""
-    if (
-        options.buffered
-        and MOMENTUM in entry
-        and (reason := _why_not_written(local(entry[MOMENTUM])))
-    ):
-        return reason
+    held = {key: local(entry[key]) for key in KEYS if key in entry}
+    reasons = [_why_not_written(held[MOMENTUM])] if options.buffered and MOMENTUM in held else []
     # remainders and windows are integers
-    held = [local(entry[key]) for key in KEYS if key in entry]
-    return next(filter(None, map(why_not_memory, held)), None)
+    reasons += map(why_not_memory, held.values())
+    return next(filter(None, reasons), None)
 
 
 def _why_not_written(tensor: Tensor) -> str | None:
