@@ -87,8 +87,8 @@ class FusedStep:
         self.unscaled = torch.ones(1, dtype=torch.float32, device=device)
         self.finite = torch.zeros(1, dtype=torch.float32, device=device)
         self.last_inputs: LaunchInputs | None = None
-        # of captured launches
-        self.held: list[LaunchInputs | None] = []
+        # of captured launches: what they read besides, and what they write
+        self.held: list[tuple[LaunchInputs | None, list[Tensor]]] = []
         # while a step is made: gradients, and copies that are walked beside what they stand for
         self._staged: list[Tensor] = []
         self._copies: list[tuple[Tensor, Tensor]] = []
@@ -123,10 +123,10 @@ class FusedStep:
             parts += map(_place, (*_written(member), member.window, member.record))
         return parts
 
-    def fix(self) -> None:
-        """Hold all that the launches read, and refuse to point at other gradients, from now on."""
+    def fix(self, written: list[Tensor]) -> None:
+        """From now on hold all that launches read and write, and point at no other gradients."""
         self.plan.fixed = True
-        self.held.append(self.last_inputs)
+        self.held.append((self.last_inputs, written))
 
     def write(self, groups: Sequence[Options], closing: Sequence[bool]) -> None:
         """Bring the option table up to date; an upload only where a value changed."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from itertools import compress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from ..checks import check_step, check_tensors, check_unpartitioned, is_served, nonfinite_somewhere
 from ..kernels.plan import capturing
 from ..kernels.support import why_not, why_not_memory
-from ..options import Layout, Options
+from ..options import Options
 from ..records import StepInputs
 from ..state import KEYS, MOMENTUM, WINDOW
 from ..state_dicts import named_parameters, parameter_names
@@ -64,7 +65,7 @@ def refuse_capture(optimizer: Any) -> None:
         )
 
 
-def check_replayable(layouts: Sequence[Layout], options: Sequence[Options]) -> None:
+def check_replayable(layouts: Sequence[dict[str, Any]], options: Sequence[Options]) -> None:
     """Refuse options that a captured step cannot follow.
 
     Args:
@@ -77,8 +78,7 @@ def check_replayable(layouts: Sequence[Layout], options: Sequence[Options]) -> N
             "capture again"
         )
     for index, (old, new) in enumerate(zip(layouts, options)):
-        pairs = zip(Layout._fields, old, new.layout)
-        changed = [name for name, before, now in pairs if before != now]
+        changed = [name for name, now in new.layout.items() if old[name] != now]
         if new.nonfinite == "raise":
             changed.append("nonfinite='raise'")
         if changed:
@@ -274,15 +274,12 @@ def expect(
     """
     with torch.no_grad():
         looked_at = [
-            i
-            for i, param in enumerate(params)
-            if is_served(param) and (param.requires_grad or not why_not(local(param)))
+            is_served(param) and (param.requires_grad or not why_not(local(param)))
+            for param in params
         ]
-    served = serve(fused, [params[i] for i in looked_at], [names[i] for i in looked_at], options)
-    found = [False] * len(params)
-    for i, on in zip(looked_at, served):
-        found[i] = on
-    return found
+    those, their_names = list(compress(params, looked_at)), list(compress(names, looked_at))
+    served = iter(serve(fused, those, their_names, options))
+    return [looked and next(served) for looked in looked_at]
 
 
 def serve(

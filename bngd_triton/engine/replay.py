@@ -80,8 +80,6 @@ class Replay:
             for lot in lots
         ]
         self.sharded_steps = [lot.sharded for lot in lots if lot.sharded is not None]
-        for step in self.sharded_steps:
-            step.keep()
         self.fused = optimizer.fused
         self.reader, self.options, self.closing = reader, reader.options, inputs.closing
         self.layouts = [one.layout for one in reader.options]

@@ -31,13 +31,6 @@ if TYPE_CHECKING:
     from ..sharding.sharded_step import Part, ShardedStep
 
 
-class Captured(NamedTuple):
-    """A step that a CUDA graph holds, and the memory that its replays write."""
-
-    prepared: FusedStep
-    memory: list[Tensor]
-
-
 class Stepper:
     """Steps an optimizer's parameters, all or some; keeps what the next step may repeat."""
 
@@ -45,7 +38,8 @@ class Stepper:
         # the kernels' steps of the last one, for each device
         self.prepared: list[FusedStep] = []
         self.replay: Replay | None = None
-        self.captured: list[Captured] = []
+        # and those that CUDA graphs hold
+        self.captured: list[FusedStep] = []
         self.reader = OptionsReader()
         self.sharded_steps: dict[torch.device, ShardedStep] = {}
         # whether some group counts micro-batches; whether some group rounds stochastically
@@ -68,16 +62,15 @@ class Stepper:
         """Keep all that a CUDA graph has captured: its replays read and write it."""
         for prepared, _, _ in replay.lots:
             if isinstance(prepared, FusedStep):
-                prepared.fix()
-                if all(one.prepared is not prepared for one in self.captured):
-                    self.captured.append(Captured(prepared, replay.memory()))
+                prepared.fix(replay.memory())
+                if prepared not in self.captured:
+                    self.captured.append(prepared)
 
     def sync(self, optimizer: Any) -> None:
         """Write every group's options to the tables of the last step and of captured ones."""
         groups = optimizer.param_groups
         options, closing = self.reader.read(groups), closing_of(groups)
-        captured = [one.prepared for one in self.captured]
-        steps = [one for one in self.prepared if one not in captured] + captured
+        steps = [one for one in self.prepared if one not in self.captured] + self.captured
         if steps:
             check_replayable(steps[-1].layouts, options)
         layouts = [one.layout for one in options]
@@ -116,8 +109,8 @@ class Stepper:
         served, eager, empty, parts = _divided(optimizer, work, options)
         # the other ranks wait for what is here: first
         sharded_steps = [
-            self._measured(device, parts, options, inputs)
-            for device in dict.fromkeys(part.member.param.device for part in parts)
+            self._measured(device, its_parts, options, inputs)
+            for device, its_parts in parts.items()
         ]
         lots: list[Lot] = []
         for pairs, group_work, choice in zip(eager, work, options):
@@ -136,6 +129,7 @@ class Stepper:
             self.replay = Replay(optimizer, lots, self.reader, inputs)
         for sharded in sharded_steps:
             sharded.update(options, inputs)
+            sharded.let_go()
 
     def _measured(
         self, device: torch.device, parts: list[Part], options: list[Options], inputs: StepInputs
@@ -146,13 +140,12 @@ class Stepper:
 
             self.sharded_steps[device] = ShardedStep()
         found = self.sharded_steps[device]
-        here = [part for part in parts if part.member.param.device == device]
-        found.measure(here, options, inputs)
+        found.measure(parts, options, inputs)
         return found
 
     def _updated(self, served: Served, options: list[Options], inputs: StepInputs) -> list[Lot]:
         """Steps by the kernels, laid out anew where no earlier layout fits; what was run."""
-        laid_out = [*self.prepared, *(one.prepared for one in self.captured)]
+        laid_out = self.prepared + self.captured
         self.prepared, lots = [], []
         for pairs in served.values():
             tensors = [tensor for _, tensor in pairs]
@@ -173,13 +166,13 @@ class Division(NamedTuple):
         served: on each device, by the kernels.
         eager: of each group, by the reference.
         empty: of which other ranks hold all.
-        parts: of which other ranks hold parts.
+        parts: on each device, of which other ranks hold parts.
     """
 
     served: Served
     eager: list[list[tuple[Tensor, StepTensor]]]
     empty: list[tuple[Tensor, StepTensor]]
-    parts: list[Part]
+    parts: dict[torch.device, list[Part]]
 
 
 def _divided(optimizer: Any, work: Sequence[Work], options: Sequence[Options]) -> Division:
@@ -187,7 +180,7 @@ def _divided(optimizer: Any, work: Sequence[Work], options: Sequence[Options]) -
     every = [param for group in optimizer.param_groups for param in group["params"]]
     optimizer._records.keep(every)
     keys = {id(param): i for i, param in enumerate(every)}
-    found = Division({}, [], [], [])
+    found = Division({}, [], [], {})
     for index, (part, choice) in enumerate(zip(work, options)):
         grads: list[Tensor | None] = [*part.grads, *[None] * len(part.ending)]
         tensors = [
@@ -200,7 +193,8 @@ def _divided(optimizer: Any, work: Sequence[Work], options: Sequence[Options]) -
             if share is not None:
                 from ..sharding.sharded_step import Part
 
-                found.parts.append(Part(param, tensor, share, fused, name))
+                part_of = Part(param, tensor, share, fused, name)
+                found.parts.setdefault(tensor.param.device, []).append(part_of)
             elif not fused:
                 found.eager[-1].append((param, tensor))
             elif tensor.param.numel():

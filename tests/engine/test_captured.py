@@ -101,13 +101,13 @@ def captured(optimizer: BNGD) -> FusedStep:
     with pytest.MonkeyPatch.context() as patch:
         capture.pretend(patch)
         optimizer.step()
-    return optimizer._stepper.captured[-1].prepared
+    return optimizer._stepper.captured[-1]
 
 
 def replayed(optimizer: BNGD) -> None:
     """What a graph's replay does: the captured launches, and nothing on the host."""
-    step = optimizer._stepper.captured[-1].prepared
-    launch.update(step.plan, step.held[-1])
+    step = optimizer._stepper.captured[-1]
+    launch.update(step.plan, step.held[-1][0])
 
 
 def other_gradients(params: list[Parameter], optimizer: BNGD) -> None:
@@ -175,7 +175,7 @@ def test_gradients_of_a_captured_step_find_it_again(
     assert layouts() == 0
     assert optimizer._stepper.prepared == [own]
     captured(optimizer)
-    assert [one.prepared for one in optimizer._stepper.captured] == [held, own]
+    assert optimizer._stepper.captured == [held, own]
 
 
 def test_a_sync_reaches_every_captured_step_that_can_follow(device: torch.device) -> None:
