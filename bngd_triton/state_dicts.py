@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
-from types import FrameType
 from typing import Any
 
 import torch
@@ -169,12 +169,10 @@ def asks_for_state(optimizer: Optimizer) -> bool:
     rates = [group["lr"] for group in optimizer.param_groups]
     if optimizer.state or any(on_a_device(lr) or lr != 0 for lr in rates):
         return False
-    frame: FrameType | None = sys._getframe()
-    while frame is not None:
-        if str(frame.f_globals.get("__name__")).startswith("torch.distributed.checkpoint."):
-            return True
-        frame = frame.f_back
-    return False
+    return any(
+        str(frame.f_globals.get("__name__")).startswith("torch.distributed.checkpoint.")
+        for frame, _ in traceback.walk_stack(sys._getframe())
+    )
 
 
 @contextlib.contextmanager

@@ -112,10 +112,10 @@ def gather(
             [(p, grad, name) for p, grad, name, share in zip(params, grads, names, shares)
              if share is None and is_sharded(p)]
         )  # fmt: skip
-    waiting: list[Tensor] = []
+    waiting = []
     if options.accumulation_steps > 1:
-        waiting = [p for p in group["params"] if p.grad is None and p not in closed]
-        waiting = [p for p in waiting if WINDOW in state.get(p, ()) and p.numel()]
+        idle = [p for p in group["params"] if p.grad is None and p not in closed]
+        waiting = [p for p in idle if WINDOW in state.get(p, ()) and p.numel()]
     ending = waiting if inputs.closing[index] else []
     return Work(params, grads, names, fused, shares, waiting, ending)
 
@@ -180,16 +180,13 @@ def _shares(
         share_of(name, param, grad, options.granularity)
         for name, param, grad in zip(names, params, grads)
     ]
-    if options.granularity != "global":
-        return [share if share.groups else None for share in found]
-    if not any(share.groups for share in found):
-        return [None] * len(found)
-    if options.accumulation_steps > 1:
+    together = options.granularity == "global" and any(share.groups for share in found)
+    if together and options.accumulation_steps > 1:
         raise NotImplementedError(
             "granularity='global' with accumulation_steps > 1 is not supported for sharded "
             "parameters; use granularity='tensor' or 'row'"
         )
-    return list(found)
+    return [share if share.groups or together else None for share in found]
 
 
 def check_group(

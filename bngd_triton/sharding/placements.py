@@ -156,10 +156,10 @@ def ordinal(param: Tensor) -> int:
     """Tells the parts of a parameter apart, but not its replicas; 0 for a plain tensor."""
     number = 0
     if isinstance(param, DTensor):
+        mesh = param.device_mesh
         for mesh_dim, dim in enumerate(_cut_dims("param", param)):
             if dim is not None:
-                number = number * param.device_mesh.size(mesh_dim)
-                number += param.device_mesh.get_local_rank(mesh_dim)
+                number = number * mesh.size(mesh_dim) + mesh.get_local_rank(mesh_dim)
     return number
 
 
