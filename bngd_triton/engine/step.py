@@ -108,10 +108,11 @@ class Stepper:
         copy_shared_gradients(work, optimizer.state)
         served, eager, empty, parts = _divided(optimizer, work, options)
         # the other ranks wait for what is here: first
-        sharded_steps = [
-            self._measured(device, its_parts, options, inputs)
-            for device, its_parts in parts.items()
-        ]
+        for device, its_parts in parts.items():
+            from ..sharding.sharded_step import ShardedStep
+
+            self.sharded_steps.setdefault(device, ShardedStep()).measure(its_parts, options, inputs)
+        sharded_steps = [self.sharded_steps[device] for device in parts]
         lots: list[Lot] = []
         for pairs, group_work, choice in zip(eager, work, options):
             if pairs:
@@ -130,18 +131,6 @@ class Stepper:
         for sharded in sharded_steps:
             sharded.update(options, inputs)
             sharded.let_go()
-
-    def _measured(
-        self, device: torch.device, parts: list[Part], options: list[Options], inputs: StepInputs
-    ) -> ShardedStep:
-        """The statistics of what other ranks have parts of, on one device."""
-        if device not in self.sharded_steps:
-            from ..sharding.sharded_step import ShardedStep
-
-            self.sharded_steps[device] = ShardedStep()
-        found = self.sharded_steps[device]
-        found.measure(parts, options, inputs)
-        return found
 
     def _updated(self, served: Served, options: list[Options], inputs: StepInputs) -> list[Lot]:
         """Steps by the kernels, laid out anew where no earlier layout fits; what was run."""
