@@ -179,17 +179,18 @@ def check_tensors(
         raise ValueError(f"got {len(params)} params but {len(grads)} grads")
     if buffered and momentum_buffers is None:
         raise ValueError("momentum or accumulation_steps needs momentum_buffers, got None")
-    if buffered and momentum_buffers is not None and len(momentum_buffers) != len(params):
-        raise ValueError(f"got {len(params)} params but {len(momentum_buffers)} momentum_buffers")
+    buffers = momentum_buffers if buffered else None
+    if buffers is not None and len(buffers) != len(params):
+        raise ValueError(f"got {len(params)} params but {len(buffers)} momentum_buffers")
     for i, (param, grad) in enumerate(zip(params, grads)):
         name = names[i] if names else f"params[{i}]"
         check_parameter(name, param)
         check_float(f"the gradient of {name}", grad)
         others = [("gradient", grad)]
-        if buffered and momentum_buffers is not None:
-            check_float(f"the momentum buffer of {name}", momentum_buffers[i])
-            _check_writable(f"the momentum buffer of {name}", momentum_buffers[i])
-            others.append(("momentum buffer", momentum_buffers[i]))
+        if buffers is not None:
+            check_float(f"the momentum buffer of {name}", buffers[i])
+            _check_writable(f"the momentum buffer of {name}", buffers[i])
+            others.append(("momentum buffer", buffers[i]))
         for kind, other in others:
             if other.shape != param.shape:
                 raise ValueError(
@@ -246,12 +247,17 @@ def check_masters(
             raise ValueError(f"windows[{i}] must be contiguous and on {param.device}")
 
 
+def nonfinite(name: str, where: str = "") -> FloatingPointError:
+    """The error of a gradient that is not finite."""
+    return FloatingPointError(
+        f"the gradient of {name} has an inf or a NaN{where}; nothing was changed "
+        "(nonfinite='skip' leaves such slices as they are)"
+    )
+
+
 def nonfinite_somewhere(name: str) -> FloatingPointError:
     """The error of every rank where one of them has a non-finite part of a gradient."""
-    return FloatingPointError(
-        f"the gradient of {name} has an inf or a NaN, here or on another rank; "
-        "nothing was changed (nonfinite='skip' leaves such slices as they are)"
-    )
+    return nonfinite(name, ", here or on another rank")
 
 
 def overlaps(tensor: Tensor) -> bool:
@@ -304,8 +310,4 @@ def check_step(
         flags = [torch.isfinite(grads[i]).all() for i in looked]
         for i, flag in zip(looked, flags):
             if not flag:
-                name = names[i] if names else f"params[{i}]"
-                raise FloatingPointError(
-                    f"the gradient of {name} has an inf or a NaN; nothing was changed "
-                    "(nonfinite='skip' leaves such slices as they are)"
-                )
+                raise nonfinite(names[i] if names else f"params[{i}]")

@@ -35,11 +35,9 @@ def flatten_(params: Sequence[Tensor]) -> list[Tensor]:
     moving: list[Tensor] = []
     for param in params:
         (left if why_not_flat(param) else moving).append(param)
-    for places in _partition(moving):
-        part = [moving[i] for i in places]
-        for param, view in zip(part, _views(part, part[0].dtype)):
-            view.copy_(param.data)
-            param.data = view
+    for i, view in _views(moving, [param.dtype for param in moving]):
+        view.copy_(moving[i].data)
+        moving[i].data = view
     return left
 
 
@@ -65,38 +63,38 @@ def why_not_flat(param: Tensor) -> str | None:
 
 def zeros_like(params: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> list[Tensor]:
     """Zeros of the shapes and strides of `params`, as views of flat buffers; in order."""
+    plain = [i for i, param in enumerate(params) if not dispatches(param)]
+    views = _views([params[i] for i in plain], [dtypes[i] for i in plain])
+    zeros = {plain[at]: view for at, view in views}
     # what a class does to operations must happen to its state too, or not at all
-    zeros = {
-        i: torch.zeros_like(param, dtype=dtypes[i])
+    return [
+        zeros[i] if i in zeros else torch.zeros_like(param, dtype=dtypes[i])
         for i, param in enumerate(params)
-        if dispatches(param)
-    }
-    for dtype in dict.fromkeys(dtypes):
-        places = [i for i, wanted in enumerate(dtypes) if wanted == dtype and i not in zeros]
-        for part in _partition([params[i] for i in places]):
-            members = [places[i] for i in part]
-            zeros |= dict(zip(members, _views([params[i] for i in members], dtype)))
-    return [zeros[i] for i in range(len(params))]
+    ]
 
 
-def _partition(params: Sequence[Tensor]) -> Iterator[list[int]]:
-    """Places of one device and dtype, together at most `MAX_BYTES` unless it is one tensor."""
-    kinds: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+def _views(params: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> Iterator[tuple[int, Tensor]]:
+    """Zeroed views of these dtypes, each with its parameter's place.
+
+    A buffer, made when its first view is asked for, serves parameters of one device and dtype that
+    are together at most `MAX_BYTES`, or one.
+    """
+    kinds: dict[tuple[torch.device, torch.dtype, torch.dtype], list[int]] = {}
     for i, param in enumerate(params):
-        kinds.setdefault((param.device, param.dtype), []).append(i)
-    for same in kinds.values():
+        kinds.setdefault((param.device, param.dtype, dtypes[i]), []).append(i)
+    for (_, _, dtype), same in kinds.items():
         part: list[int] = []
         size = 0
         for i in same:
             if part and size + _bytes(params[i]) > MAX_BYTES:
-                yield part
+                yield from zip(part, _views_of_one([params[j] for j in part], dtype))
                 part, size = [], 0
             part.append(i)
             size += _bytes(params[i])
-        yield part
+        yield from zip(part, _views_of_one([params[j] for j in part], dtype))
 
 
-def _views(params: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+def _views_of_one(params: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
     """One zeroed buffer on the parameters' device, and a view of it for each parameter."""
     granule = ALIGNMENT // dtype.itemsize
     starts, end = [], 0

@@ -162,9 +162,7 @@ class GradientRelease:
                 "accumulation_steps=K for micro-batches), or remove() the release"
             )
         options = _check_options(optimizer, index)
-        (fused,) = check_group(
-            optimizer, [param], [param], [grad], [name], options, finite=False, apart=[False]
-        )
+        (fused,) = check_group(optimizer, [param], [param], [grad], [name], options, finite=[False])
         prepare_state(optimizer, [param], options)
         inputs = self._inputs_of(index, param.device)
         mine = member(optimizer, param, grad, options, 0, self._keys[param])

@@ -17,12 +17,7 @@ from .foreign import check_own, refuse_arguments
 from .options import Granularity, MasterWeights, Nonfinite, Normalizer, Options
 from .standstill import Standstill
 from .state import GradStats, Records, grad_stats
-from .state_dicts import (
-    COUNTS,
-    asks_for_state,
-    loading,
-    parameter_names,
-)
+from .state_dicts import COUNTS, asks_for_state, loading, named_parameters
 from .summed_gradients import SummedGradients
 from .tensors import lasting_when_inferring
 
@@ -247,10 +242,10 @@ class BNGD(Optimizer):
         They come from the step itself: no gradient is read again, and nothing waits for the
         device until a value is read. Parameters that have not had a gradient are left out.
         """
+        rows = [group["granularity"] == "row" for group in self.param_groups]
         return {
-            name: grad_stats(record, scalar=group["granularity"] != "row" or param.dim() < 2)
-            for index, group in enumerate(self.param_groups)
-            for name, param in zip(parameter_names(group, index), group["params"])
+            name: grad_stats(record, scalar=not rows[index] or param.dim() < 2)
+            for index, name, param in named_parameters(self.param_groups)
             if (record := self._records.get(param)) is not None
         }
 

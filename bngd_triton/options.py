@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from operator import is_, itemgetter
-from typing import Any, Literal, NamedTuple, TypedDict, TypeGuard, get_args
+from typing import Any, Literal, TypedDict, TypeGuard, get_args
 
 import torch
 from torch import Tensor
@@ -21,21 +21,6 @@ GRANULARITIES = get_args(Granularity)
 NORMALIZERS = get_args(Normalizer)
 NONFINITE = get_args(Nonfinite)
 MASTER_WEIGHTS = (*get_args(MasterWeights), None)
-
-
-class Layout(NamedTuple):
-    """What of the options decides how a step is laid out, and the seed of its group's clock.
-
-    Named after the options; `momentum` and `accumulation_steps` are whether there are buffers and
-    windows.
-    """
-
-    granularity: Granularity
-    center_1d: bool
-    momentum: bool
-    accumulation_steps: bool
-    master_weights: MasterWeights | None
-    seed: int
 
 
 @dataclass(frozen=True)
@@ -128,12 +113,17 @@ class Options:
         return ndim >= 2 or self.center_1d or self.granularity == "global"
 
     @cached_property
-    def layout(self) -> Layout:
-        """What is not in the kernels' table of options."""
-        return Layout(
-            self.granularity, self.center_1d, self.buffered, self.accumulation_steps > 1,
-            self.master_weights, self.seed,
-        )  # fmt: skip
+    def layout(self) -> dict[str, Any]:
+        """What is not in the kernels' table: how a step is laid out, and its clock's seed."""
+        return {
+            "granularity": self.granularity,
+            "center_1d": self.center_1d,
+            # whether there are buffers, and windows
+            "momentum": self.buffered,
+            "accumulation_steps": self.accumulation_steps > 1,
+            "master_weights": self.master_weights,
+            "seed": self.seed,
+        }
 
     @property
     def buffered(self) -> bool:

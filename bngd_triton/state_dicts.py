@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
-from types import FrameType
 from typing import Any
 
 import torch
@@ -39,13 +39,19 @@ def parameter_names(group: dict[str, Any], index: int) -> list[str]:
     return [f"param_groups[{index}]['params'][{i}]" for i in range(len(group["params"]))]
 
 
+def named_parameters(groups: Sequence[dict[str, Any]]) -> Iterator[tuple[int, str, Tensor]]:
+    """Every parameter, with its group's number and its name."""
+    for index, group in enumerate(groups):
+        for name, param in zip(parameter_names(group, index), group["params"]):
+            yield index, name, param
+
+
 def names_in(model: nn.Module, optimizer: Optimizer) -> dict[str, str]:
     """The model's name of each parameter that it has, by the optimizer's."""
     names = {id(param): name for name, param in model.named_parameters()}
     return {
         own: names[id(param)]
-        for index, group in enumerate(optimizer.param_groups)
-        for own, param in zip(parameter_names(group, index), group["params"])
+        for _, own, param in named_parameters(optimizer.param_groups)
         if id(param) in names
     }
 
@@ -163,12 +169,10 @@ def asks_for_state(optimizer: Optimizer) -> bool:
     rates = [group["lr"] for group in optimizer.param_groups]
     if optimizer.state or any(on_a_device(lr) or lr != 0 for lr in rates):
         return False
-    frame: FrameType | None = sys._getframe()
-    while frame is not None:
-        if str(frame.f_globals.get("__name__")).startswith("torch.distributed.checkpoint."):
-            return True
-        frame = frame.f_back
-    return False
+    return any(
+        str(frame.f_globals.get("__name__")).startswith("torch.distributed.checkpoint.")
+        for frame, _ in traceback.walk_stack(sys._getframe())
+    )
 
 
 @contextlib.contextmanager
@@ -215,21 +219,19 @@ def _place_state(optimizer: Optimizer, saved: dict[str, Any]) -> None:
         for key in KEYS
         if saved["state"].get(number, {}).get(key) is not None
     ]
-    flat = [(key, param, value) for key, param, value, _ in found if key != WINDOW]
-    parts = [local(param) for _, param, _ in flat]
-    made = zeros_like(parts, [value.dtype for _, _, value in flat])
-    for (key, param, value), tensor in zip(flat, made):
-        place = as_state(param, tensor)
-        tensor.copy_(_part_of(value, place))
-        optimizer.state[param][key] = place
+    flat = [(local(param), value.dtype) for key, param, value, _ in found if key != WINDOW]
+    made = iter(zeros_like([part for part, _ in flat], [dtype for _, dtype in flat]))
     for key, param, value, group in found:
         if key == WINDOW:
             options = Options.of(group)
             rows = slices_of(local(param).shape, options.granularity)
-            zeros = torch.zeros(rows, dtype=value.dtype, device=param.device)
-            place = as_window(param, zeros, options)
-            zeros.copy_(_part_of(value, place))
-            optimizer.state[param][key] = place
+            part = torch.zeros(rows, dtype=value.dtype, device=param.device)
+            place = as_window(param, part, options)
+        else:
+            part = next(made)
+            place = as_state(param, part)
+        part.copy_(_part_of(value, place))
+        optimizer.state[param][key] = place
 
 
 def _part_of(value: Tensor, place: Tensor) -> Tensor:

@@ -20,21 +20,15 @@ from ..options import (
 from ..records import (
     MEAN,
     STD,
+    StepTensor,
     functional_inputs,
     functional_tensors,
-    new_record,
     skipped_slices,
-    slices_of,
 )
 from ..tensors import apart
-from .build_plan import build
-from .devices import Tuning, tuning_for
+from .devices import Tuning
 from .fused_step import FusedStep
-from .launch import LaunchInputs, statistics
-from .layout import walk
-from .plan import Entry
 from .support import why_not
-from .tables import SLICE_LENGTH, encode
 
 if TYPE_CHECKING:
     # typing has it from Python 3.11 on
@@ -95,9 +89,12 @@ def fused_step_(
     check_served([*params, *grads, *(m.momentum for m in members if m.momentum is not None)])
     check_step(params, grads, options)
     inputs = functional_inputs(params, closing, rounding_key, grad_scale, found_inf)
-    filled = [member for member in members if member.param.numel()]
-    if filled:
-        FusedStep(filled, [options], tuning).update(filled, [options], inputs)
+    filled: dict[torch.device, list[StepTensor]] = {}
+    for member in members:
+        if member.param.numel():
+            filled.setdefault(member.param.device, []).append(member)
+    for of_device in filled.values():
+        FusedStep(of_device, [options], tuning).update(of_device, [options], inputs)
     return skipped_slices(members)
 
 
@@ -183,7 +180,7 @@ def segment_statistics(
         TypeError: a tensor is sparse, complex or not of a supported dtype.
         RuntimeError: the kernels cannot serve a tensor.
     """
-    options = Options(granularity=granularity)
+    options = Options(granularity=granularity, momentum=0.0)
     for i, tensor in enumerate(tensors):
         check_float(f"tensors[{i}]", tensor)
         if not tensor.numel():
@@ -192,22 +189,11 @@ def segment_statistics(
     if len(devices) != 1:
         raise ValueError(f"need tensors of one device, got {sorted(map(str, devices))}")
     check_served(tensors)
-    (device,) = devices
-    entries = []
-    for tensor in tensors:
-        rows = slices_of(tensor.shape, granularity)
-        path = walk(tensor, None, None, rows)
-        values = path.gradient(tensor)
-        shared = 0 if granularity == "global" else None
-        record = new_record(rows, device)
-        entries.append(Entry(values, values, None, record, 0, rows, False, shared))
-    plan = build(entries, tuning or tuning_for(device), tiles=False)
-    plan.point_at([entry.grad.data_ptr() for entry in entries])
-    table = torch.tensor([encode(options)], dtype=torch.float64, device=device)
-    none = torch.zeros(1, dtype=torch.int64, device=device)
-    unscaled = torch.ones(1, dtype=torch.float32, device=device)
-    inputs = LaunchInputs(table, none, unscaled, torch.zeros_like(unscaled))
-    statistics(plan, inputs)
-    records = [entry.record for entry in entries]
+    members = functional_tensors(tensors, tensors, None, None, None, options)
+    inputs = functional_inputs(tensors, True, None, None, None)
+    entries = FusedStep(members, [options], tuning, tiles=False).statistics(
+        members, [options], inputs
+    )
+    records = [member.record for member in members]
     record = torch.cat(records[:1] if granularity == "global" else records)
-    return SegmentStatistics(plan.slices[:, SLICE_LENGTH].double(), record[:, MEAN], record[:, STD])
+    return SegmentStatistics(entries.double(), record[:, MEAN], record[:, STD])

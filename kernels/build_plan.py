@@ -160,9 +160,6 @@ def _batch(
     return Batch(
         order=members,
         kind=kind,
-        n_spans=len(parts["spans"]),
-        n_tiles=len(parts["tiles"]),
-        n_chunks=len(parts["chunks"]),
         grad_ptrs=grad_ptrs,
         **{name: piece.view(part.shape) for (name, part), piece in zip(parts.items(), pieces)},
     )

@@ -84,26 +84,19 @@ class Row(NamedTuple):
 
 
 # float64 at half the float32 rate (H100: 1/2 by the specification): lanes of it cost no time
-_LANES = gpu_tuning(wide=True, wave=32)
+_LANES = Row(
+    gpu_tuning(wide=True, wave=32),
+    "float64 at 1/2; 80 registers leave 6 programs to an SM; 16-byte accesses",
+)
 # float64 at 1/64 or less: blocks of float32 in registers, merged as scalars
-_BLOCKS = gpu_tuning(wide=False, wave=32)
+_BLOCKS = Row(
+    gpu_tuning(wide=False, wave=32),
+    "float64 at 1/64; 80 registers in the streaming loop; 16-byte accesses",
+)
 
 TABLE: dict[str, Row] = {
-    "sm_80": Row(
-        _LANES,
-        "float64 at 1/2; 80 registers leave 6 programs to an SM; 16-byte accesses",
-    ),
-    "sm_90": Row(
-        _LANES,
-        "float64 at 1/2; 80 registers leave 6 programs to an SM; 16-byte accesses",
-    ),
-    "sm_100": Row(
-        _LANES,
-        "float64 at 1/2; 80 registers leave 6 programs to an SM; 16-byte accesses",
-    ),
-    "sm_86": Row(_BLOCKS, "float64 at 1/64; 80 registers in the streaming loop; 16-byte accesses"),
-    "sm_89": Row(_BLOCKS, "float64 at 1/64; 80 registers in the streaming loop; 16-byte accesses"),
-    "sm_120": Row(_BLOCKS, "float64 at 1/64; 80 registers in the streaming loop; 16-byte accesses"),
+    **dict.fromkeys(("sm_80", "sm_90", "sm_100"), _LANES),
+    **dict.fromkeys(("sm_86", "sm_89", "sm_120"), _BLOCKS),
     # float64 at its float32 rate or half of it; two waves of 64 lanes are the threads of four
     # warps, and with four waves 16-byte loads become 8-byte ones
     "gfx90a": Row(gpu_tuning(wide=True, wave=64), "float64 at the rate of float32; 16-byte loads"),
@@ -117,7 +110,7 @@ TABLE: dict[str, Row] = {
 # what the others share is that nothing is known of their float64
 OTHERS = {
     32: Row(
-        _BLOCKS,
+        _BLOCKS.tuning,
         "an architecture without a row: float64 may be slow, float32 never is",
     ),
     64: Row(gpu_tuning(wide=False, wave=64), "the same, with waves of 64 lanes"),

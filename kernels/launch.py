@@ -99,7 +99,7 @@ def measure(plan: Plan, inputs: LaunchInputs) -> Tensor:
     shape = (len(plan.slices), MOMENTS_COLUMNS)
     moments = torch.empty(shape, dtype=torch.float64, device=plan.device)
     if "measure" not in plan.launches:
-        plan.launches["measure"] = _statistics(plan, TABLES=True)
+        plan.launches["measure"] = _statistics(plan, tables=True)
     with on_device(plan.device):
         for launch in plan.launches["measure"]:
             launch(inputs, moments_ptr=moments)
@@ -128,7 +128,7 @@ def rates_launch(addresses: Tensor, table: Tensor) -> Launch:
     from .device.rates import _rates_kernel
 
     arguments = {"rates_ptr": addresses, "options_ptr": table}
-    return Launch(_rates_kernel, len(table), arguments, (), num_warps=1)
+    return Launch(_rates_kernel, len(table), arguments, num_warps=1)
 
 
 def _tiles(plan: Plan) -> list[Launch]:
@@ -136,88 +136,50 @@ def _tiles(plan: Plan) -> list[Launch]:
     from .device.tiles import _tiles_kernel
 
     tuning = plan.tuning
-    return [
-        Launch(
-            _tiles_kernel,
-            batch.n_tiles,
-            {
-                "tiles_ptr": batch.tiles,
-                "rows_ptr": batch.rows,
-                **_tensors(plan, batch),
-                "BLOCK": tuning.tile_block,
-            },
-            LaunchInputs._fields,
-            num_warps=tuning.warps,
-        )
-        for batch in plan.batches
-        if batch.n_tiles
-    ]
+    return _launches(plan, _tiles_kernel, "tiles_ptr", tuning.warps, BLOCK=tuning.tile_block)
 
 
-def _statistics(plan: Plan, **constants: bool) -> list[Launch]:
+def _statistics(plan: Plan, *, tables: bool = False) -> list[Launch]:
     """First launches: factors or statistics of the slices."""
     from .device.measure import _statistics_kernel
 
-    return [
-        Launch(
-            _statistics_kernel,
-            batch.n_spans,
-            {
-                "spans_ptr": batch.spans,
-                "moments_ptr": plan.partials,
-                "grad_ptrs": batch.grad_ptrs,
-                **_of_spans(plan, batch),
-                "TABLES": False,
-                **constants,
-            },
-            ("options_ptr", "scale_ptr", "found_ptr"),
-            num_warps=plan.tuning.warps,
-        )
-        for batch in plan.batches
-        if batch.n_spans
-    ]
+    return _launches(plan, _statistics_kernel, "spans_ptr", plan.tuning.warps, TABLES=tables)
 
 
 def _updates(plan: Plan) -> list[Launch]:
     """Second launches: normalise and update the slices with spans."""
     from .device.update import _update_kernel
 
-    return [
-        Launch(
-            _update_kernel,
-            batch.n_chunks,
-            {
-                "chunks_ptr": batch.chunks,
-                "slices_ptr": plan.slices,
-                "factors_ptr": plan.factors,
-                **_tensors(plan, batch),
-                "BLOCK": plan.tuning.update_block,
-            },
-            ("options_ptr", "clocks_ptr"),
-            num_warps=plan.tuning.update_warps,
-        )
-        for batch in plan.batches
-        if batch.n_chunks
-    ]
+    tuning = plan.tuning
+    return _launches(
+        plan, _update_kernel, "chunks_ptr", tuning.update_warps, BLOCK=tuning.update_block
+    )
+
+
+def _launches(plan: Plan, kernel: Any, table: str, warps: int, **own: Any) -> list[Launch]:
+    """One for each batch that has such work, with a program to each row of a table.
+
+    Args:
+        plan: the work.
+        kernel: what does it.
+        table: the kernel's name of the table.
+        warps: of a program.
+        **own: arguments that other kernels have otherwise.
+    """
+    launches = []
+    for batch in plan.batches:
+        arguments = {**_of_plan(plan), **_of_batch(batch), **own}
+        programs = len(arguments[table])
+        if programs:
+            launches.append(Launch(kernel, programs, arguments, num_warps=warps))
+    return launches
 
 
 def _publish(plan: Plan) -> Launch:
     """What makes factors of statistics that were merged over processes."""
     from .device.factors import _publish_kernel
 
-    return Launch(
-        _publish_kernel,
-        len(plan.slices),
-        {
-            "n_slices": len(plan.slices),
-            "slices_ptr": plan.slices,
-            "factors_ptr": plan.factors,
-            "WIDE": plan.tuning.wide,
-            "WINDOWS": bool(plan.windows),
-        },
-        ("options_ptr", "scale_ptr", "found_ptr"),
-        num_warps=1,
-    )
+    return Launch(_publish_kernel, len(plan.slices), _of_plan(plan), num_warps=1)
 
 
 def _single(plan: Plan) -> list[Launch]:
@@ -228,52 +190,54 @@ def _single(plan: Plan) -> list[Launch]:
     most = tuning.programs_per_sm * processors(plan.device)
     launches = []
     for batch in plan.batches:
-        if not batch.n_spans:
+        if not len(batch.spans):
             continue
         work = batch.work(tuning)
         arguments = {
+            **_of_plan(plan),
+            **_of_batch(batch),
             "items_ptr": work.items,
             "n_items": len(work.items),
             "counters_ptr": work.counters,
             "first_slice": work.first_slice,
             "n_slices": len(work.counters) - 1,
-            **_of_spans(plan, batch),
-            **_tensors(plan, batch),
-            "UPDATE_BLOCK": tuning.update_block,
         }
         # warps of the first launch: the order of its sums depends on them, the update's bits do not
-        launches.append(
-            Launch(
-                _single_kernel, min(len(work.items), most), arguments, LaunchInputs._fields,
-                num_warps=tuning.warps,
-            )
-        )  # fmt: skip
+        programs = min(len(work.items), most)
+        launches.append(Launch(_single_kernel, programs, arguments, num_warps=tuning.warps))
     return launches
 
 
-def _of_spans(plan: Plan, batch: Batch) -> dict[str, Any]:
-    """What spans need in either form."""
+def _of_plan(plan: Plan) -> dict[str, Any]:
+    """Arguments of all kernels, by their names for them: those that a plan's batches share."""
     tuning = plan.tuning
     return {
         "slices_ptr": plan.slices,
+        "n_slices": len(plan.slices),
         "partials_ptr": plan.partials,
         "n_partials": plan.partials.shape[1],
+        # any table, where a step brings none of its own
+        "moments_ptr": plan.partials,
         "arrived_ptr": plan.arrived,
         "factors_ptr": plan.factors,
-        "GRAD": _triton(batch.kind.grad),
-        "ALIGNED": batch.kind.aligned,
         "HINTS": tuning.hints,
         "WIDE": tuning.wide,
         "WINDOWS": bool(plan.windows),
+        "SOFT": interpreting(),
         "BLOCK": tuning.block,
         "UNROLL": tuning.unroll,
         "MERGE": tuning.merge,
+        "UPDATE_BLOCK": tuning.update_block,
     }
 
 
-def _tensors(plan: Plan, batch: Batch) -> dict[str, Any]:
-    """Where the tensors of a batch are, and of what kind."""
+def _of_batch(batch: Batch) -> dict[str, Any]:
+    """The others: the work of a batch, where its tensors are, and of what kind."""
     return {
+        "spans_ptr": batch.spans,
+        "chunks_ptr": batch.chunks,
+        "tiles_ptr": batch.tiles,
+        "rows_ptr": batch.rows,
         "grad_ptrs": batch.grad_ptrs,
         "param_ptrs": batch.param_ptrs,
         "momentum_ptrs": batch.momentum_ptrs,
@@ -283,9 +247,6 @@ def _tensors(plan: Plan, batch: Batch) -> dict[str, Any]:
         "BUFFER": _triton(batch.kind.momentum),
         "KIND": batch.kind.master,
         "ALIGNED": batch.kind.aligned,
-        "HINTS": plan.tuning.hints,
-        "WINDOWS": bool(plan.windows),
-        "SOFT": interpreting(),
     }
 
 

@@ -8,7 +8,6 @@ the plan's, tensors are of the same dtypes, and no kernel here is specialised on
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -20,8 +19,8 @@ class Launch:
     Args:
         kernel: what `triton.jit` made.
         programs: the grid.
-        arguments: by name; those that stay, tensors where they are.
-        reads: which arguments come from each step's inputs.
+        arguments: by name; those that stay, tensors where they are. What the kernel does not take
+            is left out; what it takes besides comes from each step's inputs.
         **options: of the compilation, such as num_warps.
     """
 
@@ -30,26 +29,27 @@ class Launch:
         kernel: Any,
         programs: int,
         arguments: dict[str, Any],
-        reads: Sequence[str],
         **options: Any,
     ) -> None:
         self._kernel = kernel
         self._programs = programs
-        self._arguments = dict(arguments)
-        self._reads = reads
+        self._arguments = {n: v for n, v in arguments.items() if n in kernel.arg_names}
+        self._reads = [name for name in kernel.arg_names if name not in arguments]
         self._options = {**options, "enable_fp_fusion": False}
         self._inputs: Any = None
         # kept: what is collected is unloaded. None in the interpreter, which compiles nothing
         self._compiled: Any = None
         # of what stays: they save the launcher two calls for each
-        self._addresses = {n: v.data_ptr() for n, v in arguments.items() if isinstance(v, Tensor)}
+        self._addresses = {
+            n: v.data_ptr() for n, v in self._arguments.items() if isinstance(v, Tensor)
+        }
         self._in_order: tuple[Any, ...] = ()
 
     def __call__(self, inputs: Any, **more: Any) -> None:
         """Launch on the current stream of the current device, which must be the plan's.
 
         Args:
-            inputs: has what `reads` names.
+            inputs: has what else the kernel takes, by its names.
             **more: other arguments that change from step to step.
         """
         if inputs is not self._inputs or more:

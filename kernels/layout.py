@@ -34,7 +34,9 @@ class Walk(NamedTuple):
 
 def walk(param: Tensor, momentum: Tensor | None, master: Tensor | None, rows: int) -> Walk:
     """What to walk for a parameter; tensors other than its own are copies to be kept in step."""
-    walked = param if walked_in_place(param, rows) else _row_major(param)
+    walked = param
+    if not walked_in_place(param, rows):
+        walked = torch.empty(param.shape, dtype=param.dtype, device=param.device)
     return Walk(walked, _like(momentum, walked), _like(master, walked), rows)
 
 
@@ -43,7 +45,3 @@ def _like(state: Tensor | None, param: Tensor) -> Tensor | None:
     if state is None or same_order(state, param):
         return state
     return torch.empty_like(param, dtype=state.dtype)
-
-
-def _row_major(tensor: Tensor) -> Tensor:
-    return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)

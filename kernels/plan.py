@@ -122,9 +122,6 @@ class Batch:
 
     order: list[int]
     kind: Kind
-    n_spans: int
-    n_tiles: int
-    n_chunks: int
     spans: Tensor
     tiles: Tensor
     chunks: Tensor

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from itertools import compress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -11,10 +12,10 @@ from torch import Tensor
 from ..checks import check_step, check_tensors, check_unpartitioned, is_served, nonfinite_somewhere
 from ..kernels.plan import capturing
 from ..kernels.support import why_not, why_not_memory
-from ..options import Layout, Options
+from ..options import Options
 from ..records import StepInputs
 from ..state import KEYS, MOMENTUM, WINDOW
-from ..state_dicts import parameter_names
+from ..state_dicts import named_parameters, parameter_names
 from ..tensors import Written, is_sharded, local
 
 if TYPE_CHECKING:
@@ -42,8 +43,7 @@ def refuse_capture(optimizer: Any) -> None:
     """A CUDA graph can hold only a step that repeats the one before it."""
     captured = [
         (name, param)
-        for index, group in enumerate(optimizer.param_groups)
-        for name, param in zip(parameter_names(group, index), group["params"])
+        for _, name, param in named_parameters(optimizer.param_groups)
         if capturing(param.device)
     ]
     if captured and any(group["accumulation_steps"] > 1 for group in optimizer.param_groups):
@@ -65,7 +65,7 @@ def refuse_capture(optimizer: Any) -> None:
         )
 
 
-def check_replayable(layouts: Sequence[Layout], options: Sequence[Options]) -> None:
+def check_replayable(layouts: Sequence[dict[str, Any]], options: Sequence[Options]) -> None:
     """Refuse options that a captured step cannot follow.
 
     Args:
@@ -78,8 +78,7 @@ def check_replayable(layouts: Sequence[Layout], options: Sequence[Options]) -> N
             "capture again"
         )
     for index, (old, new) in enumerate(zip(layouts, options)):
-        pairs = zip(Layout._fields, old, new.layout)
-        changed = [name for name, before, now in pairs if before != now]
+        changed = [name for name, now in new.layout.items() if old[name] != now]
         if new.nonfinite == "raise":
             changed.append("nonfinite='raise'")
         if changed:
@@ -104,20 +103,19 @@ def gather(
     shares = _shares(params, grads, names, options)
     # who looks for an inf alone would leave the others waiting: `ShardedStep` looks with them, and
     # below are looked at the rows that nobody else has a part of, but others have rows beside
-    finite = inputs.found_inf is None
-    fused = check_group(
-        optimizer, params, parts, grads, names, options, finite=finite,
-        apart=[share is not None or is_sharded(p) for share, p in zip(shares, params)],
-    )  # fmt: skip
-    if options.nonfinite == "raise" and finite:
+    alone = [share is None and not is_sharded(p) for share, p in zip(shares, params)]
+    looked = inputs.found_inf is None
+    finite = [looked and one for one in alone]
+    fused = check_group(optimizer, params, parts, grads, names, options, finite=finite)
+    if options.nonfinite == "raise" and looked:
         _refuse_nonfinite(
             [(p, grad, name) for p, grad, name, share in zip(params, grads, names, shares)
              if share is None and is_sharded(p)]
         )  # fmt: skip
-    waiting: list[Tensor] = []
+    waiting = []
     if options.accumulation_steps > 1:
-        waiting = [p for p in group["params"] if p.grad is None and p not in closed]
-        waiting = [p for p in waiting if WINDOW in state.get(p, ()) and p.numel()]
+        idle = [p for p in group["params"] if p.grad is None and p not in closed]
+        waiting = [p for p in idle if WINDOW in state.get(p, ()) and p.numel()]
     ending = waiting if inputs.closing[index] else []
     return Work(params, grads, names, fused, shares, waiting, ending)
 
@@ -134,16 +132,11 @@ def copy_shared_gradients(work: Sequence[Work], state: dict[Tensor, Any]) -> Non
 
 def check_scaled(groups: Sequence[dict[str, Any]]) -> None:
     """Refuse a GradScaler where it cannot tell all ranks what one has found."""
-    named = [
-        (param, name)
-        for index, group in enumerate(groups)
-        for param, name in zip(group["params"], parameter_names(group, index))
-        if param.grad is not None
-    ]
-    if any(is_sharded(param) for param, _ in named):
+    named = [(name, param) for _, name, param in named_parameters(groups) if param.grad is not None]
+    if any(is_sharded(param) for _, param in named):
         from ..sharding.placements import check_found_inf
 
-        check_found_inf([param for param, _ in named], [name for _, name in named])
+        check_found_inf(named)
 
 
 def _refuse_nonfinite(sharded: Sequence[tuple[Tensor, Tensor, str]]) -> None:
@@ -187,16 +180,13 @@ def _shares(
         share_of(name, param, grad, options.granularity)
         for name, param, grad in zip(names, params, grads)
     ]
-    if options.granularity != "global":
-        return [share if share.groups else None for share in found]
-    if not any(share.groups for share in found):
-        return [None] * len(found)
-    if options.accumulation_steps > 1:
+    together = options.granularity == "global" and any(share.groups for share in found)
+    if together and options.accumulation_steps > 1:
         raise NotImplementedError(
             "granularity='global' with accumulation_steps > 1 is not supported for sharded "
             "parameters; use granularity='tensor' or 'row'"
         )
-    return list(found)
+    return [share if share.groups or together else None for share in found]
 
 
 def check_group(
@@ -207,8 +197,7 @@ def check_group(
     names: Sequence[str],
     options: Options,
     *,
-    finite: bool,
-    apart: Sequence[bool],
+    finite: Sequence[bool],
 ) -> list[bool]:
     """Refuse what a step cannot do with parameters of one group; else say who the kernels serve.
 
@@ -219,9 +208,8 @@ def check_group(
         grads: of the parts.
         names: of the parameters.
         options: the group's.
-        finite: whether ``nonfinite="raise"`` looks for an inf or NaN; an overflow is no error
-            where a GradScaler has seen it.
-        apart: of which parameters it does not, since other processes hold parts of their slices.
+        finite: of which parameters ``nonfinite="raise"`` looks for an inf or NaN; an overflow is
+            no error where a GradScaler has seen it, and other processes may hold parts of a slice.
     """
     state = optimizer.state
     buffers = [
@@ -229,7 +217,7 @@ def check_group(
         for p, part in zip(params, parts)
     ]
     check_tensors(parts, grads, buffers, buffered=options.buffered, names=names)
-    check_step(parts, grads, options, names=names, finite=[finite and not one for one in apart])
+    check_step(parts, grads, options, names=names, finite=finite)
     fused = serve(optimizer.fused, params, names, options)
     # a float32 parameter may have a float64 gradient, or state from a float64 checkpoint
     for i, (param, grad) in enumerate(zip(params, grads)):
@@ -248,15 +236,11 @@ def check_group(
 
 def _why_not_state(entry: dict[str, Any], options: Options) -> str | None:
     """Why the kernels cannot write a parameter's state."""
-    if (
-        options.buffered
-        and MOMENTUM in entry
-        and (reason := _why_not_written(local(entry[MOMENTUM])))
-    ):
-        return reason
+    held = {key: local(entry[key]) for key in KEYS if key in entry}
+    reasons = [_why_not_written(held[MOMENTUM])] if options.buffered and MOMENTUM in held else []
     # remainders and windows are integers
-    held = [local(entry[key]) for key in KEYS if key in entry]
-    return next(filter(None, map(why_not_memory, held)), None)
+    reasons += map(why_not_memory, held.values())
+    return next(filter(None, reasons), None)
 
 
 def _why_not_written(tensor: Tensor) -> str | None:
@@ -287,15 +271,12 @@ def expect(
     """
     with torch.no_grad():
         looked_at = [
-            i
-            for i, param in enumerate(params)
-            if is_served(param) and (param.requires_grad or not why_not(local(param)))
+            is_served(param) and (param.requires_grad or not why_not(local(param)))
+            for param in params
         ]
-    served = serve(fused, [params[i] for i in looked_at], [names[i] for i in looked_at], options)
-    found = [False] * len(params)
-    for i, on in zip(looked_at, served):
-        found[i] = on
-    return found
+    those, their_names = list(compress(params, looked_at)), list(compress(names, looked_at))
+    served = iter(serve(fused, those, their_names, options))
+    return [looked and next(served) for looked in looked_at]
 
 
 def serve(

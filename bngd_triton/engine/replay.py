@@ -80,8 +80,6 @@ class Replay:
             for lot in lots
         ]
         self.sharded_steps = [lot.sharded for lot in lots if lot.sharded is not None]
-        for step in self.sharded_steps:
-            step.keep()
         self.fused = optimizer.fused
         self.reader, self.options, self.closing = reader, reader.options, inputs.closing
         self.layouts = [one.layout for one in reader.options]
@@ -206,7 +204,7 @@ class Replay:
         ends = list(accumulate(len(lot.pairs) for lot in self.lots))
         for lot, end in zip(self.lots, ends):
             here = found if len(self.lots) == 1 else found[end - len(lot.pairs) : end]
-            if isinstance(lot.prepared, FusedStep) and not lot.prepared.point_at(here):
+            if isinstance(lot.prepared, FusedStep) and not lot.prepared.plan.point_at(here):
                 return False
         if changed or self.reader.by_value or inputs.closing != self.closing:
             for lot in self.lots:

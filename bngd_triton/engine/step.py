@@ -31,20 +31,15 @@ if TYPE_CHECKING:
     from ..sharding.sharded_step import Part, ShardedStep
 
 
-class Captured(NamedTuple):
-    """A step that a CUDA graph holds, and the memory that its replays write."""
-
-    prepared: FusedStep
-    memory: list[Tensor]
-
-
 class Stepper:
     """Steps an optimizer's parameters, all or some; keeps what the next step may repeat."""
 
     def __init__(self) -> None:
-        self.prepared: FusedStep | None = None
+        # the kernels' steps of the last one, for each device
+        self.prepared: list[FusedStep] = []
         self.replay: Replay | None = None
-        self.captured: list[Captured] = []
+        # and those that CUDA graphs hold
+        self.captured: list[FusedStep] = []
         self.reader = OptionsReader()
         self.sharded_steps: dict[torch.device, ShardedStep] = {}
         # whether some group counts micro-batches; whether some group rounds stochastically
@@ -67,17 +62,15 @@ class Stepper:
         """Keep all that a CUDA graph has captured: its replays read and write it."""
         for prepared, _, _ in replay.lots:
             if isinstance(prepared, FusedStep):
-                prepared.fix()
-                if all(one.prepared is not prepared for one in self.captured):
-                    self.captured.append(Captured(prepared, replay.memory()))
+                prepared.fix(replay.memory())
+                if prepared not in self.captured:
+                    self.captured.append(prepared)
 
     def sync(self, optimizer: Any) -> None:
         """Write every group's options to the tables of the last step and of captured ones."""
         groups = optimizer.param_groups
         options, closing = self.reader.read(groups), closing_of(groups)
-        steps = [one.prepared for one in self.captured]
-        if self.prepared is not None and self.prepared not in steps:
-            steps.insert(0, self.prepared)
+        steps = [one for one in self.prepared if one not in self.captured] + self.captured
         if steps:
             check_replayable(steps[-1].layouts, options)
         layouts = [one.layout for one in options]
@@ -115,10 +108,11 @@ class Stepper:
         copy_shared_gradients(work, optimizer.state)
         served, eager, empty, parts = _divided(optimizer, work, options)
         # the other ranks wait for what is here: first
-        sharded_steps = [
-            self._measured(device, parts, options, inputs)
-            for device in dict.fromkeys(part.member.param.device for part in parts)
-        ]
+        for device, its_parts in parts.items():
+            from ..sharding.sharded_step import ShardedStep
+
+            self.sharded_steps.setdefault(device, ShardedStep()).measure(its_parts, options, inputs)
+        sharded_steps = [self.sharded_steps[device] for device in parts]
         lots: list[Lot] = []
         for pairs, group_work, choice in zip(eager, work, options):
             if pairs:
@@ -129,55 +123,45 @@ class Stepper:
             for param in group_work.ending:
                 # the next gradient makes it anew; until then steps can be recognised
                 del optimizer.state[param][WINDOW]
-        self.prepared = self._updated([tensor for _, tensor in served], options, inputs)
-        if self.prepared is not None:
-            lots.insert(0, Lot(self.prepared, served))
+        lots = self._updated(served, options, inputs) + lots
         if sharded_steps or empty:
             lots += lots_of(sharded_steps, empty)
         if _repeatable(work, options) and Replay.serves(lots):
             self.replay = Replay(optimizer, lots, self.reader, inputs)
         for sharded in sharded_steps:
             sharded.update(options, inputs)
+            sharded.let_go()
 
-    def _measured(
-        self, device: torch.device, parts: list[Part], options: list[Options], inputs: StepInputs
-    ) -> ShardedStep:
-        """The statistics of what other ranks have parts of, on one device."""
-        if device not in self.sharded_steps:
-            from ..sharding.sharded_step import ShardedStep
+    def _updated(self, served: Served, options: list[Options], inputs: StepInputs) -> list[Lot]:
+        """Steps by the kernels, laid out anew where no earlier layout fits; what was run."""
+        laid_out = self.prepared + self.captured
+        self.prepared, lots = [], []
+        for pairs in served.values():
+            tensors = [tensor for _, tensor in pairs]
+            prepared = FusedStep.fitting(laid_out, tensors, options)
+            prepared.update(tensors, options, inputs)
+            self.prepared.append(prepared)
+            lots.append(Lot(prepared, pairs))
+        return lots
 
-            self.sharded_steps[device] = ShardedStep()
-        found = self.sharded_steps[device]
-        here = [part for part in parts if part.member.param.device == device]
-        found.measure(here, options, inputs)
-        return found
 
-    def _updated(
-        self, tensors: list[StepTensor], options: list[Options], inputs: StepInputs
-    ) -> FusedStep | None:
-        """A step by the kernels, laid out anew where no earlier layout fits; what was run."""
-        if not tensors:
-            return None
-        laid_out = [self.prepared, *(one.prepared for one in self.captured)]
-        prepared = FusedStep.fitting(laid_out, tensors, options)
-        prepared.update(tensors, options, inputs)
-        return prepared
+Served = dict[torch.device, list[tuple[Tensor, StepTensor]]]
 
 
 class Division(NamedTuple):
     """Who serves what of a step: each parameter beside what this process holds of it.
 
     Attributes:
-        served: by the kernels.
+        served: on each device, by the kernels.
         eager: of each group, by the reference.
         empty: of which other ranks hold all.
-        parts: of which other ranks hold parts.
+        parts: on each device, of which other ranks hold parts.
     """
 
-    served: list[tuple[Tensor, StepTensor]]
+    served: Served
     eager: list[list[tuple[Tensor, StepTensor]]]
     empty: list[tuple[Tensor, StepTensor]]
-    parts: list[Part]
+    parts: dict[torch.device, list[Part]]
 
 
 def _divided(optimizer: Any, work: Sequence[Work], options: Sequence[Options]) -> Division:
@@ -185,7 +169,7 @@ def _divided(optimizer: Any, work: Sequence[Work], options: Sequence[Options]) -
     every = [param for group in optimizer.param_groups for param in group["params"]]
     optimizer._records.keep(every)
     keys = {id(param): i for i, param in enumerate(every)}
-    found = Division([], [], [], [])
+    found = Division({}, [], [], {})
     for index, (part, choice) in enumerate(zip(work, options)):
         grads: list[Tensor | None] = [*part.grads, *[None] * len(part.ending)]
         tensors = [
@@ -198,11 +182,12 @@ def _divided(optimizer: Any, work: Sequence[Work], options: Sequence[Options]) -
             if share is not None:
                 from ..sharding.sharded_step import Part
 
-                found.parts.append(Part(param, tensor, share, fused, name))
+                part_of = Part(param, tensor, share, fused, name)
+                found.parts.setdefault(tensor.param.device, []).append(part_of)
             elif not fused:
                 found.eager[-1].append((param, tensor))
             elif tensor.param.numel():
-                found.served.append((param, tensor))
+                found.served.setdefault(tensor.param.device, []).append((param, tensor))
             elif is_sharded(param):
                 found.empty.append((param, tensor))
     return found

@@ -156,10 +156,10 @@ def ordinal(param: Tensor) -> int:
     """Tells the parts of a parameter apart, but not its replicas; 0 for a plain tensor."""
     number = 0
     if isinstance(param, DTensor):
+        mesh = param.device_mesh
         for mesh_dim, dim in enumerate(_cut_dims("param", param)):
             if dim is not None:
-                number = number * param.device_mesh.size(mesh_dim)
-                number += param.device_mesh.get_local_rank(mesh_dim)
+                number = number * mesh.size(mesh_dim) + mesh.get_local_rank(mesh_dim)
     return number
 
 
@@ -185,21 +185,21 @@ def everywhere(tensors: Sequence[Tensor], flags: Sequence[Tensor]) -> list[bool]
     return [bool(flag) for flag in held]
 
 
-def check_found_inf(params: Sequence[Tensor], names: Sequence[str]) -> None:
+def check_found_inf(named: Sequence[tuple[str, Tensor]]) -> None:
     """Refuse a GradScaler's verdict that may not be every rank's.
 
     A GradScaler looks at all gradients of one dtype together, and tells of an overflow the ranks
     over which the first of them is cut (`torch.distributed.tensor`, as of torch 2.13).
 
     Args:
-        params: all of an optimizer's that have a gradient, in its order.
-        names: what to call them in an error.
+        named: all of an optimizer's parameters that have a gradient, in its order, each after what
+            to call it in an error.
 
     Raises:
         RuntimeError: a later gradient is cut over other ranks too.
     """
     leaders: dict[tuple[torch.device, torch.dtype], tuple[str, set[str]]] = {}
-    for param, name in zip(params, names):
+    for name, param in named:
         grad = param.grad
         if not isinstance(grad, DTensor):
             continue

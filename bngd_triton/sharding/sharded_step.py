@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..checks import nonfinite_somewhere
 from ..eager.eager_step import apply_
-from ..kernels.fused_step import FusedStep
+from ..kernels.fused_step import FusedStep, gradient_of
 from ..kernels.tables import MOMENT_M2, MOMENT_MEAN
 from ..options import Options
 from ..records import StepInputs, StepTensor, new_record
@@ -35,12 +35,11 @@ class ShardedStep:
 
     def __init__(self) -> None:
         self._exchange: Exchange | None = None
-        # of the step that is being made, with the tables of whole slices
         self.prepared: FusedStep | None = None
+        # of the last step, without gradients if it is over
         self.parts: list[Part] = []
+        # of the step that is being made: the statistics of whole slices
         self._tables: list[Tensor] = []
-        # of the last step, without gradients
-        self._kept: list[Part] = []
 
     def measure(self, parts: Sequence[Part], options: list[Options], inputs: StepInputs) -> None:
         """Find the statistics of the whole slices.
@@ -68,31 +67,31 @@ class ShardedStep:
         if inputs.found_inf is None:
             self._refuse_nonfinite(options)
 
-    def keep(self) -> None:
-        """After `measure`: have `measure_again` repeat it; the kernels serve all with entries."""
-        self._kept = [_stripped(part) for part in self.parts]
+    def let_go(self) -> None:
+        """After `measure` and `update`: hold no gradients; the two can be repeated without."""
+        self.parts = [_stripped(part) for part in self.parts]
 
     def measure_again(self, options: list[Options], inputs: StepInputs) -> None:
-        """As the `measure` that was kept, of the gradients that `prepared` points at.
+        """As the last `measure`, of the gradients that `prepared` points at.
+
+        The kernels must have served all that has entries.
 
         Args:
             options: of every group; those last written to `prepared`.
             inputs: what is new in this step.
         """
-        self.parts = self._kept
         measured = [] if self.prepared is None else self.prepared.measure_again(inputs)
         self._merge(measured, options)
 
     def _merge(self, measured: list[Tensor], options: list[Options]) -> None:
         """Exchange the kernels' tables and those of the other parts."""
         ready = iter(measured)
-        tables = []
-        for part in self.parts:
-            if by_kernels(part):
-                tables.append(next(ready))
-            else:
-                assert part.member.grad is not None
-                tables.append(local_table(part.member.grad, options[part.member.group].granularity))
+        tables = [
+            next(ready)
+            if by_kernels(part)
+            else local_table(gradient_of(part.member), options[part.member.group].granularity)
+            for part in self.parts
+        ]
         assert self._exchange is not None
         self._tables = self._exchange.run(tables)
 
@@ -117,7 +116,7 @@ class ShardedStep:
             }
             found = [self._exchange.moments(i, self._tables[i]) for i in rest]
             apply_(list(rest.values()), choice, inputs, found)
-        self.parts, self._tables = [], []
+        self._tables = []
 
 
 def by_kernels(part: Part) -> bool:

@@ -63,9 +63,9 @@ def test_a_tuning_is_that_of_the_first_step_and_stays(monkeypatch):
     params = run.make_params(workloads.DRY_RUN["dry-run"], FP32, CPU)
     step = arms.start(noting, params, 1, FP32, 1e-3)
     step()
-    (device,) = made[0]._stepper.prepared._devices
-    assert device.plan.tuning.form == "single-launch"
-    assert device.plan.tuning.span == 32768
+    (prepared,) = made[0]._stepper.prepared
+    assert prepared.plan.tuning.form == "single-launch"
+    assert prepared.plan.tuning.span == 32768
     assert noting.name == "bngd:form=single-launch,span=32768"
 
 

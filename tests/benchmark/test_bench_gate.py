@@ -196,7 +196,7 @@ def test_a_gpu_merges_many_slices_and_waits_for_waves(architecture, label, granu
         # rows of 40 003 where they are slices; else 1 200 000 entries
         assert batch.spans[:, -1].bincount().max() > (64 if batch.kind.aligned else 2)
         assert batch.chunks[:, -1].bincount().max() > 2
-        assert batch.n_tiles
+        assert len(batch.tiles)
         kinds = batch.work(tuning).items[:, 0].unique_consecutive()
         # S(w0) T S(w1) U(w0) S(w2) U(w1) U(w2): the chunks of the last two waves are neighbours
         waves.append(1 + int((kinds == CHUNK_ITEM).sum()))

@@ -65,14 +65,14 @@ def test_sync_hyperparameters_reaches_a_replay(change, device):
     for one, its in ((optimizer, params), (eager, twins)):
         take_steps(one, its, range(2))
         one.param_groups[0].update(change)
-    step = optimizer._stepper.prepared
+    (step,) = optimizer._stepper.prepared
     optimizer.sync_hyperparameters()
     for place, (param, twin) in enumerate(zip(params, twins)):
         for one in (param, twin):
             one.grad.copy_(exact_gradient(one, 200 + place))
     # left alone unless it is to propagate
     params[-1].grad[3] = twins[-1].grad[3] = torch.inf
-    assert step.point_at([param.grad.data_ptr() for param in params])
+    assert step.plan.point_at([param.grad.data_ptr() for param in params])
     step.update_again(inputs_of(optimizer, [True]))
     eager.step()
     # of an erf, which both have of their own
@@ -87,13 +87,13 @@ def captured(optimizer):
     with pytest.MonkeyPatch.context() as patch:
         capture.pretend(patch)
         optimizer.step()
-    return optimizer._stepper.captured[-1].prepared
+    return optimizer._stepper.captured[-1]
 
 
 def replayed(optimizer):
     """What a graph's replay does: the captured launches, and nothing on the host."""
-    for device in optimizer._stepper.captured[-1].prepared._devices:
-        launch.update(device.plan, device.held[-1])
+    step = optimizer._stepper.captured[-1]
+    launch.update(step.plan, step.held[-1][0])
 
 
 def other_gradients(params, optimizer):
@@ -147,7 +147,7 @@ def test_gradients_of_a_captured_step_find_it_again(device, layouts):
     held = captured(optimizer)
     other_gradients(params, optimizer)
     optimizer.step()
-    own = optimizer._stepper.prepared
+    (own,) = optimizer._stepper.prepared
     assert own is not held
     for param, grad in zip(params, static):
         param.grad = grad
@@ -155,9 +155,9 @@ def test_gradients_of_a_captured_step_find_it_again(device, layouts):
     optimizer.step()
     # the other plan follows: the graph's stays as it was captured
     assert layouts() == 0
-    assert optimizer._stepper.prepared is own
+    assert optimizer._stepper.prepared == [own]
     captured(optimizer)
-    assert [one.prepared for one in optimizer._stepper.captured] == [held, own]
+    assert optimizer._stepper.captured == [held, own]
 
 
 def test_a_sync_reaches_every_captured_step_that_can_follow(device):
@@ -166,7 +166,7 @@ def test_a_sync_reaches_every_captured_step_that_can_follow(device):
     take_steps(optimizer, params, range(2))
     tables = []
     for _ in range(2):
-        tables.append(captured(optimizer)._devices[0].table)
+        tables.append(captured(optimizer).table)
         other_gradients(params, optimizer)
         optimizer.step()
     optimizer.param_groups[0]["lr"] = 0.25

@@ -29,10 +29,9 @@ DTYPES = (*RATE_DTYPES, torch.float8_e5m2)
 
 
 def laid_out(groups, device):
-    """A step of one tensor, and what of it is on the device."""
+    """A step of one tensor."""
     one = member(*(torch.randn(16, device=device) for _ in range(3)))
-    step = FusedStep([one], groups)
-    return step, step._devices[0]
+    return FusedStep([one], groups)
 
 
 def test_rates_on_a_device_are_those_of_floats_in_one_launch(device, launched, rates_on_a_device):
@@ -40,7 +39,7 @@ def test_rates_on_a_device_are_those_of_floats_in_one_launch(device, launched, r
     rates = [torch.tensor(0.1, device=device).to(dtype) for dtype in DTYPES]
     groups = [Options(lr, weight_decay=0.3) for lr in (0.7, *rates)]
     assert tables.encode(groups[1])[0] == 0, "not read"
-    _, part = laid_out(groups, device)
+    part = laid_out(groups, device)
     for value in (0.1, 0.0, 3e-5):
         for rate in rates:
             rate.copy_(torch.tensor(value, dtype=torch.float64))
@@ -73,7 +72,7 @@ def test_a_run_with_rates_on_a_device_has_the_bits_of_one_with_floats(
 
 def test_a_rate_may_become_another_tensor_or_a_number(device, launched, rates_on_a_device):
     """What a captured launch reads is changed in place: a replay goes by it too."""
-    _, part = laid_out([Options()], device)
+    part = laid_out([Options()], device)
     moved, *rates = (torch.tensor(lr, device=device) for lr in (0.3, 0.1, 0.2, 0.0, 0.4))
     replay = None
     for lr in (*rates[:2], moved, moved, 0.0, rates[2], 0.25, rates[3]):
@@ -105,7 +104,7 @@ def test_a_rate_lives_as_long_as_it_is_read(device):
 
 def test_another_rate_is_refused_in_a_capture(device, monkeypatch, rates_on_a_device):
     first, second = (Options(torch.tensor(0.1, device=device)) for _ in range(2))
-    step, _ = laid_out([first], device)
+    step = laid_out([first], device)
     step.write([first], [True])
     capture.pretend(monkeypatch)
     step.write([first], [True])
@@ -116,7 +115,7 @@ def test_another_rate_is_refused_in_a_capture(device, monkeypatch, rates_on_a_de
 def test_a_decay_set_after_a_capture_reaches_a_rate_on_a_device(device, rates_on_a_device):
     """A replay repeats what the host queued: with the options of the table."""
     rate = torch.tensor(0.1, device=device)
-    _, part = laid_out([Options(rate)], device)
+    part = laid_out([Options(rate)], device)
     part.write([Options(rate, weight_decay=0.3)], [True])
     now = tables.encode(Options(float(rate), weight_decay=0.9))
     part.table.copy_(torch.tensor([now], dtype=torch.float64))

@@ -98,14 +98,14 @@ def test_order_of_arrival_does_not_change_a_bit(tuning, granularity, device):
         params = [torch.zeros_like(grad) for grad in grads]
         members = [member(p, g, torch.zeros_like(p)) for p, g in zip(params, grads)]
         prepared = FusedStep(members, [options], tuning)
-        (batch,) = prepared._devices[0].plan.batches
+        (batch,) = prepared.plan.batches
         if seed is not None:
             torch.manual_seed(seed)
-            batch.spans = batch.spans[torch.randperm(batch.n_spans)]
-            batch.chunks = batch.chunks[torch.randperm(batch.n_chunks)]
+            batch.spans = batch.spans[torch.randperm(len(batch.spans))]
+            batch.chunks = batch.chunks[torch.randperm(len(batch.chunks))]
         for _ in range(2):
             prepared.update(members, [options], nothing_new(device))
-        done = prepared._devices[0].plan
+        done = prepared.plan
         assert not done.arrived.any(), "counters are left at zero"
         # float64, in which a sum shows its order
         found.append(torch.cat([*params, *(m.record.nan_to_num().flatten() for m in members)]))
@@ -120,7 +120,7 @@ def test_updates_start_where_the_statistics_ended(device, monkeypatch):
     tensors = [torch.randn(n, device=device) for n in (700, 301)]
     members = [member(t, t.clone(), torch.zeros_like(t)) for t in tensors]
     prepared = FusedStep(members, [Options(LR)], LANES)
-    (batch,) = prepared._devices[0].plan.batches
+    (batch,) = prepared.plan.batches
 
     def watch(module, name, table):
         seen = []

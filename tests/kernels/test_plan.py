@@ -22,8 +22,7 @@ def test_past_two_to_the_31(device):
     tuning = Tuning(wide=True, span=65536, chunk=65536, update_block=4096, block=4096, unroll=1)
     whole = build([entry(param, grad)], tuning)
     (batch,) = whole.batches
-    for table, size in ((batch.spans, batch.n_spans), (batch.chunks, batch.n_chunks)):
-        assert len(table) == size
+    for table in (batch.spans, batch.chunks):
         assert int(table[0, 1]) == 0
         assert torch.equal(table[1:, 1], table[:-1, 1] + table[:-1, 2])
         assert int(table[-1, 1] + table[-1, 2]) == n
@@ -35,7 +34,6 @@ def test_past_two_to_the_31(device):
     param[-tail:] = 0
     batch.spans = torch.tensor([[0, n - tail, tail, 0, 0]], device=device)
     batch.chunks = torch.tensor([[0, n - tail, tail, 0]], device=device)
-    batch.n_spans = batch.n_chunks = 1
     whole.slices[0, :4] = torch.tensor([0, 1, tail, 1], device=device)
     whole.point_at([grad.data_ptr()])
     options = Options(lr=1.0, momentum=0.0, maximize=True)
@@ -99,8 +97,7 @@ def test_rows_share_tiles(shapes, expected, device):
     entries = [entry(t, t, None, len(t) if t.dim() > 1 else 1) for t in tensors]
     (batch,) = build(entries, Tuning(tile=8192)).batches
     assert batch.tiles.tolist() == expected
-    assert batch.n_tiles == len(expected)
-    assert batch.n_spans == batch.n_chunks == 0
+    assert len(batch.spans) == len(batch.chunks) == 0
 
 
 def test_aligned_batches_are_aligned(device):

@@ -100,9 +100,8 @@ def test_a_sync_refuses_what_no_replay_follows(change, named, device):
     for param in params:
         param.grad = torch.randn_like(param)
     optimizer.step()
-    prepared = optimizer._stepper.prepared
-    (part,) = prepared._devices
-    before = part.table.clone()
+    (prepared,) = optimizer._stepper.prepared
+    before = prepared.table.clone()
     if change is None:
         optimizer.add_param_group({"params": params[2:]})
     else:
@@ -111,7 +110,7 @@ def test_a_sync_refuses_what_no_replay_follows(change, named, device):
         optimizer.param_groups[1].update(change)
     with pytest.raises(RuntimeError, match=named):
         optimizer.sync_hyperparameters()
-    assert torch.equal(part.table, before)
+    assert torch.equal(prepared.table, before)
     optimizer.step()
     if change != {"nonfinite": "raise"}:
         optimizer.sync_hyperparameters()

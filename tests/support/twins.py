@@ -32,8 +32,7 @@ class Twins:
     @property
     def plan(self):
         """The single launch's."""
-        (part,) = self.steps[1][1]._devices
-        return part.plan
+        return self.steps[1][1].plan
 
     def step(self):
         """Take a step in both forms, and compare all bits."""
@@ -41,7 +40,7 @@ class Twins:
             prepared.update(members, [self.options], nothing_new(self.device))
         two, one = (
             [*(part for each in members for part in (each.param, each.momentum, each.record)),
-             prepared._devices[0].plan.factors]
+             prepared.plan.factors]
             for members, prepared in self.steps
         )  # fmt: skip
         assert_bits(*([part for part in parts if part is not None] for parts in (two, one)))
