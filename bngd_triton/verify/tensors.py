@@ -82,12 +82,12 @@ def place(values: Tensor, way: str, guard: float = _MARK) -> Placed:
     if way == "own":
         return Placed(values.clone(memory_format=torch.contiguous_format), way)
     start = _GUARD + (way == "unaligned")
-    like = torch.empty(shape, device="meta")
+    like = torch.empty(shape, dtype=values.dtype, device="meta")
     if way == "channels_last":
         like = like.to(memory_format=torch.channels_last)
     elif way in ("transposed", "permuted"):
         # the last dimension outermost
-        like = torch.empty((shape[-1], *shape[:-1]), device="meta").movedim(0, -1)
+        like = like.new_empty((shape[-1], *shape[:-1])).movedim(0, -1)
     strides = like.stride()
     if way == "gaps":
         strides = tuple(2 * stride for stride in strides)

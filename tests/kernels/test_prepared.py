@@ -15,9 +15,7 @@ from support.kernel_cases import LR
 @pytest.mark.parametrize("granularity", ["tensor", "row"])
 def test_launches_do_not_grow(granularity, device, launched):
     """For one tensor, 10 and 300, in one group or one each, with options of every kind."""
-    kinds = [
-        {}, {"momentum": 0.0}, {"nesterov": True}, {"maximize": True}, {"normalizer": "cdf"}
-    ]  # fmt: skip
+    kinds = [{}, {"momentum": 0.0}, {"nesterov": True}, {"maximize": True}, {"normalizer": "cdf"}]
     for n, per_group in ((1, 1), (10, 10), (10, 1), (300, 300), (300, 10)):
         params = [torch.randn(2, 8208, device=device), *torch.randn(n - 1, 16, device=device)]
         for param in params:

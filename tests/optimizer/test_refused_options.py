@@ -49,7 +49,7 @@ BAD_OPTIONS += [
     BadOption({"lr": torch.tensor([0.1])}, r"lr must be .* 0-dim .* shape \(1,\)"),
     BadOption({"lr": torch.tensor(1)}, r"lr must be .* floating .*torch\.int64"),
     BadOption({"lr": torch.tensor(-0.5)}, r"lr must be >= 0.*, got -0\.5"),
-    BadOption({"lr": torch.tensor(math.nan)}, "lr must be >= 0.*, got nan"),
+    BadOption({"lr": torch.tensor(math.nan)}, "lr must be >= 0 and finite, got nan"),
     BadOption({"granularity": "column"}, "must be one of 'tensor', 'row', 'global', got 'column'"),
     BadOption({"normalizer": "minmax"}, "must be one of 'zscore', 'cdf', got 'minmax'"),
     BadOption({"nonfinite": "no"}, "must be one of 'skip', 'propagate', 'raise', got 'no'"),

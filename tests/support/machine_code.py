@@ -230,9 +230,7 @@ def inspect(compiled, backend, seconds):
         width, any_load, spilling = amdgcn_width, r"(global|buffer)_load", r"scratch_"
         load, store = any_load, r"(global|buffer)_store"
         patterns = (r"global_atomic", r"buffer_wbl2", r"buffer_inv")
-        bytewise = (
-            r"(global|buffer)_load_ubyte", r"(global|buffer)_store_byte", r"s_barrier"
-        )  # fmt: skip
+        bytewise = (r"(global|buffer)_load_ubyte", r"(global|buffer)_store_byte", r"s_barrier")
 
     def matching(pattern, lines):
         return [code for code in lines if re.match(pattern, code)]

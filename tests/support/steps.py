@@ -15,10 +15,7 @@ OPTION_NAMES = (
     "seed",
 )  # fmt: skip
 # how an optimizer, or all of a run, is copied
-COPIES = {
-    "deepcopy": copy.deepcopy,
-    "pickle": lambda value: pickle.loads(pickle.dumps(value)),
-}
+COPIES = {"deepcopy": copy.deepcopy, "pickle": lambda value: pickle.loads(pickle.dumps(value))}
 
 
 def make_params(device, dtype=torch.float32, shapes=SHAPES):
