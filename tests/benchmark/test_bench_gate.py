@@ -4,6 +4,7 @@ import contextlib
 import functools
 import itertools
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,16 +16,6 @@ from bngd_triton.kernels.plan import Entry
 from bngd_triton.kernels.work import CHUNK_ITEM
 from bngd_triton.records import new_record, slices_of
 from support.bench_folder import CPU, FP32
-
-
-class Steps:
-    """What `bench.arms.start` needs of an optimizer: a step, and one buffer for each parameter."""
-
-    def __init__(self, groups, step, *buffers):
-        self.param_groups = groups
-        params = [param for group in groups for param in group["params"]]
-        self.state = {p: dict(enumerate(held)) for p, *held in zip(params, *buffers)}
-        self.step = step
 
 
 def _nan(number, params, once):
@@ -123,7 +114,8 @@ def _own(standardize, *, forgets=False):
                 momentum.mul_(kept).add_(ghat, alpha=1 - arms.MOMENTUM)
                 param.sub_(momentum, alpha=lr)
 
-        return Steps(groups, step, momenta)
+        state = {param: {"momentum": momentum} for param, momentum in zip(params, momenta)}
+        return SimpleNamespace(param_groups=groups, step=step, state=state)
 
     return build
 

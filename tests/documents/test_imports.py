@@ -55,8 +55,7 @@ def imports(module, lazy):
 
 def part(module):
     """The entry of `ORDER` that a module belongs to."""
-    inside = module.removeprefix("bngd_triton.")
-    return inside.split(".")[0]
+    return module.removeprefix("bngd_triton.").split(".")[0]
 
 
 @pytest.mark.parametrize("module", PATHS)

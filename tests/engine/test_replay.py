@@ -7,6 +7,7 @@ import torch
 from torch.nn import Parameter
 
 from bngd_triton import BNGD
+from bngd_triton.engine import step as engine_step
 from bngd_triton.engine.replay import same_kinds
 from support.changes import CHANGES, pair, unaligned
 from support.steps import set_grads
@@ -51,6 +52,27 @@ def test_a_change_is_noticed(change, stay, device, layouts):
                 assert layouts() == (optimizer.fused or change is not unaligned)
         done.append(params)
     torch.testing.assert_close(*done, rtol=0, atol=1e-6)
+
+
+def test_tensors_of_two_devices_are_stepped_one_after_the_other(device, layouts, monkeypatch):
+    """As if every other one lay elsewhere: a prepared step for each device, repeated as one."""
+    right = engine_step._divided
+
+    def divided(*args):
+        found = right(*args)
+        for pairs in list(found.served.values()):
+            found.served.update({device: pairs[::2], torch.device("meta"): pairs[1::2]})
+        return found
+
+    def laid_out(step, optimizer):
+        assert len(optimizer._stepper.prepared) == 2 * optimizer.fused
+        return step == 0
+
+    def other_rate(step, params, optimizer):
+        optimizer.param_groups[0]["lr"] = 0.1 / (step + 1)
+
+    monkeypatch.setattr(engine_step, "_divided", divided)
+    compare(device, layouts, 4, other_rate, laid_out)
 
 
 def test_an_empty_parameter_that_grows(device, layouts):

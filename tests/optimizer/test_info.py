@@ -15,8 +15,6 @@ import bngd_triton
 from bngd_triton import cli, info
 from bngd_triton.kernels import devices, support
 
-PACKAGE = Path(bngd_triton.__file__).parent
-
 
 def printed(capsys, *arguments):
     assert cli.main(["info", *arguments]) == 0
@@ -43,7 +41,7 @@ def test_this_machine(capsys):
 def test_every_private_function_is_listed():
     """So that a report shows which of them another torch lacks."""
     used = set()
-    for path in PACKAGE.rglob("*.py"):
+    for path in Path(bngd_triton.__file__).parent.rglob("*.py"):
         text = path.read_text()
         for module, names in re.findall(r"from (torch\._[\w.]*) import ([\w, ]+)", text):
             used |= {f"{module}.{name}" for name in re.split(r",\s*", names)}

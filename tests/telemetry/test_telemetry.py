@@ -182,15 +182,11 @@ HEAD = '{"columns": ["mean", "std", "rms", "kappa", "skipped"], "steps": '
 @pytest.mark.parametrize(
     "text",
     [
-        "",
-        "[]",
-        "{}",
-        '{"columns": ["mean"], "steps": []}',
-        HEAD + '[{"step": 1}]}',
+        "", "[]", "{}", '{"columns": ["mean"], "steps": []}', HEAD + '[{"step": 1}]}',
         HEAD + '[{"step": 1, "stats": {"a": [1, 2]}}]}',
         HEAD + '[{"step": 1, "stats": {"a": [1, 2, 3, 4, "x"]}}]}',
     ],
-)
+)  # fmt: skip
 def test_a_file_that_is_no_log_is_refused(text, tmp_path):
     file = tmp_path / "stats.json"
     file.write_text(text)

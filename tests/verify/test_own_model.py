@@ -173,9 +173,8 @@ def test_what_it_cannot_hold_is_refused():
     keeping, releasing = BNGD(keeps.parameters()), BNGD(released.parameters())
     release_gradients(released, releasing)
     windowed = BNGD(model.parameters(), accumulation_steps=2)
-    sgd = torch.optim.SGD(model.parameters())
     for its_model, its_optimizer, loss_fn, error, message in (
-        (model, sgd, loss_of, TypeError, "must be a BNGD, got SGD"),
+        (model, torch.optim.SGD(model.parameters()), loss_of, TypeError, "a BNGD, got SGD"),
         (model, windowed, loss_of, NotImplementedError, "accumulation_steps > 1"),
         (released, releasing, loss_of, NotImplementedError, "gradient release"),
         (model, optimizer, lambda m: torch.tensor(1.0), ValueError, "scalar tensor that depends"),
@@ -196,9 +195,8 @@ def test_the_command_steps_a_factorys_model(tmp_path, monkeypatch, capsys):
     assert "2 of 2 parameters within their bounds" in capsys.readouterr().out
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["passed"]
-    assert [(one["name"], one["dtype"], one["ok"]) for one in report["parameters"]] == [
-        ("weight", "float32", True), ("bias", "float32", True),
-    ]  # fmt: skip
+    found = [(one["name"], one["dtype"], one["ok"]) for one in report["parameters"]]
+    assert found == [("weight", "float32", True), ("bias", "float32", True)]
     for wrong, messages in {
         "factory_of_a_test:none": ["no attribute 'none'"],
         "nowhere_at_all:make": ["No module named"],
