@@ -24,6 +24,15 @@ from .update import bounded, normalize, update_, update_options
 
 
 @triton.jit
+def _columns(values):
+    """What is of a row, for blocks of rows."""
+    columns = ()
+    for k in tl.static_range(len(values)):
+        columns = columns + (values[k][:, None],)  # noqa: RUF005
+    return columns
+
+
+@triton.jit
 def _tile(
     row, rows_ptr, options_ptr, clocks_ptr, scaler, tensors, GRAD: tl.constexpr,
     PARAM: tl.constexpr, BUFFER: tl.constexpr, KIND: tl.constexpr, ALIGNED: tl.constexpr,
@@ -62,10 +71,8 @@ def _tile(
         n, mean, m2, uniform, option, (coded & 1) != 0, scaler, record, present, window,
         present & (address != 0), WINDOWS,
     )  # fmt: skip
-    up, more, high, low, inverse = factors
-    factors = (up[:, None], more[:, None], high[:, None], low[:, None], inverse[:, None])
-    lr, decay, nesterov = update_options(option)
-    options = (lr[:, None], decay[:, None], nesterov[:, None])
+    factors = _columns(factors)
+    options = _columns(update_options(option))
     fresh = tl.load(option + FRESH).to(tl.float32)
     # CLOSE_ONLY, of another row, is greater
     some_bounded = tl.max(mode) >= THROUGH_CDF
