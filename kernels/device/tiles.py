@@ -28,7 +28,7 @@ def _columns(values):
     """What is of a row, for blocks of rows."""
     columns = ()
     for k in tl.static_range(len(values)):
-        columns = columns + (values[k][:, None],)  # noqa: RUF005
+        columns = columns + (values[k][:, None],)  # type: ignore[assignment]  # noqa: RUF005
     return columns
 
 
