@@ -25,7 +25,7 @@ from .kernels.plan import capturing
 from .optimizer import BNGD
 from .options import Options
 from .records import SKIPPED, StepInputs
-from .state_dicts import parameter_names
+from .state_dicts import named_parameters
 from .tensors import is_sharded
 
 
@@ -68,17 +68,16 @@ def release_gradients(
         raise RuntimeError("this optimizer's gradients are released already; remove() that first")
     inside = set(map(id, model.parameters()))
     _refuse_wrappers(model.modules(), inside)
-    for index, group in enumerate(optimizer.param_groups):
-        for name, param in zip(parameter_names(group, index), group["params"]):
-            if id(param) not in inside:
-                raise ValueError(f"{name} is not a parameter of the model; give the whole model")
-            if is_sharded(param):
-                raise RuntimeError(
-                    f"{name} is sharded (DTensor), and its statistics need all ranks at once; "
-                    "train without gradient release"
-                )
-            if param.requires_grad and not param.is_leaf:
-                raise ValueError(f"{name} is not a leaf; its gradient cannot be released")
+    for _, name, param in named_parameters(optimizer.param_groups):
+        if id(param) not in inside:
+            raise ValueError(f"{name} is not a parameter of the model; give the whole model")
+        if is_sharded(param):
+            raise RuntimeError(
+                f"{name} is sharded (DTensor), and its statistics need all ranks at once; "
+                "train without gradient release"
+            )
+        if param.requires_grad and not param.is_leaf:
+            raise ValueError(f"{name} is not a leaf; its gradient cannot be released")
     return GradientRelease(optimizer, grad_scaler)
 
 
@@ -118,9 +117,7 @@ class GradientRelease:
 
         # group and name; making a group's names takes longer than a parameter's other checks
         self._places = {
-            param: (index, name)
-            for index, group in enumerate(optimizer.param_groups)
-            for name, param in zip(parameter_names(group, index), group["params"])
+            param: (index, name) for index, name, param in named_parameters(optimizer.param_groups)
         }
         self._keys = {param: key for key, param in enumerate(self._places)}
         self._handles = [

@@ -60,9 +60,10 @@ class Stepper:
 
     def _hold(self, replay: Replay) -> None:
         """Keep all that a CUDA graph has captured: its replays read and write it."""
+        memory = replay.memory()
         for prepared, _, _ in replay.lots:
             if isinstance(prepared, FusedStep):
-                prepared.fix(replay.memory())
+                prepared.fix(memory)
                 if prepared not in self.captured:
                     self.captured.append(prepared)
 

@@ -165,11 +165,9 @@ def snapshots(
     """What is kept of parameters; state that is not there yet begins as the parameter, as zeros."""
     found = []
     for param in params:
-        theta, kept = param.detach(), state.get(param, {})
-        master, momentum = (
-            kept.get(key) if key in kept_keys(param, options) else None
-            for key in (master_key(param), MOMENTUM)
-        )
+        theta, entry = param.detach(), state.get(param, {})
+        kept = {key: entry.get(key) for key in kept_keys(param, options)}
+        master, momentum = kept.get(master_key(param)), kept.get(MOMENTUM)
         found.append(
             Snapshot(
                 theta.cpu().clone(),

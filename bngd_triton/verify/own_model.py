@@ -16,7 +16,7 @@ from ..engine.collect import gather
 from ..engine.step import inputs_of
 from ..optimizer import BNGD
 from ..options import Options
-from ..state_dicts import names_in, parameter_names
+from ..state_dicts import named_parameters, names_in
 from ..strict_json import nulls
 from ..tensors import is_sharded
 from .arms import kept_keys, snapshots
@@ -186,11 +186,10 @@ def _copied(model: nn.Module, optimizer: BNGD) -> tuple[nn.Module, BNGD]:
 
 def _names(model: nn.Module, optimizer: BNGD) -> dict[Tensor, str]:
     """The name of each parameter of the optimizer."""
-    of_model = names_in(model, optimizer)
+    of_model, groups = names_in(model, optimizer), optimizer.param_groups
     return {
-        param: own if "param_names" in group else of_model.get(own, own)
-        for index, group in enumerate(optimizer.param_groups)
-        for param, own in zip(group["params"], parameter_names(group, index))
+        param: own if "param_names" in groups[index] else of_model.get(own, own)
+        for index, own, param in named_parameters(groups)
     }
 
 
